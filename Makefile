@@ -1,0 +1,52 @@
+# Everything here works on a fresh clone: the first target that needs it makes .venv and installs into it.
+# Another Python: make demo PYTHON=/path/to/python3.12
+
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$python" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+# Scripts under benchmarks/ that `make bench` runs, in this order.
+BENCHMARKS :=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## say what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+demo: $(VENV)/.demo ## grow a network on handwritten digits (under 3 minutes after installation)
+	@$(BIN)/esper-jax train --task digits
+
+test: $(VENV)/.dev ## run all tests (make test ARGS="-k tasks -n 0")
+	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.dev ## check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/.dev ## run the benchmarks
+	@if [ -z "$(strip $(BENCHMARKS))" ]; then echo "no benchmarks yet: name scripts in BENCHMARKS in the Makefile"; fi
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean: ## remove what was built and cached; keeps .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "esper_jax needs Python 3.11 or newer and found none: install one, or name it with PYTHON=..." >&2; exit 2; fi
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "esper_jax needs Python 3.11 or newer; $(PYTHON) is not: name another with PYTHON=..." >&2; exit 2; }
+	@echo "making $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing esper_jax[cli,tasks,plot] into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[cli,tasks,plot]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "installing esper_jax[dev] into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.demo
