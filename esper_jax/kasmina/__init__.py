@@ -1,0 +1,53 @@
+"""Kasmina, the body: sites, slots, seeds and their life, as pure functions on explicit pytrees."""
+
+from . import lifecycle, seeds
+from .blueprints import Blueprint, get_blueprint, register_blueprint
+from .gates import Gates
+from .graft import Graft, graft
+from .lifecycle import Lifecycle
+from .modules import KasminaAttention, KasminaBatchNorm, KasminaConv, KasminaDense, KasminaLayerNorm, with_seeds_of
+from .morph import Morph, morph, sites, unmorph
+from .operate import advance, fossilize, germinate, prune, set_alpha, shed, tick
+from .spec import Plant, Site, Spec
+from .stages import Stage
+from .state import SeedState
+from .summary import Comparison, Table, blueprints, compare, summary
+
+__all__ = [
+    "Blueprint",
+    "Comparison",
+    "Gates",
+    "Graft",
+    "KasminaAttention",
+    "KasminaBatchNorm",
+    "KasminaConv",
+    "KasminaDense",
+    "KasminaLayerNorm",
+    "Lifecycle",
+    "Morph",
+    "Plant",
+    "SeedState",
+    "Site",
+    "Spec",
+    "Stage",
+    "Table",
+    "advance",
+    "blueprints",
+    "compare",
+    "fossilize",
+    "germinate",
+    "get_blueprint",
+    "graft",
+    "lifecycle",
+    "morph",
+    "prune",
+    "register_blueprint",
+    "seeds",
+    "set_alpha",
+    "shed",
+    "sites",
+    "summary",
+    "tick",
+    "unmorph",
+    "with_seeds_of",
+]

@@ -1,0 +1,139 @@
+"""The forward rule at a slot: how a seed meets the host's output, exactly and without harm (contract 15 to 19).
+
+Two `custom_vjp`s do it. `open_input` lets a gradient pass from the seed back to the host only once the seed is part
+of the output. `join` returns the host's own value and its own cotangent until then, and the blend from then on.
+Neither contains control flow; a seed that is not finite changes nothing in either direction.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+BlendFn = Callable[[Array, Array, Array, Array], Array]
+
+
+def _add(h: Array, f: Array, gate: Array, alpha: Array) -> Array:
+    return h + alpha * f
+
+
+def _lerp(h: Array, f: Array, gate: Array, alpha: Array) -> Array:
+    return jnp.where(alpha == 1, f, h + alpha * (f - h))
+
+
+def _multiply(h: Array, f: Array, gate: Array, alpha: Array) -> Array:
+    return h * (1 + alpha * jnp.tanh(f))
+
+
+def _gate(h: Array, f: Array, gate: Array, alpha: Array) -> Array:
+    return h + alpha * gate * f
+
+
+BLENDS: dict[str, BlendFn] = {"add": _add, "lerp": _lerp, "multiply": _multiply, "gate": _gate}
+
+
+def check_blend(blend: str) -> str:
+    """`blend` itself if it is known; ValueError otherwise."""
+    if blend not in BLENDS:
+        raise ValueError(f"unknown blend {blend!r}; choose one of {', '.join(BLENDS)}")
+    return blend
+
+
+@jax.custom_vjp
+def open_input(u: Float[Array, "..."], is_open: Bool[Array, ""]) -> Float[Array, "..."]:
+    """`u` itself; its cotangent passes only where `is_open` and only if it is finite throughout."""
+    return u
+
+
+def _open_fwd(u: Array, is_open: Array) -> tuple[Array, Array]:
+    return u, is_open
+
+
+def _open_bwd(is_open: Array, cotangent: Array) -> tuple[Array, Any]:
+    passes = is_open & jnp.all(jnp.isfinite(cotangent))
+    return jax.lax.platform_dependent(passes, cotangent, cpu=_by_cond, default=_by_where), _no_gradient(is_open)
+
+
+def _by_cond(passes: Array, cotangent: Array) -> Array:
+    """`cotangent` or 0, in memory of its own.
+
+    The CPU compiler fuses a `where` here into the host's own sums and then writes one loop for each value of the
+    seed's flags; those loops add in different orders, and the host's gradient moved by a rounding error.
+    """
+    return jax.lax.cond(passes, lambda c: c, jnp.zeros_like, cotangent)
+
+
+def _by_where(passes: Array, cotangent: Array) -> Array:
+    return jax.lax.optimization_barrier(jnp.where(passes, cotangent, 0))
+
+
+open_input.defvjp(_open_fwd, _open_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def join(
+    blend: str,
+    h: Float[Array, "..."],
+    f: Float[Array, "..."],
+    gate: Float[Array, "..."],
+    alpha: Float[Array, ""],
+    enters: Bool[Array, ""],
+    computes: Bool[Array, ""],
+    pulse: Float[Array, ""],
+) -> Float[Array, "..."]:
+    """The output of a slot.
+
+    Args:
+      blend: one of `BLENDS`.
+      h: the host's output (after the slots before this one).
+      f: the seed's output, of `h`'s shape and dtype.
+      gate: the learnt gate of "gate", broadcastable to `h`; ignored by the other blends.
+      alpha: scheduled, never learnt: its own gradient is 0.
+      enters: whether the seed is in BLENDING, HOLDING or FOSSILIZED; it enters only where also alpha > 0.
+      computes: whether the seed is in TRAINING or later; until it enters, its gradient is that of alpha = 1.
+      pulse: an unused zero whose *gradient* is 1.0 when the seed faulted, so that a step learns of it from any depth
+        of `nn.remat` or `nn.scan`.
+    """
+    return _join_fwd(blend, h, f, gate, alpha, enters, computes, pulse)[0]
+
+
+def _join_fwd(
+    blend: str, h: Array, f: Array, gate: Array, alpha: Array, enters: Array, computes: Array, pulse: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    a = alpha.astype(h.dtype)
+    blended = BLENDS[blend](h, f, gate, a)
+    sound = jnp.all(jnp.isfinite(f) & (jnp.isfinite(blended) | ~jnp.isfinite(h)))
+    entered = enters & (alpha > 0) & sound
+    y = jnp.where(entered, blended, h)
+    fault = (computes & ~sound).astype(jnp.float32)
+    return y, (h, f, gate, a, entered, computes & sound, fault, enters)
+
+
+def _join_bwd(blend: str, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
+    h, f, gate, a, entered, learns, fault, flag = residuals
+    effective = jnp.where(entered, a, jnp.ones_like(a))
+    _, vjp = jax.vjp(lambda *operands: BLENDS[blend](*operands, effective), h, f, gate)
+    to_host, to_seed, to_gate = vjp(cotangent)
+    passes = entered | learns
+    return (
+        jnp.where(entered, to_host, cotangent),
+        jnp.where(passes, to_seed, 0),
+        jnp.where(passes, to_gate, 0),
+        jnp.zeros((), jnp.float32),
+        _no_gradient(flag),
+        _no_gradient(flag),
+        fault,
+    )
+
+
+join.defvjp(_join_fwd, _join_bwd)
+
+
+def _no_gradient(flag: Array) -> np.ndarray:
+    return np.zeros(np.shape(flag), jax.dtypes.float0)

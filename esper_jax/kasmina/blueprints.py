@@ -1,0 +1,208 @@
+"""The registry of blueprints: recipes of seeds. It holds recipes only, never a live seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .spec import Plant, Site, freeze_config
+
+Params = Any
+DENSE = ("dense", "dense_general")
+NORMS = ("layer_norm", "batch_norm")
+KINDS = (*DENSE, "conv", "attention", *NORMS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """A recipe: `init(key, site, **config) -> params` and `apply(params, u, site=site, **config) -> f`.
+
+    `reads` says what `u` is: the layer's `"input"` (parallel: in -> out features) or its `"output"` (residual:
+    out -> out). `u` has any leading dimensions; at a convolution it is `[N, *spatial, features]`.
+    """
+
+    name: str
+    init: Callable[..., Params]
+    apply: Callable[..., jax.Array]
+    reads: str
+    kinds: tuple[str, ...]
+    config: Mapping[str, Any]
+    about: str = ""
+    citation: str = ""
+
+    def fits(self, site: Site) -> bool:
+        """Whether the blueprint is made for that kind of site."""
+        return site.kind in self.kinds
+
+    def full_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The defaults with `config` over them; an unknown key raises a TypeError that lists the known ones."""
+        unknown = sorted(set(config) - set(self.config))
+        if unknown:
+            known = ", ".join(f"{k}={v!r}" for k, v in self.config.items()) or "it takes none"
+            raise TypeError(f"blueprint {self.name!r} has no config {', '.join(map(repr, unknown))}; known: {known}")
+        return {**self.config, **config}
+
+
+_REGISTRY: dict[str, Blueprint] = {}
+
+
+def register_blueprint(
+    name: str,
+    *,
+    init: Callable[..., Params] | None = None,
+    apply: Callable[..., jax.Array] | None = None,
+    module: Callable[..., Any] | None = None,
+    reads: str = "output",
+    kinds: Iterable[str] = KINDS,
+    config: Mapping[str, Any] | None = None,
+    about: str = "",
+    citation: str = "",
+    replace: bool = False,
+) -> Blueprint:
+    """Add a blueprint under `name`, from a pair of functions or from a Flax module.
+
+    Args:
+      name: what `germinate` calls it.
+      init: `init(key, site, **config) -> params`, a pytree of floating arrays.
+      apply: `apply(params, u) -> f`; it is also given `site` and the config keywords that its signature names.
+      module: instead of the pair, `module(site, **config) -> flax.linen.Module` with parameters only.
+      reads: `"input"` for a seed parallel to the layer, `"output"` for one that follows it.
+      kinds: the site kinds it is made for, of `dense, dense_general, conv, attention, layer_norm, batch_norm`.
+      config: config keys and their defaults; with functions, taken from `init`'s keyword defaults when None.
+      about, citation: shown by `blueprints()`.
+      replace: allow a name that is taken.
+
+    Returns:
+      The blueprint.
+
+    Raises:
+      ValueError: the name is taken, `reads` or a kind is unknown, or neither or both forms are given.
+    """
+    if name in _REGISTRY and not replace:
+        raise ValueError(f"blueprint {name!r} exists already; give another name, or replace=True to take its place")
+    if reads not in ("input", "output"):
+        raise ValueError(f"blueprint {name!r}: reads must be 'input' or 'output', got {reads!r}")
+    kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if wrong := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"blueprint {name!r}: unknown site kind {wrong[0]!r}; choose from {', '.join(KINDS)}")
+    if module is not None and init is None and apply is None:
+        from .linen import blueprint_functions
+
+        defaults = _keyword_defaults(module) if config is None else dict(config)
+        init, apply = blueprint_functions(name, module, reads)
+    elif module is None and init is not None and apply is not None:
+        defaults = _keyword_defaults(init) if config is None else dict(config)
+        apply = _taking(apply, ("site", *defaults))
+    else:
+        raise ValueError(f"blueprint {name!r} needs either init= and apply=, or module=")
+    _REGISTRY[name] = Blueprint(name, init, apply, reads, kinds, defaults, about, citation)
+    return _REGISTRY[name]
+
+
+def get_blueprint(name: str) -> Blueprint:
+    """The blueprint of that name; a KeyError that lists the known ones otherwise."""
+    if not isinstance(name, str) or name not in _REGISTRY:
+        raise UnknownBlueprintError(f"unknown blueprint {name!r}; known: {', '.join(sorted(_REGISTRY))}")
+    return _REGISTRY[name]
+
+
+class UnknownBlueprintError(KeyError):
+    """No blueprint of that name; the message lists those that exist."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def registered() -> tuple[Blueprint, ...]:
+    """All blueprints, by name."""
+    return tuple(_REGISTRY[name] for name in sorted(_REGISTRY))
+
+
+def make_plant(site: Site, slot: int, name: str, config: Mapping[str, Any], blend: str, resident: bool) -> Plant:
+    """The plant of a blueprint in a slot, checked by shape against the site before anything is allocated.
+
+    Raises:
+      KeyError: unknown blueprint. TypeError: unknown config key. ValueError: a blueprint for other kinds of site, or
+      one whose output does not fit.
+    """
+    blueprint = get_blueprint(name)
+    full = blueprint.full_config(config)
+    if not blueprint.fits(site):
+        raise ValueError(
+            f"blueprint {name!r} is made for {', '.join(blueprint.kinds)}; site {site.path!r} is {site.kind}. "
+            f"Blueprints for it: {', '.join(b.name for b in registered() if b.fits(site)) or 'none'}"
+        )
+    plant = Plant(site.path, slot, name, freeze_config(full), blend, resident)
+    _check_shapes(blueprint, plant, site)
+    return plant
+
+
+def seed_init(plant: Plant, site: Site, key: jax.Array) -> Params:
+    """Fresh variables of the plant: the blueprint's params, with a gate beside them for the blend "gate"."""
+    blueprint = get_blueprint(plant.blueprint)
+    if plant.blend != "gate":
+        return blueprint.init(key, site, **dict(plant.config))
+    features = site.in_features if blueprint.reads == "input" else site.out_features
+    gate = {"kernel": jnp.zeros((features, 1), site.dtype), "bias": jnp.zeros((1,), site.dtype)}
+    return {"gate": gate, "seed": blueprint.init(key, site, **dict(plant.config))}
+
+
+def seed_apply(plant: Plant, site: Site, variables: Params, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The seed's output and its gate (1 for all blends but "gate")."""
+    blueprint, config = get_blueprint(plant.blueprint), dict(plant.config)
+    if plant.blend != "gate":
+        f = blueprint.apply(variables, u, site=site, **config)
+        return f, jnp.ones((), f.dtype)
+    f = blueprint.apply(variables["seed"], u, site=site, **config)
+    gate = jax.nn.sigmoid(u @ variables["gate"]["kernel"] + variables["gate"]["bias"])
+    return f, gate.astype(f.dtype)
+
+
+def seed_shapes(plant: Plant, site: Site) -> Params:
+    """The shapes and dtypes of the plant's variables."""
+    return jax.eval_shape(lambda: seed_init(plant, site, jax.random.key(0)))
+
+
+def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
+    """Trace the seed on a small imaginary input and compare its output with the site's."""
+    features = site.in_features if blueprint.reads == "input" else site.out_features
+    space = (2,) + (8,) * site.spatial
+    u = jax.ShapeDtypeStruct((*space, features), site.dtype)
+    where = f"blueprint {plant.blueprint!r} with {dict(plant.config)} at site {site.path!r}"
+    try:
+        variables = seed_shapes(plant, site)
+        f, gate = jax.eval_shape(lambda v, x: seed_apply(plant, site, v, x), variables, u)
+    except Exception as error:
+        raise ValueError(f"{where} cannot be built: {type(error).__name__}: {error}") from error
+    wrong = [
+        f"{jax.tree_util.keystr(path)} is {leaf.dtype}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+        if not jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    if wrong:
+        raise ValueError(f"{where}: parameters must be floating arrays, but {', '.join(wrong)}")
+    free = blueprint.reads == "input" and site.spatial
+    expected = (*space, site.out_features)
+    if f.ndim != len(expected) or f.shape[-1] != expected[-1] or (not free and f.shape != expected):
+        raise ValueError(f"{where} gives shape {f.shape} for an input {u.shape}; the site needs {expected}")
+    if not jnp.issubdtype(f.dtype, jnp.floating):
+        raise ValueError(f"{where} gives dtype {f.dtype}; the site needs a floating dtype")
+
+
+def _keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _taking(apply: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
+    """`apply` called with only those of the keywords (the site and the config) that it takes."""
+    parameters = inspect.signature(apply).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return apply
+    taken = [name for name in names if name in parameters]
+    return lambda params, u, **given: apply(params, u, **{name: given[name] for name in taken})

@@ -1,0 +1,238 @@
+"""The morph: a host, its seeds and their state in one pytree, and the calls that make and take it apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import linen, modules
+from ._pytree import pytree, static
+from .blend import check_blend
+from .blueprints import get_blueprint, make_plant, registered, seed_shapes
+from .sites import Where, find_sites
+from .spec import Plant, Site, Spec
+from .stages import Stage
+from .state import SeedState
+
+
+@pytree
+class Morph:
+    """A host and the seeds growing in it; a pytree that `jit`, `grad`, `vmap`, `scan` and Orbax take like any other.
+
+    `host` holds the user's variables exactly as given. `seeds` is `{site: {slot: variables}}` and `state` is
+    `{site: SeedState}`, both for the sites with a planted seed only: a morph with empty slots has the host's leaves
+    and no others. `spec` is the static structure; changing it changes the program, changing the arrays never does.
+    """
+
+    host: Any
+    seeds: dict[str, dict[str, Any]]
+    state: dict[str, SeedState]
+    spec: Spec = static()
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What an optimizer trains: `{"host": the host's params, "seeds": the seeds' variables}`."""
+        return {"host": self.host["params"] if is_variables(self.host) else self.host, "seeds": self.seeds}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The host as a Linen variables dict, whichever form it was given in."""
+        return dict(self.host) if is_variables(self.host) else {"params": self.host}
+
+    def with_params(self, params: Mapping[str, Any]) -> Morph:
+        """This morph with other parameters, in the form of `Morph.params`."""
+        host = _like(self.host, {"params": params["host"]}) if is_variables(self.host) else params["host"]
+        return self.replace(host=host, seeds=params["seeds"])
+
+    def with_collections(self, collections: Mapping[str, Any]) -> Morph:
+        """This morph with the host's other collections updated (`batch_stats`, ...), as `mutable=` returns them."""
+        if not collections:
+            return self
+        return self.replace(host=_like(self.host if is_variables(self.host) else self.variables, collections))
+
+    def __repr__(self) -> str:
+        if not isinstance(self.spec, Spec):  # a tree of other things in this shape, such as shardings
+            return f"Morph(host={self.host}, seeds={self.seeds}, state={self.state})"
+        spec, kinds = self.spec, [site.kind for site in self.spec.sites]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        planted = f"{len(spec.plants)} planted: {_plants_text(self)}" if spec.plants else "all slots empty"
+        return (
+            f"Morph({count(self.params['host']):,} host parameters, {len(spec.sites)} sites ({counts}) "
+            f"x {spec.slots} slots, {planted})"
+        )
+
+
+def morph(
+    params: Any,
+    *,
+    where: Where = None,
+    slots: int = 4,
+    planted: str | list[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    blend: str = "add",
+    model: Any = None,
+    example: Any = None,
+    **call_kwargs: Any,
+) -> Morph:
+    """Make a host's supported layers into sites where seeds can grow.
+
+    Args:
+      params: the host: Linen variables (`{"params": ..., "batch_stats": ...}`) or the bare params tree.
+      where: which layers become sites: a regex searched in the path, or a predicate `(path, kind) -> bool`.
+      slots: places for seeds at each site.
+      planted: blueprints to allocate ahead at every site they fit, so that growing them recompiles nothing:
+        a name, a list of names, or `{name: config}`. They are dormant until `germinate` gives them parameters.
+      blend: how planted seeds meet the host's output: add, lerp, multiply or gate.
+      model, example: the Linen module and one input (an array or a tuple of arguments): kinds, shapes and dtypes are
+        then traced exactly instead of read from the parameters' names and shapes.
+      **call_kwargs: keyword arguments of the traced call.
+
+    Returns:
+      The `Morph`. Empty slots add nothing to it: its forward pass is the host's own program.
+
+    Raises:
+      TypeError: `params` is no parameter tree. ValueError: no site found, too many blueprints for the slots, or a
+      blueprint that fits nowhere. KeyError: an unknown blueprint.
+
+    >>> m = morph({"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}})
+    >>> [site.path for site in m.spec.sites]
+    ['Dense_0']
+    """
+    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+        raise ValueError(f"slots must be a whole number of 1 or more, got {slots!r}")
+    host, embedded = modules.take_seeds(check_host(params))
+    variables = host if is_variables(host) else {"params": host}
+    if (model is None) != (example is None):
+        raise ValueError("morph() traces shapes from model= and example= together; only one of them was given")
+    if model is not None:
+        linen_model = linen.model_of(model)
+        if linen_model is None:
+            raise TypeError(f"model= must be a flax.linen.Module, got {type(model).__name__}")
+        sites = linen.trace_sites(linen_model, variables, example, where, call_kwargs)
+    else:
+        sites = find_sites(variables["params"], variables.get("batch_stats", {}), where)
+    spec = Spec(sites, max([slots, *(given.bank.state.stage.shape[0] for given in embedded.values())]))
+    plants = [plant for given in embedded.values() for plant in given.bank.plants]
+    for plant in plants or _ahead(spec, planted, check_blend(blend)):
+        spec = spec.with_plant(plant)
+    result = with_spec(Morph(host, {}, {}, Spec(spec.sites, spec.slots)), spec)
+    return result.replace(**modules.give_seeds(result, embedded)) if embedded else result
+
+
+def with_spec(morph: Morph, spec: Spec) -> Morph:
+    """The morph under another spec: new plants get zero parameters and a dormant slot, vanished ones are dropped."""
+    seeds: dict[str, dict[str, Any]] = {}
+    state: dict[str, SeedState] = {}
+    for path, plants in spec.planted_at.items():
+        site, old = spec.by_path[path], morph.seeds.get(path, {})
+        kept = {plant.key for plant in plants if morph.spec.plant(path, plant.slot) == plant}
+        seeds[path] = {p.key: old[p.key] if p.key in kept else blank(p, site) for p in plants}
+        state[path] = _resized(morph.state.get(path), spec.slots)
+    return Morph(morph.host, seeds, state, spec)
+
+
+def blank(plant: Plant, site: Site) -> Any:
+    """Zero parameters in the shape of the plant's."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seed_shapes(plant, site))
+
+
+def unmorph(morph: Morph) -> Any:
+    """The host's own variables back, in the form they were given; seeds that are part of the output are left behind.
+
+    Warns when a seed is BLENDING, HOLDING or FOSSILIZED, because the host alone then computes something else.
+    """
+    import warnings
+
+    left = [f"{p.site} {p.key}" for p in morph.spec.plants if _blended(morph.state[p.site], p.slot)]
+    if left:
+        warnings.warn(
+            f"unmorph() returns the host without its seeds; {', '.join(left)} had entered the output, which is now "
+            "different",
+            stacklevel=2,
+        )
+    return morph.host
+
+
+def sites(params: Any, *, where: Where = None) -> tuple[Site, ...]:
+    """The sites that `morph(params)` would make, or those of a `Morph`."""
+    if isinstance(params, Morph):
+        return params.spec.sites
+    return morph(params, where=where).spec.sites
+
+
+def is_variables(host: Any) -> bool:
+    """Whether the host was given as a variables dict rather than the bare params tree."""
+    return isinstance(host, Mapping) and isinstance(host.get("params"), Mapping)
+
+
+def check_host(params: Any) -> Any:
+    """`params` itself if it is a nested mapping of arrays; a TypeError that says what to give otherwise."""
+    if isinstance(params, Morph):
+        raise TypeError("morph() got a Morph; give it the host's variables (unmorph() returns them)")
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"morph() needs a model's variables or params (nested dicts of arrays), got {type(params).__name__}. "
+            "For a Linen model pass model.init(...)"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(f"morph() needs arrays, but {name} is {type(leaf).__name__}")
+    return params
+
+
+def count(tree: Any) -> int:
+    """The number of scalars in a tree of arrays."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))
+
+
+def _like(host: Any, changes: Mapping[str, Any]) -> Any:
+    """The host's variables with some collections changed, in the mapping type they were given in."""
+    return type(host)({**host, **changes})
+
+
+def _ahead(spec: Spec, planted: Any, blend: str) -> list[Plant]:
+    """The resident plants that `planted=` asks for."""
+    if planted is None:
+        return []
+    if isinstance(planted, str):
+        planted = {planted: {}}
+    elif not isinstance(planted, Mapping):
+        planted = {name: {} for name in planted}
+    plants = []
+    for name, config in planted.items():
+        blueprint = get_blueprint(name)
+        fitting = [site for site in spec.sites if blueprint.fits(site)]
+        if not fitting:
+            have = ", ".join(dict.fromkeys(site.kind for site in spec.sites))
+            raise ValueError(f"planted blueprint {name!r} fits {', '.join(blueprint.kinds)}; the sites are {have}")
+        for site in fitting:
+            slot = sum(plant.site == site.path for plant in plants)
+            if slot >= spec.slots:
+                raise ValueError(f"site {site.path!r} has {spec.slots} slots; planting {name!r} needs one more: raise slots=")
+            plants.append(make_plant(site, slot, name, config, blend, resident=True))
+    return plants
+
+
+def _resized(state: SeedState | None, slots: int) -> SeedState:
+    return SeedState.empty(slots) if state is None else state
+
+
+def _blended(state: SeedState, slot: int) -> bool:
+    if isinstance(state.stage, jax.core.Tracer):
+        return False
+    return Stage.BLENDING <= int(state.stage[slot]) <= Stage.FOSSILIZED
+
+
+def _plants_text(morph: Morph) -> str:
+    shown = []
+    for plant in morph.spec.plants[:4]:
+        stage = morph.state[plant.site].stage
+        known = not isinstance(stage, jax.core.Tracer) and getattr(stage, "ndim", 0) == 1
+        shown.append(f"{plant.blueprint} at {plant.site} {Stage(int(stage[plant.slot])).name if known else ''}".rstrip())
+    return ", ".join(shown) + (", ..." if len(morph.spec.plants) > 4 else "")
+
+
+__all__ = ["Morph", "morph", "registered", "sites", "unmorph", "with_spec"]

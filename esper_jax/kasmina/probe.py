@@ -1,0 +1,97 @@
+"""What is measured at a site inside the train step: activations, units and the gain of growing there.
+
+The measurements leave the program as the *gradient* of an unused zero vector, so they pass through any lifted
+transform and cost nothing on the steps that are not sampled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+ROWS = 256
+UNITS = 64
+
+
+class Probe(NamedTuple):
+    """The entries of a probe vector, summed over the sampled calls; divide by `calls`.
+
+    `variance`: mean over units of the activation variance. `dead`: share of units that never change over the rows
+    (a unit whose values are all <= 0 counts as dead too where the layer feeds a rectifier: see `silent`).
+    `silent`: share of units that are <= 0 on every row. `correlation`: mean absolute correlation between units.
+    `gradient`: norm of the loss gradient at the layer's output. `gain`: squared Frobenius norm of (layer input or
+    output)^T (output gradient), the first-order decrease of the loss per unit of learning rate that a new zero
+    linear layer there would give.
+    """
+
+    calls: Any
+    variance: Any
+    dead: Any
+    silent: Any
+    correlation: Any
+    gradient: Any
+    gain: Any
+
+
+SIZE = len(Probe._fields)
+
+
+@jax.custom_vjp
+def tap(
+    u: Float[Array, "... I"], h: Float[Array, "... O"], stats: Float[Array, " P"], sample: Bool[Array, ""]
+) -> Float[Array, "... O"]:
+    """`h` itself; where `sample`, the gradient of `stats` is the probe's vector for this call."""
+    return h
+
+
+def _tap_fwd(u: Array, h: Array, stats: Array, sample: Array) -> tuple[Array, Any]:
+    source = u if u.shape[:-1] == h.shape[:-1] else h
+    return h, (source, h, sample, u)
+
+
+def _tap_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+    source, h, sample, u = residuals
+    stats = jax.lax.cond(sample, _measure, lambda *_: jnp.zeros(SIZE, jnp.float32), source, h, cotangent)
+    return jnp.zeros_like(u), cotangent, stats, np.zeros(np.shape(sample), jax.dtypes.float0)
+
+
+tap.defvjp(_tap_fwd, _tap_bwd)
+
+
+def _measure(source: Array, h: Array, cotangent: Array) -> Float[Array, " P"]:
+    rows, gradient = _rows(h), _rows(cotangent)
+    variance = jnp.var(rows, axis=0)
+    dead = jnp.mean(variance <= 1e-12)
+    silent = jnp.mean(jnp.all(rows <= 0, axis=0))
+    moment = _rows(source).T @ gradient
+    return jnp.stack(
+        Probe(
+            calls=jnp.float32(1),
+            variance=jnp.mean(variance),
+            dead=dead,
+            silent=silent,
+            correlation=_correlation(rows),
+            gradient=jnp.linalg.norm(gradient),
+            gain=jnp.sum(jnp.square(moment)),
+        )
+    )
+
+
+def _rows(x: Array) -> Float[Array, "N F"]:
+    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+
+
+def _correlation(rows: Float[Array, "N F"]) -> Float[Array, ""]:
+    """Mean absolute correlation between up to 64 evenly spaced units over up to 256 evenly spaced rows."""
+    rows = rows[:: -(-rows.shape[0] // ROWS), :: -(-rows.shape[1] // UNITS)]
+    units = rows.shape[1]
+    if units < 2:
+        return jnp.float32(0)
+    centred = rows - rows.mean(axis=0)
+    scaled = centred / jnp.maximum(jnp.linalg.norm(centred, axis=0), 1e-12)
+    matrix = jnp.abs(scaled.T @ scaled)
+    return (matrix.sum() - jnp.trace(matrix)) / (units * (units - 1))

@@ -1,0 +1,121 @@
+"""The one convolution that seeds use: SAME padding, stride 1, channels last, any rank, fast where planted seeds run.
+
+Planted seeds sit inside `lax.cond`. There XLA's CPU backend computes a convolution's weight gradient far more slowly
+than outside, and grouped convolutions slowly everywhere. On the CPU the gradient is therefore written as one product
+a kernel tap; other platforms get the plain convolution and its own gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+Pads = list[tuple[int, int]]
+
+
+def convolve(x: Float[Array, "N *space I"], kernel: Float[Array, "*taps J O"], groups: int = 1) -> Float[Array, "N *space O"]:
+    """`x` convolved with `kernel`, of one size with `x` in space.
+
+    Args:
+      x: `[N, *space, I]` with 1 to 3 spatial dimensions.
+      kernel: `[*taps, I / groups, O]`, of any size.
+      groups: feature groups; `I` for a depthwise convolution.
+
+    Returns:
+      `[N, *space, O]` in the promoted dtype of the two.
+
+    Raises:
+      ValueError: at trace time, where ranks or features do not fit.
+    """
+    if x.ndim != kernel.ndim or not 3 <= x.ndim <= 5:
+        raise ValueError(f"convolve() takes x [N, *space, I] and a kernel of one rank, 1 to 3; got {x.shape}, {kernel.shape}")
+    if x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
+        raise ValueError(f"{groups} group(s) of {x.shape[-1]} features do not fit a kernel of shape {kernel.shape}")
+    dtype = jnp.result_type(x, kernel)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    return lax.platform_dependent(
+        x, kernel, cpu=functools.partial(_by_taps, groups), default=functools.partial(plain, groups)
+    )
+
+
+def plain(groups: int, x: Array, kernel: Array) -> Array:
+    """XLA's own convolution."""
+    return _conv(x, kernel, _same(kernel), groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_taps(groups: int, x: Array, kernel: Array) -> Array:
+    return _depthwise(x, kernel) if _is_depthwise(groups, x, kernel) else plain(groups, x, kernel)
+
+
+def _by_taps_fwd(groups: int, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _by_taps(groups, x, kernel), (x, kernel)
+
+
+def _by_taps_bwd(groups: int, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    turned, pads = _turned(kernel, groups), [(high, low) for low, high in _same(kernel)]
+    if _is_depthwise(groups, x, kernel):
+        to_x = _depthwise(cotangent, turned, pads)
+    else:
+        to_x = _conv(cotangent, turned, pads, groups)
+    shifts = _shifts(x, kernel, _same(kernel))
+    grouped = cotangent.reshape(*cotangent.shape[:-1], groups, -1)
+    taps = [_moment(shift, grouped, groups) for shift in shifts]
+    return to_x, jnp.stack(taps).reshape(kernel.shape)
+
+
+_by_taps.defvjp(_by_taps_fwd, _by_taps_bwd)
+
+
+def _moment(x: Array, grouped: Array, groups: int) -> Array:
+    """One tap's weight gradient `[I / groups, O]`: the inputs against the cotangent, summed over batch and space."""
+    inputs = x.reshape(*x.shape[:-1], groups, -1)
+    if inputs.shape[-1] == 1 and grouped.shape[-1] == 1:
+        product = jnp.sum(inputs * grouped, axis=tuple(range(inputs.ndim - 2)))
+        return product.reshape(1, groups)
+    product = jnp.einsum("...gi,...go->igo", inputs, grouped)
+    return product.reshape(product.shape[0], -1)
+
+
+def _is_depthwise(groups: int, x: Array, kernel: Array) -> bool:
+    return groups > 1 and groups == x.shape[-1] == kernel.shape[-1]
+
+
+def _depthwise(x: Array, kernel: Array, pads: Pads | None = None) -> Array:
+    """One filter a feature, as a sum of shifted products."""
+    taps = kernel.reshape(-1, kernel.shape[-1])
+    shifts = _shifts(x, kernel, _same(kernel) if pads is None else pads)
+    return sum((shift * tap for shift, tap in zip(shifts, taps, strict=True)), jnp.zeros((), x.dtype))
+
+
+def _shifts(x: Array, kernel: Array, pads: Pads) -> list[Array]:
+    """`x` as each kernel tap sees it, in the order of the taps."""
+    space, size = x.shape[1:-1], kernel.shape[:-2]
+    padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    starts = itertools.product(*(range(s) for s in size))
+    return [lax.slice(padded, (0, *at, 0), (x.shape[0], *map(sum, zip(at, space, strict=True)), x.shape[-1])) for at in starts]
+
+
+def _turned(kernel: Array, groups: int) -> Array:
+    """The kernel of the input gradient: flipped in space, inputs and outputs exchanged within each group."""
+    flipped = jnp.flip(kernel, tuple(range(kernel.ndim - 2)))
+    split = flipped.reshape(*flipped.shape[:-1], groups, -1)
+    return split.swapaxes(-1, -3).reshape(*kernel.shape[:-2], split.shape[-1], -1)
+
+
+def _same(kernel: Array) -> Pads:
+    return [((size - 1) // 2, size - 1 - (size - 1) // 2) for size in kernel.shape[:-2]]
+
+
+def _conv(x: Array, kernel: Array, pads: Pads, groups: int) -> Array:
+    space = "HWD"[: x.ndim - 2]
+    layout = (f"N{space}C", f"{space}IO", f"N{space}C")
+    return lax.conv_general_dilated(
+        x, kernel, (1,) * (x.ndim - 2), pads, dimension_numbers=layout, feature_group_count=groups
+    )

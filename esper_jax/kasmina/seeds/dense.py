@@ -1,0 +1,63 @@
+"""Seeds beside dense layers and attention: `lora` and `mlp`. Zero at birth: the last layer starts at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..blueprints import DENSE, register_blueprint
+from ..spec import Site
+from ._parts import at_least_one
+
+BESIDE = (*DENSE, "attention")
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
+
+
+def _lora_init(key: jax.Array, site: Site, *, rank: int = 8, scale: float = 1.0) -> dict[str, Array]:
+    rank = at_least_one("rank", rank)
+    down = jax.nn.initializers.lecun_normal()(key, (site.in_features, rank), site.dtype)
+    return {"down": down, "up": jnp.zeros((rank, site.out_features), site.dtype)}
+
+
+def _lora(params: dict[str, Array], u: Float[Array, "... I"], scale: float) -> Float[Array, "... O"]:
+    return (u @ params["down"]) @ params["up"] * scale
+
+
+def _mlp_init(key: jax.Array, site: Site, *, hidden: int = 64, activation: str = "gelu") -> dict[str, Array]:
+    hidden = at_least_one("hidden", hidden)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    return {
+        "down": jax.nn.initializers.lecun_normal()(key, (site.in_features, hidden), site.dtype),
+        "down_bias": jnp.zeros((hidden,), site.dtype),
+        "up": jnp.zeros((hidden, site.out_features), site.dtype),
+        "up_bias": jnp.zeros((site.out_features,), site.dtype),
+    }
+
+
+def _mlp(params: dict[str, Array], u: Float[Array, "... I"], activation: str) -> Float[Array, "... O"]:
+    hidden = ACTIVATIONS[activation](u @ params["down"] + params["down_bias"])
+    return hidden @ params["up"] + params["up_bias"]
+
+
+register_blueprint(
+    "lora",
+    init=_lora_init,
+    apply=_lora,
+    reads="input",
+    kinds=BESIDE,
+    about="a low-rank linear map beside the layer",
+    citation="Hu et al., LoRA, ICLR 2022",
+)
+register_blueprint(
+    "mlp",
+    init=_mlp_init,
+    apply=_mlp,
+    reads="input",
+    kinds=BESIDE,
+    about="a two-layer perceptron beside the layer",
+    citation="Houlsby et al., Parameter-Efficient Transfer Learning, ICML 2019",
+)

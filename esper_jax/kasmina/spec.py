@@ -1,0 +1,157 @@
+"""The static structure of a morph: sites, slots and the seeds planted in them. Hashable; a change is a new program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Config = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One host layer that can carry seeds.
+
+    `path` is the module path joined by `/` (`"."` is the model itself). `in_shape` and `out_shape` are the feature
+    dimensions alone, without batch and spatial ones: `(784,)` for a Dense, `(4, 16)` for a DenseGeneral into heads.
+    `spatial` is the number of spatial dimensions (2 for an image convolution, else 0). `traced` says that shapes and
+    kind come from a trace of the model and not from the shapes of its parameters.
+    """
+
+    path: str
+    kind: str
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: str = "float32"
+    spatial: int = 0
+    traced: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """Features of the layer's input (the product of `in_shape`)."""
+        return _product(self.in_shape)
+
+    @property
+    def out_features(self) -> int:
+        """Features of the layer's output (the product of `out_shape`)."""
+        return _product(self.out_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plant:
+    """What sits in one slot: a blueprint's name, its full config, and how it is blended.
+
+    `resident` seeds were planted ahead of time and stay in the program when they are reset; the others leave it.
+    """
+
+    site: str
+    slot: int
+    blueprint: str
+    config: Config = ()
+    blend: str = "add"
+    resident: bool = False
+
+    @property
+    def key(self) -> str:
+        """The slot's name in `Morph.seeds[site]`."""
+        return slot_name(self.slot)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spec:
+    """The whole static structure of a `Morph`: its sites, slots per site, and plants (sorted by site, then slot)."""
+
+    sites: tuple[Site, ...]
+    slots: int = 4
+    plants: tuple[Plant, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Spec) or hash(self) != hash(other):
+            return False
+        return self._fields == other._fields
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _fields(self) -> tuple[Any, ...]:
+        return self.sites, self.slots, self.plants
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self._fields)
+
+    @functools.cached_property
+    def by_path(self) -> Mapping[str, Site]:
+        """Sites by their path."""
+        return {site.path: site for site in self.sites}
+
+    @functools.cached_property
+    def planted_at(self) -> Mapping[str, tuple[Plant, ...]]:
+        """The plants of each site that has any, in slot order."""
+        found: dict[str, list[Plant]] = {}
+        for plant in self.plants:
+            found.setdefault(plant.site, []).append(plant)
+        return {path: tuple(plants) for path, plants in found.items()}
+
+    def plant(self, site: str, slot: int) -> Plant | None:
+        """The plant in that slot, or None where the slot is empty."""
+        return next((plant for plant in self.planted_at.get(site, ()) if plant.slot == slot), None)
+
+    def free_slots(self, site: str) -> tuple[int, ...]:
+        """The empty slots of a site."""
+        taken = {plant.slot for plant in self.planted_at.get(site, ())}
+        return tuple(slot for slot in range(self.slots) if slot not in taken)
+
+    def with_plant(self, plant: Plant) -> Spec:
+        """This spec with one more plant (it takes the place of another in the same slot)."""
+        return self.without(plant.site, plant.slot)._with((*self.without(plant.site, plant.slot).plants, plant))
+
+    def without(self, site: str, slot: int) -> Spec:
+        """This spec with that slot empty."""
+        return self._with(tuple(p for p in self.plants if (p.site, p.slot) != (site, slot)))
+
+    def _with(self, plants: tuple[Plant, ...]) -> Spec:
+        order = {site.path: index for index, site in enumerate(self.sites)}
+        return dataclasses.replace(self, plants=tuple(sorted(plants, key=lambda p: (order[p.site], p.slot))))
+
+    def to_json(self) -> str:
+        """The spec as JSON; `Spec.from_json` gives an equal spec back."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Spec:
+        """The spec that `to_json` wrote."""
+        data = json.loads(text)
+        sites = tuple(
+            Site(**{**site, "in_shape": tuple(site["in_shape"]), "out_shape": tuple(site["out_shape"])})
+            for site in data["sites"]
+        )
+        plants = tuple(Plant(**{**plant, "config": freeze_config(dict(plant["config"]))}) for plant in data["plants"])
+        return Spec(sites, data["slots"], plants)
+
+
+def slot_name(slot: int) -> str:
+    """The key of a slot in `Morph.seeds[site]`, e.g. `slot_0`."""
+    return f"slot_{slot}"
+
+
+def freeze_config(config: Mapping[str, Any]) -> Config:
+    """A config as sorted, hashable pairs (lists become tuples)."""
+    return tuple(sorted((name, _hashable(value)) for name, value in config.items()))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

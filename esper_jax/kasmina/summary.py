@@ -1,0 +1,265 @@
+"""What a person looks at: a table of a morph, one of the blueprints, and a measured comparison with the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .blueprints import Blueprint, registered
+from .graft import Graft, graft
+from .morph import Morph, count
+from .spec import Plant, Site
+from .stages import Stage
+
+EXAMPLE_FEATURES = 64
+
+
+class Table(str):
+    """Text in columns. Its `repr` is the text itself, so a REPL or notebook shows it as a table."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def summary(morph: Morph) -> Table:
+    """A table of a morph: every site, and every planted seed with its stage and what was measured of it.
+
+    Values that were not measured yet show as `-`; inside `jit` and for a tree of shapes the life of a seed shows as
+    `?`, and for a `vmap`ped population the values of its members differ, so they show as `*`.
+
+    Raises:
+      TypeError: `morph` is no `Morph`.
+
+    >>> import esper_jax
+    >>> m = esper_jax.morph({"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}, slots=2)
+    >>> print(summary(m).splitlines()[1].rstrip())
+    Dense_0  dense  4 -> 3    2 empty
+    """
+    if not isinstance(morph, Morph):
+        raise TypeError(f"summary() needs a Morph, got {type(morph).__name__}; make one with morph(params)")
+    heads = ("site", "kind", "features", "slot", "blueprint", "stage", "alpha", "health", "contribution")
+    rows: list[tuple[str, ...]] = []
+    for site in morph.spec.sites:
+        named = (site.path, site.kind, _features(site))
+        for plant in morph.spec.planted_at.get(site.path, ()):
+            rows.append((*named, str(plant.slot), _recipe(plant), *_life(morph, plant)))
+            named = ("", "", "")
+        empty = len(morph.spec.free_slots(site.path))
+        if empty:
+            rows.append((*named, f"{empty} empty", "", "", "", "", ""))
+    stages = [_value(morph.state[plant.site].stage, plant.slot, _stage) for plant in morph.spec.plants]
+    by_stage = ", ".join(f"{stages.count(stage)} {stage}" for stage in dict.fromkeys(stages)) or "none planted"
+    grown = count(morph.seeds)
+    last = (
+        f"{count(morph.params['host']):,} host parameters, {grown:,} seed parameters, {len(morph.spec.sites)} sites "
+        f"x {morph.spec.slots} slots; seeds: {by_stage}"
+    )
+    return Table(f"{_align(heads, rows)}\n{last}")
+
+
+def blueprints() -> Table:
+    """A table of all registered blueprints; `parameters` counts those of a seed at a site from 64 to 64 features."""
+    heads = ("name", "reads", "site kinds", "config", "parameters", "about", "citation")
+    rows = [
+        (
+            b.name,
+            b.reads,
+            ", ".join(b.kinds),
+            ", ".join(f"{name}={value!r}" for name, value in b.config.items()) or "-",
+            _example_size(b),
+            b.about or "-",
+            b.citation or "-",
+        )
+        for b in registered()
+    ]
+    return Table(_align(heads, rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The bare host against the grown model on one input. FLOPs are XLA's count for the compiled call (NaN: none given).
+
+    `difference` is the largest absolute difference of any output; `equal_bits` says whether all outputs are the same
+    to the bit; `same_program` whether both trace to the same jaxpr; milliseconds are medians of warm calls in turn.
+    """
+
+    host_parameters: int
+    grown_parameters: int
+    host_flops: float
+    grown_flops: float
+    host_milliseconds: float
+    grown_milliseconds: float
+    difference: float
+    equal_bits: bool
+    same_program: bool
+
+    def __repr__(self) -> str:
+        rows = [
+            ("parameters", f"{self.host_parameters:,}", f"{self.grown_parameters:,}"),
+            ("FLOPs", _number(self.host_flops), _number(self.grown_flops)),
+            ("ms per call", f"{self.host_milliseconds:.3f}", f"{self.grown_milliseconds:.3f}"),
+        ]
+        equal = "equal to the bit" if self.equal_bits else f"differ by up to {self.difference:.3g}"
+        program = "the same program" if self.same_program else "another program"
+        return f"{_align(('', 'host', 'grown'), rows)}\noutputs {equal}; the grown model is {program}"
+
+    __str__ = __repr__
+
+
+def compare(model: Any, morph: Morph, x: Any, *, repeats: int = 20, **kwargs: Any) -> Comparison:
+    """Run the bare host and the grown model on one input and measure both.
+
+    Args:
+      model: the Linen module, its `apply`, or a function of the host's variables.
+      morph: the grown model; its host is what it is compared with.
+      x: one input, an array or a tuple of arguments.
+      repeats: timed calls of each, taken in turn after one warm call.
+      **kwargs: keyword arguments of both calls. Where none is given, the model's own keyword for evaluation
+        (`train=False`, `deterministic=True`, ...) is.
+
+    Raises:
+      TypeError: `morph` is no `Morph`, or `model` cannot be called. ValueError: `repeats` below 1, or traced values.
+    """
+    if not isinstance(morph, Morph):
+        raise TypeError(f"compare() needs a Morph second, got {type(morph).__name__}; make one with morph(params)")
+    if repeats < 1:
+        raise ValueError(f"repeats must be 1 or more, got {repeats}")
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((morph, x))):
+        raise ValueError("compare() measures real calls; it cannot run inside jit, grad or vmap")
+    grown = graft(model)
+    inputs = x if isinstance(x, tuple) else (x,)
+    given = {**grown.mode(False), **kwargs}
+    bare = dataclasses.replace(morph, seeds={}, state={}, spec=dataclasses.replace(morph.spec, plants=()))
+
+    def forward(morph: Morph, *inputs: Any) -> Any:
+        return grown(morph, *inputs, **given)
+
+    first, second = (jax.jit(forward).lower(m, *inputs).compile() for m in (bare, morph))
+    host_output, grown_output = first(bare, *inputs), second(morph, *inputs)
+    host_ms, grown_ms = _timed(lambda: first(bare, *inputs), lambda: second(morph, *inputs), repeats)
+    return Comparison(
+        host_parameters=count(morph.params["host"]),
+        grown_parameters=count(morph.params),
+        host_flops=flops(first),
+        grown_flops=flops(second),
+        host_milliseconds=host_ms,
+        grown_milliseconds=grown_ms,
+        difference=_difference(host_output, grown_output),
+        equal_bits=equal_bits(host_output, grown_output),
+        same_program=program(_host_call(grown, given), bare.host, *inputs) == program(forward, morph, *inputs),
+    )
+
+
+def program(function: Callable[..., Any], *args: Any) -> str:
+    """The jaxpr of a call as text, without the memory addresses that some primitives print; equal text, equal program."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*args)))
+
+
+def flops(compiled: Any) -> float:
+    """XLA's count of floating-point operations of a compiled function; NaN where the backend gives none."""
+    cost = compiled.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return float(cost.get("flops", float("nan"))) if isinstance(cost, Mapping) else float("nan")
+
+
+def equal_bits(a: Any, b: Any) -> bool:
+    """Whether two trees of arrays have the same structure, shapes, dtypes and bits (NaNs and signed zeros included)."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(map(np.asarray, jax.tree.leaves(a)), map(np.asarray, jax.tree.leaves(b)), strict=True)
+    return all(p.shape == q.shape and p.dtype == q.dtype and p.tobytes() == q.tobytes() for p, q in pairs)
+
+
+def _host_call(grown: Graft, given: dict[str, Any]) -> Callable[..., Any]:
+    """The user's own call on the host's variables, with no morph anywhere."""
+
+    def call(host: Any, *inputs: Any) -> Any:
+        bare = grown.model is not None and not (isinstance(host, Mapping) and isinstance(host.get("params"), Mapping))
+        return grown.apply({"params": host} if bare else host, *inputs, **given)
+
+    return call
+
+
+def _timed(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for call, times in zip((first, second), spent, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(spent[0]), statistics.median(spent[1])
+
+
+def _difference(a: Any, b: Any) -> float:
+    """The largest absolute difference; infinite where shapes or finiteness differ."""
+    largest = 0.0
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return float("inf")
+    for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        p, q = (np.asarray(jnp.asarray(leaf, jnp.float32), np.float64) for leaf in (p, q))
+        if p.shape != q.shape:
+            return float("inf")
+        same = (p == q) | (np.isnan(p) & np.isnan(q))
+        gap = np.where(same, 0.0, np.abs(np.where(same, 0.0, p) - np.where(same, 0.0, q)))
+        largest = max(largest, float(np.max(np.nan_to_num(gap, nan=np.inf), initial=0.0)))
+    return largest
+
+
+def _example_size(blueprint: Blueprint) -> str:
+    """Parameters of a seed with default config at a 64 -> 64 site of the first kind it is made for."""
+    kind, width = blueprint.kinds[0], (EXAMPLE_FEATURES,)
+    site = Site("example", kind, width, width, spatial=2 if kind == "conv" else 0)
+    try:
+        shapes = jax.eval_shape(lambda: blueprint.init(jax.random.key(0), site, **blueprint.config))
+    except Exception as error:  # a user's blueprint may be made for other widths only
+        return f"not at 64 ({type(error).__name__})"
+    return f"{count(shapes):,}"
+
+
+def _features(site: Site) -> str:
+    return " -> ".join("x".join(map(str, shape)) for shape in (site.in_shape, site.out_shape))
+
+
+def _recipe(plant: Plant) -> str:
+    config = ", ".join(f"{name}={value}" for name, value in plant.config)
+    blend = "" if plant.blend == "add" else f" [{plant.blend}]"
+    return f"{plant.blueprint}({config}){blend}"
+
+
+def _life(morph: Morph, plant: Plant) -> tuple[str, str, str, str]:
+    state = morph.state[plant.site]
+    real = lambda value: "-" if np.isnan(value) else f"{float(value):.3g}"  # noqa: E731
+    stage = _value(state.stage, plant.slot, _stage)
+    measured = tuple(_value(field, plant.slot, real) for field in (state.alpha, state.health, state.contribution))
+    return stage, measured[0], measured[1], measured[2]
+
+
+def _value(field: Any, slot: int, show: Callable[[Any], str]) -> str:
+    """A slot's value as text: `?` where it is traced or only a shape, `*` where a population's members may differ."""
+    if isinstance(field, jax.core.Tracer) or not isinstance(field, jax.Array | np.ndarray):
+        return "?"
+    return show(np.asarray(field)[slot]) if field.ndim == 1 else "*"
+
+
+def _stage(value: Any) -> str:
+    return Stage(int(value)).name
+
+
+def _number(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:,.0f}"
+
+
+def _align(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
