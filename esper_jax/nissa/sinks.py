@@ -1,0 +1,256 @@
+"""Where events go: a file of JSON lines, a list, or several sinks at once. No sink can stop the training."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Protocol, Self, runtime_checkable
+
+from . import events as make
+from .events import ENDINGS, Event
+
+_START = b'{"v": '
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Anything that takes events. A sink may also have `rewind(step, count=None)`, called when a run resumes."""
+
+    def emit(self, event: Event) -> None:
+        """Take one event. Raise when it cannot be kept."""
+        ...
+
+    def close(self) -> None:
+        """Write out what is held back and release files; calling it twice is fine."""
+        ...
+
+
+def rewound(events: Iterable[Event], step: int, count: int | None = None) -> list[Event]:
+    """The events up to the last one at or before `step`, without those that say that the run is over.
+
+    `count` keeps exactly the first `count` events instead: the exact form when a rollback made steps run twice.
+    """
+    kept = list(events)
+    if count is None:
+        count = max((index + 1 for index, event in enumerate(kept) if event.step <= step), default=0)
+    return [event for event in kept[:count] if event.kind not in ENDINGS]
+
+
+class _Closing:
+    """`with sink:` closes it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class ListSink(_Closing):
+    """Keeps events in `events`, a list: for notebooks and tests."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        """Append the event."""
+        self.events.append(event)
+
+    def rewind(self, step: int, count: int | None = None) -> None:
+        """Drop the events after `step`; see `rewound`."""
+        self.events[:] = rewound(self.events, step, count)
+
+
+class JsonlSink(_Closing):
+    """Appends events to a file, one JSON line each, flushed at once, so that a crash costs one line at most.
+
+    An existing file is continued: a last line torn by a crash is dropped first, so that the file is always valid.
+    `len(sink)` is the number of events in the file; a trainer may keep it in a checkpoint and hand it to `rewind`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._count = _mend(self.path)
+        self._file: BinaryIO | None = self.path.open("ab")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def emit(self, event: Event) -> None:
+        """Write one line and flush it."""
+        line = event.to_json().encode("utf-8", "backslashreplace") + b"\n"
+        with self._lock:
+            if self._file is None:
+                raise ValueError(f"{self.path} is closed: emit events before close()")
+            self._file.write(line)
+            self._file.flush()
+            self._count += 1
+
+    def rewind(self, step: int, count: int | None = None) -> None:
+        """Drop the events after `step` (see `rewound`); the file is replaced in one move, never half written.
+
+        Called on resume, so that the resumed run's log equals an uninterrupted one. A trainer that emits all events of
+        a step before it saves that step's checkpoint loses none and writes none twice.
+        """
+        with self._lock:
+            if self._file is None:
+                raise ValueError(f"{self.path} is closed: rewind it before close()")
+            self._file.close()
+            self._file = None
+            try:
+                kept = rewound(read_events(self.path), step, count)
+                _replace(self.path, kept)
+                self._count = len(kept)
+            finally:
+                self._file = self.path.open("ab")
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            file, self._file = self._file, None
+            if file is not None:
+                file.close()
+
+
+class Fanout(_Closing):
+    """Hands each event to every sink. A sink that raises is dropped with one warning, and the others go on.
+
+    `dropped` maps a dropped sink's name to the number of events that it did not get.
+    """
+
+    def __init__(self, sinks: Iterable[Sink]) -> None:
+        self.sinks: list[Sink] = list(sinks)
+        self.dropped: dict[str, int] = {}
+        self._lock = threading.RLock()
+
+    def emit(self, event: Event) -> None:
+        """Give the event to every sink that still works; never raises an `Exception`."""
+        with self._lock:
+            for name in self.dropped:
+                self.dropped[name] += 1
+            for sink in tuple(self.sinks):
+                if not any(sink is other for other in self.sinks):
+                    continue  # dropped meanwhile, by the warning about another one
+                try:
+                    sink.emit(event)
+                except Exception as error:
+                    self._drop(sink, event, error)
+
+    def rewind(self, step: int, count: int | None = None) -> None:
+        """`rewind` every sink that can; `count` is only right when all of them hold the same events."""
+        with self._lock:
+            for sink in self.sinks:
+                rewind = getattr(sink, "rewind", None)
+                if rewind is not None:
+                    rewind(step, count)
+
+    def close(self) -> None:
+        """Close every sink; one that raises is named in a warning."""
+        with self._lock:
+            for sink in self.sinks:
+                try:
+                    sink.close()
+                except Exception as error:
+                    warnings.warn(f"{_name(sink)} could not be closed: {_said(error)}", RuntimeWarning, stacklevel=2)
+
+    def _drop(self, sink: Sink, event: Event, error: Exception) -> None:
+        self.sinks = [other for other in self.sinks if other is not sink]
+        name = _name(sink)
+        while name in self.dropped:
+            name += "'"
+        self.dropped[name] = 1
+        text = f"{name} failed and gets no more events: {_said(error)}. Training goes on."
+        with contextlib.suppress(Exception):
+            sink.close()
+        with contextlib.suppress(RuntimeWarning):  # also where warnings are errors
+            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        self.emit(make.warning(event.epoch, event.step, text))
+
+
+def read_events(path: str | os.PathLike[str], *kinds: str) -> list[Event]:
+    """The events of a file written by `JsonlSink`, all or only those of the given kinds.
+
+    A last line without its line end is still being written, or torn, and is left out. Any other line that is not an
+    event is a `ValueError` that names the file and the line.
+    """
+    found = []
+    for number, line in enumerate(_lines(Path(path)), 1):
+        try:
+            event = Event.from_json(line)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
+        if not kinds or event.kind in kinds:
+            found.append(event)
+    return found
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
+
+
+def _mend(path: Path) -> int:
+    """Cut torn lines off the end of the file; the number of lines left. A file that is no log of ours is left alone."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return 0
+    whole = content[: content.rfind(b"\n") + 1]
+    while whole and not _readable(whole[whole.rfind(b"\n", 0, -1) + 1 :]):  # e.g. zeros after a power cut
+        whole = whole[: whole.rfind(b"\n", 0, -1) + 1]
+    start = content.rstrip(b"\0")[: len(_START)]
+    if not whole and not _START.startswith(start):
+        raise ValueError(f"{path} is not a log of events: give the log another path, or move that file away")
+    if whole != content:
+        os.truncate(path, len(whole))
+    return whole.count(b"\n")
+
+
+def _readable(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "v" in record
+
+
+def _replace(path: Path, events: Iterable[Event]) -> None:
+    """Write a file beside `path` and move it there."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            for event in events:
+                file.write(event.to_json().encode("utf-8", "backslashreplace") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, path.stat().st_mode & 0o777)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _name(sink: Sink) -> str:
+    path = getattr(sink, "path", None)
+    return f"{type(sink).__name__}({path})" if path is not None else type(sink).__name__
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
