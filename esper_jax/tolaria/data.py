@@ -1,0 +1,97 @@
+"""Batches: from arrays in memory, any re-iterable, or a function of the epoch; the order follows from the run's key."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+Data = Any
+
+
+class Batches:
+    """Training data as epochs of batches.
+
+    `data` is a pair of arrays or a mapping of arrays with one leading axis (shuffled anew each epoch by the run's key,
+    a last partial batch left out), a function `epoch -> iterable of batches`, or a re-iterable of batches in its own
+    order (a list, a grain or torch loader).
+    """
+
+    def __init__(self, data: Data, batch_size: int, key: jax.Array) -> None:
+        self.arrays = as_arrays(data)
+        self.data, self.batch_size, self.key = data, batch_size, key
+        if self.arrays is not None:
+            self.size = rows(self.arrays)
+            if self.size == 0:
+                raise ValueError("the training data is empty")
+            self.batch_size = min(batch_size, self.size)
+        elif not callable(data) and iter_once(data):
+            raise TypeError(
+                f"training data of type {type(data).__name__} can be read only once; give arrays, a list or loader that "
+                "can be iterated again, or a function epoch -> batches"
+            )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of one epoch from position `start` on; the same for the same key, epoch and start."""
+        if self.arrays is None:
+            source = self.data(epoch) if callable(self.data) else self.data
+            yield from itertools.islice(iter(source), start, None)
+            return
+        order = self._order(epoch)
+        for begin in range(start * self.batch_size, self.size - self.batch_size + 1, self.batch_size):
+            chosen = order[begin : begin + self.batch_size]
+            yield jax.tree.map(lambda array, chosen=chosen: array[chosen], self.arrays)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        words = np.asarray(jax.random.key_data(jax.random.fold_in(self.key, epoch))).astype(np.uint64)
+        return np.random.Generator(np.random.Philox(key=words[-2:])).permutation(self.size)
+
+
+def validation_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, int]]:
+    """All batches of validation data in order with their sizes; the last one may be smaller."""
+    arrays = as_arrays(data)
+    if arrays is None:
+        for batch in data(0) if callable(data) else data:
+            yield batch, rows(batch)
+        return
+    size = rows(arrays)
+    if size == 0:
+        raise ValueError("the validation data is empty")
+    for begin in range(0, size, batch_size):
+        part = slice(begin, min(begin + batch_size, size))
+        yield jax.tree.map(lambda array, part=part: array[part], arrays), part.stop - begin
+
+
+def as_arrays(data: Data) -> Any:
+    """The data as numpy arrays if it is a pair or mapping of arrays with one leading axis, else None."""
+    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in jax.tree.leaves(data)):
+        arrays: Any = data
+    elif isinstance(data, Mapping) and all(hasattr(part, "shape") for part in jax.tree.leaves(data)):
+        arrays = dict(data)
+    else:
+        return None
+    arrays = jax.tree.map(np.asarray, arrays)
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(arrays)}
+    if len(sizes) != 1 or None in sizes:
+        shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(arrays))
+        raise ValueError(f"the data's arrays must share their first axis (examples), got shapes {shapes}")
+    return arrays
+
+
+def rows(tree: Any) -> int:
+    """The number of examples in a batch or data set."""
+    return int(np.shape(jax.tree.leaves(tree)[0])[0])
+
+
+def iter_once(data: Iterable[Any] | Callable[..., Any]) -> bool:
+    """Whether iterating `data` uses it up; TypeError where it cannot be iterated at all."""
+    try:
+        return iter(data) is data  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"data must be a pair or mapping of arrays, an iterable of batches or a function epoch -> batches, got "
+            f"{type(data).__name__}"
+        ) from None

@@ -1,0 +1,121 @@
+"""Validation, and what each seed contributes to it, in compiled programs whose alphas are inputs (contract 24)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ..kasmina.morph import Morph
+from ..kasmina.spec import Plant
+from ..kasmina.stages import Stage
+from .data import Data, validation_batches
+from .step import Calls
+
+Score = Callable[[Any, Any], Array]
+ROWS = 4
+MAX_PAIRED = 4
+
+
+def default_score(outputs: Any, targets: Any) -> Float[Array, "..."]:
+    """Correct predictions where the targets are class indices of the outputs' last axis."""
+    if jnp.issubdtype(targets.dtype, jnp.integer) and outputs.ndim == targets.ndim + 1:
+        return jnp.argmax(outputs, -1) == targets
+    raise ValueError(
+        f"no default score for outputs {outputs.shape} and targets {targets.dtype}{targets.shape}; give score=, a "
+        "function (outputs, targets) -> higher is better"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contributions:
+    """`single[plant]` and `pairs[plant, plant]` in points, measured in one program on the same batches."""
+
+    single: dict[tuple[str, int], float]
+    pairs: dict[tuple[tuple[str, int], tuple[str, int]], float]
+
+
+class Evaluator:
+    """Loss and score of a morph on validation data; one compiled program for each, for each spec."""
+
+    def __init__(self, calls: Calls, score: Score | None, batch_size: int) -> None:
+        self.calls, self.score, self.batch_size = calls, score or default_score, batch_size
+        self._plain = jax.jit(self._measure)
+        self._rows = jax.jit(self._measure_rows)
+
+    def __call__(self, morph: Morph, data: Data) -> tuple[float, float]:
+        """Mean loss, and mean score in points (x 100), over the validation data."""
+        sums, size = np.zeros(2), 0
+        for batch, n in validation_batches(data, self.batch_size):
+            sums += n * np.asarray(self._plain(morph, batch), np.float64)
+            size += n
+        if size == 0:
+            raise ValueError("the validation data gave no batch")
+        loss, score = sums / size
+        return float(loss), 100 * float(score)
+
+    def contributions(self, morph: Morph, data: Data, plants: Sequence[Plant]) -> Contributions:
+        """What each of `plants` adds to the score: all seeds as they are, minus that seed's alpha at 0.
+
+        For 2 to 4 plants also the interaction of each pair, f(ij) - f(i) - f(j) + f(0), where f(s) is the score with
+        only the plants in s switched on. The state is not touched: alphas are an input of the program.
+        """
+        if not plants:
+            return Contributions({}, {})
+        everyone = frozenset(range(len(plants)))
+        subsets = {everyone} | {everyone - {i} for i in everyone}
+        paired = 2 <= len(plants) <= MAX_PAIRED
+        if paired:
+            subsets |= {frozenset(s) for size in range(3) for s in itertools.combinations(everyone, size)}
+        rows = sorted(subsets, key=lambda s: (-len(s), sorted(s)))
+        score = dict(zip(rows, self._scores(morph, data, plants, rows), strict=True))
+        name = [(plant.site, plant.slot) for plant in plants]
+        single = {name[i]: score[everyone] - score[everyone - {i}] for i in everyone}
+        pairs = {}
+        for i, j in itertools.combinations(sorted(everyone), 2) if paired else ():
+            f = [score[frozenset(s)] for s in ((i, j), (i,), (j,), ())]
+            pairs[name[i], name[j]] = f[0] - f[1] - f[2] + f[3]
+        return Contributions(single, pairs)
+
+    def _scores(self, morph: Morph, data: Data, plants: Sequence[Plant], rows: list[frozenset[int]]) -> list[float]:
+        """The score in points of each row, a set of the plants left on; `ROWS` of them a call, the last one padded."""
+        masks = [self._mask(morph, plants, row) for row in rows]
+        masks += masks[-1:] * (-len(masks) % ROWS)
+        sums, size = np.zeros(len(masks)), 0
+        for batch, n in validation_batches(data, self.batch_size):
+            size += n
+            for begin in range(0, len(masks), ROWS):
+                stacked = jax.tree.map(lambda *rows: np.stack(rows), *masks[begin : begin + ROWS])
+                sums[begin : begin + ROWS] += n * np.asarray(self._rows(morph, stacked, batch), np.float64)
+        return list(100 * sums[: len(rows)] / size)
+
+    @staticmethod
+    def _mask(morph: Morph, plants: Sequence[Plant], on: frozenset[int]) -> dict[str, np.ndarray]:
+        masks = {path: np.ones(morph.spec.slots, bool) for path in morph.state}
+        for index, plant in enumerate(plants):
+            masks[plant.site][plant.slot] = index in on
+        return masks
+
+    def _measure(self, morph: Morph, batch: Any) -> tuple[Array, Array]:
+        outputs, targets = self.calls.evaluate(morph, batch)
+        score = jnp.mean(jnp.asarray(self.score(outputs, targets)).astype(jnp.float32))
+        return self.calls.mean_loss(outputs, targets), score
+
+    def _measure_rows(self, morph: Morph, masks: dict[str, Bool[Array, "R S"]], batch: Any) -> Float[Array, " R"]:
+        def score(mask: dict[str, Bool[Array, " S"]]) -> Array:
+            state = {p: s.replace(alpha=jnp.where(mask[p], s.alpha, 0.0)) for p, s in morph.state.items()}
+            return self._measure(morph.replace(state=state), batch)[1]
+
+        return jax.vmap(score)(masks)
+
+
+def measured_plants(morph: Morph) -> tuple[Plant, ...]:
+    """The plants whose contribution is measured at a validation: those in BLENDING and HOLDING."""
+    stages = {path: np.asarray(state.stage) for path, state in morph.state.items()}
+    return tuple(p for p in morph.spec.plants if stages[p.site][p.slot] in (Stage.BLENDING, Stage.HOLDING))

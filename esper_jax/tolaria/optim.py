@@ -1,0 +1,153 @@
+"""Optimizers whose state grows with the morph: the host's and each seed's are partitions of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from ..kasmina._pytree import pytree
+from ..kasmina.morph import Morph
+from ..kasmina.state import learns
+
+
+@pytree
+class SeedOptState:
+    """One seed's optimizer state, and the generation of the seed it belongs to."""
+
+    inner: Any
+    generation: Int[Array, ""]
+
+
+@pytree
+class GrowState:
+    """The state of a `growable` optimizer: the host's, and `{site: {slot: SeedOptState}}`."""
+
+    host: Any
+    seeds: dict[str, dict[str, SeedOptState]]
+
+
+class Growable:
+    """An optax optimizer for a `Morph`; see `growable`."""
+
+    def __init__(self, host: optax.GradientTransformation, seeds: optax.GradientTransformation) -> None:
+        self.host = optax.with_extra_args_support(host)
+        self.seeds = optax.with_extra_args_support(seeds)
+
+    def init(self, morph: Morph) -> GrowState:
+        """The first state: the host's as `tx.init(host params)` gives it, and one for each planted seed."""
+        _check_morph(morph, "init")
+        empty = GrowState(self.host.init(morph.params["host"]), {})
+        return self.grow(empty, morph)
+
+    def grow(self, state: GrowState, morph: Morph) -> GrowState:
+        """The state for a morph whose spec has changed: every leaf of a part that is still there is kept as it is."""
+        seeds = {
+            path: {
+                plant.key: self._known(state, path, plant.key, morph.seeds[path][plant.key])
+                for plant in morph.spec.planted_at[path]
+            }
+            for path in morph.spec.planted_at
+        }
+        return GrowState(state.host, seeds)
+
+    def update(self, grads: dict[str, Any], state: GrowState, params: Morph, **extra: Any) -> tuple[Any, GrowState]:
+        """Updates for `Morph.params`, as `optax` transformations give them.
+
+        Args:
+          grads: gradients in the form of `Morph.params`: `{"host": ..., "seeds": ...}`.
+          state: from `init` or the last `update`; it grows by itself when the morph has.
+          params: the morph itself, because a seed's stage decides whether it learns.
+          **extra: passed on to both transformations (`value=` for `reduce_on_plateau`, ...).
+
+        Returns:
+          `(updates, state)`. A seed that does not learn now, or whose gradient is not finite, gets zero updates and
+          keeps its state; a newly germinated seed starts from a fresh one with step count 0.
+
+        Raises:
+          TypeError: `params` is no Morph.
+        """
+        _check_morph(params, "update")
+        state = self.grow(state, params)
+        host, host_state = self.host.update(grads["host"], state.host, params.params["host"], **extra)
+        updates: dict[str, Any] = {}
+        states: dict[str, Any] = {}
+        for path, plants in params.spec.planted_at.items():
+            life = params.state[path]
+            active = learns(life)
+            updates[path], states[path] = {}, {}
+            for plant in plants:
+                updates[path][plant.key], states[path][plant.key] = self._seed(
+                    grads["seeds"][path][plant.key],
+                    state.seeds[path][plant.key],
+                    params.seeds[path][plant.key],
+                    active[plant.slot],
+                    life.generation[plant.slot],
+                    extra,
+                )
+        return {"host": host, "seeds": updates}, GrowState(host_state, states)
+
+    def _seed(
+        self, grads: Any, state: SeedOptState, params: Any, active: Bool[Array, ""], born: Int[Array, ""], extra: Any
+    ) -> tuple[Any, SeedOptState]:
+        fresh = self.seeds.init(params)
+        inner = jax.tree.map(lambda old, new: jnp.where(state.generation == born, old, new), state.inner, fresh)
+
+        def learn(grads: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+            updates, after = self.seeds.update(grads, inner, params, **extra)
+            return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), after
+
+        def rest(grads: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+            return jax.tree.map(jnp.zeros_like, params), inner
+
+        moves = active & jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
+        updates, inner = jax.lax.cond(moves, learn, rest, grads, inner, params)
+        return updates, SeedOptState(inner, born)
+
+    def _known(self, state: GrowState, path: str, slot: str, params: Any) -> SeedOptState:
+        """The seed's state if its shapes are still right, else a fresh one."""
+        old = state.seeds.get(path, {}).get(slot)
+        fresh = SeedOptState(self.seeds.init(params), jnp.zeros((), jnp.int32))
+        if old is None:
+            return fresh
+        same = jax.tree.structure(old) == jax.tree.structure(fresh)
+        alike = same and all(
+            jnp.shape(a) == jnp.shape(b)
+            for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(fresh), strict=True)
+        )
+        return old if alike else fresh
+
+
+def growable(tx: optax.GradientTransformation, *, seeds: optax.GradientTransformation | None = None) -> Growable:
+    """Make an optax optimizer grow with the network.
+
+    The host's parameters are updated exactly as `tx` alone would update them. Each seed has a state of its own, with
+    its own step count that starts when it germinates, so that Adam's bias correction and schedules are right for it.
+    Growth keeps every existing leaf.
+
+    Args:
+      tx: any optax transformation, for the host.
+      seeds: another one for the seeds; None uses `tx` (also its masks and schedules, on the seed's own count).
+
+    Returns:
+      An object with `init(morph)`, `update(grads, state, morph)` and `grow(state, morph)`.
+
+    >>> import esper_jax, optax
+    >>> tx = esper_jax.growable(optax.adamw(1e-3))
+    """
+    if isinstance(tx, Growable):
+        return tx
+    for given, name in ((tx, "tx"), (seeds, "seeds")):
+        if given is not None and not (hasattr(given, "init") and hasattr(given, "update")):
+            raise TypeError(f"growable() needs an optax transformation for {name}, got {type(given).__name__}")
+    return Growable(tx, tx if seeds is None else seeds)
+
+
+def _check_morph(morph: Any, call: str) -> None:
+    if not isinstance(morph, Morph):
+        raise TypeError(
+            f"growable(...).{call} takes the Morph itself where optax takes params, got {type(morph).__name__}"
+        )

@@ -1,0 +1,98 @@
+"""A training state as a checkpoint: arrays in one tree, structure as JSON beside them, and both back again."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..kasmina.morph import Morph, with_spec
+from ..kasmina.spec import Spec
+from . import snapshot as _snapshot
+from .checkpoint import CheckpointError, Checkpoints
+from .optim import Growable
+from .session import Session
+from .state import TrainState
+
+FOLDER = "checkpoints"
+MakeControl = Callable[[Spec, jax.Array], tuple[Any, Any]]
+
+
+def save(checkpoints: Checkpoints, state: TrainState, session: Session, score: float) -> None:
+    """Write one whole step: state and snapshot, with the spec, the host's shapes and the session as JSON."""
+    meta = {
+        "spec": json.loads(state.morph.spec.to_json()),
+        "host": _shapes(state.morph.host),
+        "fossils": _snapshot.fossil_names(session.snapshot),
+        "session": session.to_json(),
+    }
+    tree = {"state": state, "snapshot": session.snapshot}
+    known = score if np.isfinite(score) else None
+    checkpoints.save(int(state.step), tree, meta, score=known)
+
+
+def restore(
+    checkpoints: Checkpoints, tx: Growable, make_control: MakeControl, step: int | None
+) -> tuple[TrainState, Session]:
+    """The newest whole step (or the named one), rebuilt from its own description."""
+
+    def template(meta: dict[str, Any]) -> Any:
+        morph = morph_template(meta)
+        state = TrainState.create(morph, tx, key=jax.random.key(0))
+        governor, control = make_control(morph.spec, state.key)
+        state = state.replace(governor=governor, control=control)
+        return {"state": state, "snapshot": _snapshot.template(state, meta["fossils"])}
+
+    restored = checkpoints.restore(template, step=step)
+    session = Session.from_json(restored.meta["session"], restored.tree["snapshot"])
+    return restored.tree["state"], session
+
+
+def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None) -> Morph:
+    """The morph of a checkpoint alone, without the trainer or the model it came from.
+
+    Args:
+      directory: a run directory (what `Tolaria(checkpoint_dir=...)` was given).
+      step: a step; None takes the newest whole one.
+
+    Returns:
+      The `Morph`, with the host's variables as nested dicts.
+
+    Raises:
+      CheckpointError: no checkpoint, or none that is whole.
+    """
+    with Checkpoints(pathlib.Path(directory) / FOLDER) as checkpoints:
+        found = checkpoints.read(step)
+    template = morph_template(found.meta)
+    paths, structure = jax.tree_util.tree_flatten_with_path(template)
+    names = ["['state'].morph" + jax.tree_util.keystr(path) for path, _ in paths]
+    missing = [name for name in names if name not in found.tree]
+    if missing:
+        raise CheckpointError(f"step {found.step} in {directory} has no {missing[0]}; it is no training state's")
+    return jax.tree_util.tree_unflatten(structure, [jnp.asarray(found.tree[name]) for name in names])
+
+
+def morph_template(meta: Mapping[str, Any]) -> Morph:
+    """A morph of zeros in the structure that a checkpoint describes."""
+    spec = Spec.from_json(json.dumps(meta["spec"]))
+    bare = Spec(spec.sites, spec.slots)
+    return with_spec(Morph(_zeros(meta["host"]), {}, {}, bare), spec)
+
+
+def _shapes(tree: Any) -> Any:
+    """A nested dict of arrays as a nested dict of `[dtype, shape]`."""
+    if isinstance(tree, Mapping):
+        return {name: _shapes(child) for name, child in tree.items()}
+    return [str(tree.dtype), list(tree.shape)]
+
+
+def _zeros(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {name: _zeros(child) for name, child in tree.items()}
+    return jnp.zeros(tuple(tree[1]), tree[0])

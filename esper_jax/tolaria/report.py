@@ -1,0 +1,110 @@
+"""From arrays to the `Report` a controller reads; the one place where a tick's measurements are fetched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..kasmina.blueprints import registered
+from ..kasmina.gates import PASSED, REASONS
+from ..kasmina.lifecycle import Ticked
+from ..kasmina.morph import Morph, count
+from ..kasmina.probe import Probe
+from ..kasmina.spec import Plant
+from ..kasmina.stages import Stage
+from ..protocol import Report, SeedReport, SiteReport
+from .state import Meters, TrainState
+
+NAN = float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One tick's numbers before they become a report."""
+
+    train_loss: float
+    loss: float
+    score: float
+    interactions: Mapping[Any, float]
+
+
+def make_report(state: TrainState, measured: Measured, ticked: Mapping[str, Ticked]) -> Report:
+    """The report of a tick from the state after it; everything the controller may know, as plain numbers."""
+    morph = state.morph
+    life, meters, moved, step, ticks = jax.device_get((morph.state, state.meters, dict(ticked), state.step, state.ticks))
+    return Report(
+        epoch=int(ticks),
+        step=int(step),
+        train_loss=measured.train_loss,
+        loss=measured.loss,
+        score=measured.score,
+        sites=tuple(_site_report(morph, path, meters, life) for path in morph.spec.by_path),
+        seeds=tuple(
+            _seed_report(morph, plant, life[plant.site], moved.get(plant.site))
+            for plant in morph.spec.plants
+            if life[plant.site].stage[plant.slot] != Stage.DORMANT
+        ),
+        interactions=measured.interactions,
+    )
+
+
+def mean_loss(meters: Meters) -> float:
+    """The mean training loss since the last tick over the batches that counted; NaN where none did."""
+    loss, batches, skipped = jax.device_get((meters.loss, meters.batches, meters.skipped))
+    return float(loss / (batches - skipped)) if batches > skipped else NAN
+
+
+def _site_report(morph: Morph, path: str, meters: Meters, life: Mapping[str, Any]) -> SiteReport:
+    spec, site = morph.spec, morph.spec.by_path[path]
+    probe = Probe(*np.asarray(meters.stats[path], np.float64))
+    calls = float(probe.calls)
+    mean = lambda value: float(value) / calls if calls else NAN  # noqa: E731
+    dormant = [
+        plant
+        for plant in spec.planted_at.get(path, ())
+        if plant.resident and life[path].stage[plant.slot] == Stage.DORMANT
+    ]
+    empty = spec.free_slots(path)
+    fitting = {b.name for b in registered() if b.fits(site)} if empty else {plant.blueprint for plant in dormant}
+    return SiteReport(
+        path=path,
+        kind=site.kind,
+        free_slots=tuple(sorted((*empty, *(plant.slot for plant in dormant)))),
+        fitting=tuple(sorted(fitting)),
+        variance=mean(probe.variance),
+        dead=mean(probe.dead),
+        silent=mean(probe.silent),
+        correlation=mean(probe.correlation),
+        gradient=mean(meters.gradients[path]),
+        signal=mean(probe.gradient),
+        gain=mean(probe.gain),
+        calls=int(calls),
+    )
+
+
+def _seed_report(morph: Morph, plant: Plant, life: Any, ticked: Any) -> SeedReport:
+    slot = plant.slot
+    reason = PASSED if ticked is None else int(ticked.reason[slot])
+    moved = ticked is not None and int(ticked.before[slot]) != int(ticked.after[slot])
+    return SeedReport(
+        site=plant.site,
+        slot=slot,
+        blueprint=plant.blueprint,
+        stage=Stage(int(life.stage[slot])),
+        alpha=float(life.alpha[slot]),
+        age=int(life.age[slot]),
+        steps=int(life.steps[slot]),
+        faults=int(life.faults[slot]),
+        health=float(life.health[slot]),
+        ratio=float(life.ratio[slot]),
+        contribution=float(life.contribution[slot]),
+        stage_score=float(life.stage_score[slot]),
+        parameters=count(morph.seeds[plant.site][plant.key]),
+        pruning=bool(life.pruning[slot]),
+        ramping=bool(life.ramp_done[slot] < life.ramp_steps[slot]),
+        waits_for="" if reason == PASSED or moved else REASONS[reason],
+    )

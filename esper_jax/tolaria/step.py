@@ -1,0 +1,235 @@
+"""The train step: one jitted function over a TrainState, with host and seeds kept apart to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from ..kasmina import lifecycle
+from ..kasmina.graft import Graft, graft, zero_taps
+from ..kasmina.morph import Morph, count
+from ..kasmina.sites import split_path
+from ..kasmina.state import computes, learns
+from .optim import Growable, growable
+from .state import Meters, TrainState
+
+Loss = Callable[[Any, Any], Array]
+SMALL, LARGE = 1e-7, 10.0
+_PAIRS = (("x", "y"), ("inputs", "targets"), ("image", "label"), ("images", "labels"))
+
+
+def unpack_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
+    """A batch as `(arguments of the model, targets)`: a pair, or a mapping with x/y, inputs/targets or image/label.
+
+    Raises:
+      ValueError: another form; give `unpack=`.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return (batch[0],), batch[1]
+    if isinstance(batch, Mapping):
+        for x, y in _PAIRS:
+            if x in batch and y in batch:
+                return (batch[x],), batch[y]
+        found = "a mapping with " + ", ".join(map(str, batch))
+    else:
+        found = f"{type(batch).__name__}" + (f" of {len(batch)}" if hasattr(batch, "__len__") else "")
+    raise ValueError(
+        f"a batch must be a pair (inputs, targets) or a mapping with x and y, got {found}; for another form give "
+        "unpack=, a function batch -> (tuple of model arguments, targets)"
+    )
+
+
+class Calls:
+    """How the model is called in training and evaluation: its mode keyword, rngs and mutable collections."""
+
+    def __init__(
+        self,
+        forward: Graft,
+        loss: Loss,
+        unpack: Callable[[Any], tuple[tuple[Any, ...], Any]] | None = None,
+        train_kwargs: Mapping[str, Any] | None = None,
+        eval_kwargs: Mapping[str, Any] | None = None,
+        rngs: Sequence[str] | None = None,
+    ) -> None:
+        self.forward, self.loss = forward, loss
+        self.unpack = unpack or unpack_batch
+        self.train_kwargs = dict(forward.mode(True) if train_kwargs is None else train_kwargs)
+        self.eval_kwargs = dict(forward.mode(False) if eval_kwargs is None else eval_kwargs)
+        self.rngs = tuple(("dropout",) if forward.model is not None else ()) if rngs is None else tuple(rngs)
+
+    def train(self, morph: Morph, taps: Any, sample: Any, batch: Any, key: jax.Array) -> tuple[Array, dict[str, Any]]:
+        """The mean loss of a batch in training mode, and the host's updated collections."""
+        args, targets = self.unpack(batch)
+        kwargs = dict(self.train_kwargs)
+        if self.rngs:
+            kwargs["rngs"] = {name: jax.random.fold_in(key, i) for i, name in enumerate(self.rngs)}
+        collections = [name for name in morph.variables if name != "params"]
+        if not collections:
+            return self.mean_loss(self.forward.tapped(morph, taps, sample, *args, **kwargs), targets), {}
+        outputs, updated = self.forward.tapped(morph, taps, sample, *args, **kwargs, mutable=collections)
+        return self.mean_loss(outputs, targets), updated
+
+    def evaluate(self, morph: Morph, batch: Any) -> tuple[Any, Any]:
+        """Outputs and targets of a batch in evaluation mode."""
+        args, targets = self.unpack(batch)
+        return self.forward(morph, *args, **self.eval_kwargs), targets
+
+    def mean_loss(self, outputs: Any, targets: Any) -> Float[Array, ""]:
+        """The loss function's result averaged to a float32 scalar."""
+        return jnp.mean(self.loss(outputs, targets).astype(jnp.float32))
+
+
+def make_train_step(
+    forward: Any,
+    loss: Loss,
+    tx: Any,
+    *,
+    probe_every: int = 50,
+    steps: int = 1,
+    unroll: bool | None = None,
+    donate: bool = True,
+    unpack: Callable[[Any], tuple[tuple[Any, ...], Any]] | None = None,
+    train_kwargs: Mapping[str, Any] | None = None,
+    rngs: Sequence[str] | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
+    """Build the jitted train step `step(state, batch) -> (state, metrics)`.
+
+    Args:
+      forward: from `graft` (or anything `graft` takes).
+      loss: `loss(outputs, targets)`, an array that is averaged, e.g.
+        `optax.softmax_cross_entropy_with_integer_labels`.
+      tx: from `growable` (or an optax transformation, which is wrapped).
+      probe_every: measure activations and growth gains on the first batch after a tick and every so many batches;
+        0 never measures.
+      steps: train steps per call; with more than 1 every leaf of `batch` has a leading axis of that size.
+      unroll: whether several steps are unrolled instead of scanned; None unrolls convolutional hosts on CPU, where
+        XLA is slow at convolutions inside loops.
+      donate: give the old state's buffers to the new one; never use the old state again.
+      unpack: `batch -> (model arguments, targets)`, for batches that are no pair.
+      train_kwargs: keyword arguments of the model in training; None finds `train=True` and the like.
+      rngs: names of the streams the model draws from; None gives "dropout".
+
+    Returns:
+      The step. `metrics` has float32 scalars (with a leading axis when `steps` > 1): `loss`, `grad_norm` (of the
+      host), `skipped` (1 for a batch whose loss or gradient was not finite: it changed nothing), `faults`.
+    """
+    forward, tx = graft(forward), growable(tx)
+    calls = Calls(forward, loss, unpack, train_kwargs, None, rngs)
+    if steps < 1 or probe_every < 0:
+        raise ValueError(f"steps must be 1 or more and probe_every 0 or more, got {steps} and {probe_every}")
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        return one_step(calls, tx, probe_every, state, batch)
+
+    def train_steps(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Array]]:
+        loops = unroll if unroll is not None else _unrolls(state.morph)
+        return jax.lax.scan(train_step, state, batches, unroll=steps if loops else 1)
+
+    return jax.jit(train_step if steps == 1 else train_steps, donate_argnums=0 if donate else ())
+
+
+def one_step(
+    calls: Calls, tx: Growable, probe_every: int, state: TrainState, batch: Any
+) -> tuple[TrainState, dict[str, Array]]:
+    """One train step, pure: forward, backward, update, seed statistics; a bad batch changes nothing but the count."""
+    morph = state.morph
+    key = jax.random.fold_in(state.key, state.step)
+    sample = state.meters.batches % probe_every == 0 if probe_every else None
+    taps = zero_taps(morph) if probe_every else {p: t for p, t in zero_taps(morph).items() if p in morph.state}
+
+    def loss_fn(params: Any, taps: Any) -> tuple[Array, Any]:
+        return calls.train(morph.with_params(params), taps, sample, batch, key)
+
+    (loss, collections), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(morph.params, taps)
+    norm = optax.tree.norm(grads["host"]).astype(jnp.float32)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, opt_state = tx.update(grads, state.opt_state, morph)
+    grown = morph.with_params(optax.apply_updates(morph.params, updates)).with_collections(collections)
+    kept, opt_state = _where(ok, (grown, opt_state), (morph, tx.grow(state.opt_state, morph)))
+    faulty = {path: _faulty(morph, path, grads["seeds"], tapped[path].faults) for path in morph.state}
+    new = state.replace(
+        step=state.step + 1,
+        morph=kept.replace(state=_life(morph, grads, norm, faulty, ok)),
+        opt_state=opt_state,
+        meters=_measured(state.meters, loss, ok, sample, tapped, grads["host"]),
+    )
+    faults = sum((jnp.sum(f & computes(morph.state[p].stage)) for p, f in faulty.items()), jnp.zeros((), jnp.int32))
+    return new, {"loss": loss, "grad_norm": norm, "skipped": 1.0 - ok, "faults": faults.astype(jnp.float32)}
+
+
+def gradient_health(grads: Any) -> tuple[Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    """A seed's gradient health in [0, 1], its share of exploding entries, and whether all are finite (contract 8)."""
+    leaves = [jnp.abs(g.astype(jnp.float32)) for g in jax.tree.leaves(grads)]
+    total = sum(g.size for g in leaves)
+    small = sum(jnp.sum(g < SMALL) for g in leaves) / total
+    large = sum(jnp.sum(g > LARGE) for g in leaves) / total
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
+    health = jnp.clip(1 - 0.5 * small - 0.8 * large, 0, 1)
+    return jnp.where(finite, health, 0.0), jnp.where(finite, large, 1.0), finite
+
+
+def _life(morph: Morph, grads: Any, host_norm: Array, faulty: Mapping[str, Array], ok: Array) -> dict[str, Any]:
+    """The seeds' states after the step: running statistics and faults; a skipped batch measures nothing."""
+    states = {}
+    n_host = count(morph.params["host"])
+    for path, plants in morph.spec.planted_at.items():
+        health, ratio, exploding = (jnp.zeros(morph.spec.slots) for _ in range(3))
+        for plant in plants:
+            own = grads["seeds"][path][plant.key]
+            h, e, _ = gradient_health(own)
+            r = optax.tree.norm(own) / host_norm * jnp.sqrt(n_host / count(own))
+            health, ratio = health.at[plant.slot].set(h), ratio.at[plant.slot].set(r)
+            exploding = exploding.at[plant.slot].set(e)
+        state = morph.state[path]
+        state = lifecycle.observe(state, learns(state) & ok, health, ratio, exploding)
+        states[path] = lifecycle.count_faults(state, faulty[path])
+    return states
+
+
+def _faulty(morph: Morph, path: str, grads: Any, faults: Array) -> Bool[Array, " S"]:
+    """Which seeds of a site were not finite in this step, forwards or backwards."""
+    bad = faults > 0
+    for plant in morph.spec.planted_at[path]:
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads[path][plant.key])]))
+        bad = bad.at[plant.slot].set(bad[plant.slot] | ~finite)
+    return bad
+
+
+def _measured(meters: Meters, loss: Array, ok: Array, sample: Any, tapped: Any, host: Any) -> Meters:
+    sums = meters.replace(
+        loss=meters.loss + jnp.where(ok, loss, 0),
+        batches=meters.batches + 1,
+        skipped=meters.skipped + (1 - ok),
+    )
+    if sample is None:
+        return sums
+    paths = list(meters.gradients)
+    norms = jax.lax.cond(
+        sample & ok,
+        lambda g: {path: optax.tree.norm(_at(g, path)).astype(jnp.float32) for path in paths},
+        lambda g: {path: jnp.zeros((), jnp.float32) for path in paths},
+        host,
+    )
+    return sums.replace(
+        stats={path: meters.stats[path] + jnp.where(ok, tapped[path].stats, 0) for path in paths},
+        gradients={path: meters.gradients[path] + norms[path] for path in paths},
+    )
+
+
+def _at(tree: Any, path: str) -> Any:
+    for part in split_path(path):
+        tree = tree[part]
+    return tree
+
+
+def _where(ok: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+
+def _unrolls(morph: Morph) -> bool:
+    return jax.default_backend() == "cpu" and any(site.kind == "conv" for site in morph.spec.sites)

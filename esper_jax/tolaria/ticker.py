@@ -1,0 +1,266 @@
+"""One tick of a run: validate, govern, move the seeds, measure contributions, ask the controller, act."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..kasmina import operate
+from ..kasmina.lifecycle import Lifecycle, Ticked
+from ..kasmina.morph import count
+from ..kasmina.spec import Plant
+from ..kasmina.stages import Stage
+from ..nissa import events
+from ..nissa.events import Event
+from ..protocol import Controller, Decision, Report
+from . import snapshot as _snapshot
+from .apply import apply_decision
+from .data import Data
+from .evaluate import Contributions, Evaluator, measured_plants
+from .governor import Governor, Limits, check, veto
+from .optim import Growable
+from .report import NAN, Measured, make_report, mean_loss
+from .session import Pending, Session
+from .state import Meters, TrainState
+
+Sink = Callable[[Event], None]
+_GERMINATION = 0x5EED
+_SHOWN = ("alpha", "pruning", "age", "steps", "faults", "health", "ratio", "contribution")
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818 - an end of training, not a bug
+    """Training kept diverging: more rollbacks than `max_rollbacks`. The state is the last good one."""
+
+    state: TrainState | None = None
+
+
+@dataclasses.dataclass
+class Ticker:
+    """Everything a tick needs that does not change during a run. Calling it gives the state after the tick."""
+
+    evaluator: Evaluator
+    tx: Growable
+    controller: Controller | None
+    lifecycle: Lifecycle
+    governor: Governor
+    limits: Limits
+    classes: int | None
+    max_rollbacks: int
+
+    def __post_init__(self) -> None:
+        self._move = jax.jit(lambda morph, score: operate.tick(morph, score=score, config=self.lifecycle))
+
+    def __call__(self, state: TrainState, session: Session, validation: Data, sink: Sink) -> TrainState:
+        """The state after one tick; the session's record and pending feedback are brought up to date."""
+        began = time.perf_counter()
+        state = state.replace(ticks=state.ticks + 1)
+        self._now = now = (int(state.ticks), int(state.step))
+        train_loss, skipped = mean_loss(state.meters), int(state.meters.skipped)
+        if skipped:
+            text = f"{skipped} batch(es) with a non-finite loss or gradient were skipped"
+            sink(events.warning(*now, text, skipped=skipped))
+        loss, score = self.evaluator(state.morph, validation)
+        state, rolled = self._govern(state, session, train_loss, loss, sink)
+        if rolled:
+            loss, score = self.evaluator(state.morph, validation)
+        contributions = self.evaluator.contributions(state.morph, validation, measured_plants(state.morph))
+        state = _with_contributions(state, contributions)
+        morph, ticked = self._move(state.morph, jnp.float32(score))
+        state = state.replace(morph=morph)
+        report = make_report(state, Measured(train_loss, loss, score, contributions.pairs), ticked)
+        self._tell(report, state, ticked, contributions, session, sink)
+        state, fossilised = self._control(state, session, report, sink)
+        if self._due or fossilised:
+            session.snapshot = _snapshot.take(state)
+            sink(events.snapshot(*now, reason="a seed was fossilised" if fossilised else "a healthy check"))
+        state = self._lean(state)
+        event = events.epoch(
+            *now,
+            train_loss=train_loss,
+            loss=loss,
+            score=score,
+            seconds=time.perf_counter() - session.tick_began,
+            seeds=_rows(state),
+            sites={site.path: {"gain": site.gain, "dead": site.dead, "variance": site.variance} for site in report.sites},
+            tick_seconds=time.perf_counter() - began,
+        )
+        sink(event)
+        session.tick_began = time.perf_counter()
+        session.records.append({"epoch": now[0], "step": now[1], **event.data})
+        if score > session.best_score:
+            session.best_score, session.best_tick = score, now[0]
+        return state.replace(meters=Meters.zero(state.morph))
+
+    def _tell(
+        self,
+        report: Report,
+        state: TrainState,
+        ticked: Mapping[str, Ticked],
+        measured: Contributions,
+        session: Session,
+        sink: Sink,
+    ) -> None:
+        """Events for what was measured, and for the seeds that moved by themselves."""
+        moved, life = jax.device_get((dict(ticked), state.morph.state))
+        last = {(row["site"], row["slot"]): row for row in session.records[-1]["seeds"]} if session.records else {}
+        for plant in state.morph.spec.plants:
+            site, slot = plant.site, plant.slot
+            at = {"site": site, "slot": slot, "blueprint": plant.blueprint}
+            if (site, slot) in measured.single:
+                sink(events.contribution(*self._now, **at, value=measured.single[site, slot]))
+            faults = int(life[site].faults[slot])
+            row = last.get((site, slot))
+            if row is not None and faults > row["faults"]:
+                sink(events.fault(*self._now, **at, faults=faults))
+            before, after = (Stage(int(stages[slot])) for stages in (moved[site].before, moved[site].after))
+            if row is not None and row["stage"] != before.name:  # pruned since the last tick
+                sink(_stage(self._now, plant, row["stage"], before, self._dropped or _moved_because(before, faults)))
+            if before != after:
+                sink(_stage(self._now, plant, before, after, _moved_because(after, faults), life[site].alpha[slot]))
+        for (first, second), value in report.interactions.items():
+            sink(events.interaction(*self._now, first, second, value))
+
+    def _govern(
+        self, state: TrainState, session: Session, train_loss: float, loss: float, sink: Sink
+    ) -> tuple[TrainState, bool]:
+        governor, verdict = check(self.governor, state.governor, train_loss, loss, self.classes)
+        state = state.replace(governor=governor)
+        self._due, self._dropped = verdict.snapshot, ""
+        if not verdict.rollback:
+            return state, False
+        session.rollbacks += 1
+        step = int(session.snapshot["step"])
+        state, pruned = _snapshot.roll_back(state, session.snapshot)
+        gone = [[plant.site, plant.slot] for plant in pruned]
+        sink(events.rollback(*self._now, reason=verdict.reason, to_step=step, rule=verdict.rule, pruned=gone))
+        self._dropped = f"rollback: {verdict.reason}"
+        if session.rollbacks > self.max_rollbacks:
+            error = TrainingDiverged(
+                f"training was rolled back {session.rollbacks} times (max_rollbacks={self.max_rollbacks}); the last "
+                f"reason was: {verdict.reason}. Lower the learning rate or look at the data"
+            )
+            error.state = state
+            raise error
+        return state, True
+
+    def _control(
+        self, state: TrainState, session: Session, report: Report, sink: Sink
+    ) -> tuple[TrainState, bool]:
+        """Ask the controller, check and apply what it decides; whether a seed was fossilised."""
+        if self.controller is None:
+            return state, False
+        seeds = {(seed.site, seed.slot): seed for seed in report.seeds}
+        feedback = []
+        for pending in session.pending:
+            seed = None if pending.slot is None else seeds.get((pending.decision.site, pending.slot))
+            feedback.append(pending.answer(report.score, NAN if seed is None else seed.contribution))
+            sink(events.feedback(*self._now, feedback[-1]))
+        decisions, control = self.controller.decide(state.control, report, tuple(feedback))
+        state = state.replace(control=control)
+        session.pending = []
+        applied: list[Decision] = []
+        for index, decision in enumerate(decisions):
+            reason = self._refusal(decision, report, state, session, applied)
+            began = time.perf_counter()
+            slot = decision.slot
+            if reason is None:
+                state, slot, reason = self._apply(state, decision, index, report, seeds, sink)
+            seconds = time.perf_counter() - began
+            outcome = "applied" if reason is None else "refused"
+            sink(events.decision(*self._now, decision, outcome=outcome, why=reason or "", seconds=seconds))
+            session.pending.append(Pending(decision, outcome, reason or "", report.score, seconds, slot))
+            if reason is None:
+                applied.append(decision)
+                if decision.action == "germinate":
+                    session.last_growth = report.epoch
+        return state, any(decision.action == "fossilize" for decision in applied)
+
+    def _refusal(
+        self, decision: Decision, report: Report, state: TrainState, session: Session, applied: list[Decision]
+    ) -> str | None:
+        return veto(
+            decision,
+            report,
+            state.morph.spec,
+            applied=tuple(applied),
+            last_growth=session.last_growth,
+            limits=self.limits,
+            gates=self.lifecycle.gates,
+        )
+
+    def _apply(
+        self, state: TrainState, decision: Decision, index: int, report: Report, seeds: Mapping[Any, Any], sink: Sink
+    ) -> tuple[TrainState, int | None, str | None]:
+        """The state with the decision carried out; on an error the state is unchanged and the error is the reason."""
+        key = jax.random.fold_in(jax.random.fold_in(state.key, _GERMINATION), state.ticks)
+        try:
+            morph, slot = apply_decision(
+                state.morph, decision, key=jax.random.fold_in(key, index), score=report.score
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            return state, decision.slot, f"{type(error).__name__}: {error}"
+        state = state.replace(morph=morph, opt_state=self.tx.grow(state.opt_state, morph))
+        plant = morph.spec.plant(decision.site, slot)
+        assert plant is not None
+        seed = seeds.get((plant.site, slot))
+        before = Stage.DORMANT if seed is None else seed.stage
+        if decision.action == "germinate":
+            size = count(morph.seeds[plant.site][plant.key])
+            at = {"site": plant.site, "slot": slot, "blueprint": plant.blueprint}
+            sink(events.germinated(*self._now, **at, reason=decision.reason, parameters=size, config=dict(plant.config)))
+        life = morph.state[plant.site]
+        after = int(life.stage[slot])
+        if before != after:
+            sink(_stage(self._now, plant, before, after, decision.reason, life.alpha[slot]))
+        return state, slot, None
+
+    def _lean(self, state: TrainState) -> TrainState:
+        """The state without the dormant seeds that were not planted ahead."""
+        morph = operate.shed(state.morph)
+        if morph is state.morph:
+            return state
+        return state.replace(morph=morph, opt_state=self.tx.grow(state.opt_state, morph))
+
+
+def _with_contributions(state: TrainState, measured: Contributions) -> TrainState:
+    life = dict(state.morph.state)
+    for (site, slot), value in measured.single.items():
+        life[site] = life[site].replace(contribution=life[site].contribution.at[slot].set(value))
+    return state.replace(morph=state.morph.replace(state=life))
+
+
+def _stage(
+    now: tuple[int, int], plant: Plant, before: Stage | str, after: Stage | int, reason: str, alpha: Any = 0.0
+) -> Event:
+    at = {"site": plant.site, "slot": plant.slot, "blueprint": plant.blueprint}
+    return events.stage(*now, **at, before=before, after=after, reason=reason, alpha=float(alpha))
+
+
+def _moved_because(stage: Stage, faults: int) -> str:
+    """Why a seed entered a stage by itself at a tick."""
+    if stage == Stage.PRUNED:
+        return f"it was not finite on {faults} steps" if faults else "its scheduled ramp to 0 has ended"
+    return {
+        Stage.TRAINING: "its program is ready and its parameters are finite (G1)",
+        Stage.BLENDING: "it trained long enough with a healthy gradient (G2)",
+        Stage.HOLDING: "its alpha has reached 1 (G3)",
+    }.get(stage, "rest after a prune")
+
+
+def _rows(state: TrainState) -> list[dict[str, Any]]:
+    """The occupied slots as they stand, for the log and the figure."""
+    life = jax.device_get(state.morph.state)
+    rows = []
+    for plant in state.morph.spec.plants:
+        now, slot = life[plant.site], plant.slot
+        if now.stage[slot] == Stage.DORMANT:
+            continue
+        measured = {name: getattr(now, name)[slot].item() for name in _SHOWN}
+        stage = Stage(int(now.stage[slot])).name
+        rows.append({"site": plant.site, "slot": slot, "blueprint": plant.blueprint, "stage": stage, **measured})
+    return rows

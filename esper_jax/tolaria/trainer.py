@@ -1,0 +1,273 @@
+"""Tolaria: training with growth, validation, checkpoints and a controller, for people who want the whole loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..kasmina.graft import graft
+from ..kasmina.lifecycle import Lifecycle
+from ..kasmina.morph import Morph, morph
+from ..kasmina.spec import Spec
+from ..nissa import events
+from ..nissa.console import Console
+from ..nissa.events import Event
+from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
+from ..protocol import Controller
+from . import persist, snapshot
+from .checkpoint import CheckpointError, Checkpoints
+from .data import Batches, Data
+from .evaluate import Evaluator, Score
+from .governor import Governor, Limits
+from .optim import growable
+from .run import Run, interrupts
+from .session import History, Session
+from .state import TrainState
+from .step import Calls, Loss, make_train_step
+from .ticker import Ticker
+
+
+class Tolaria:
+    """Trains a growing network.
+
+    Args:
+      model: a Linen module, its `apply`, or a function `(variables, inputs, ...) -> outputs`.
+      loss: `loss(outputs, targets)`, averaged, e.g. `optax.softmax_cross_entropy_with_integer_labels`.
+      tx: an optax transformation or `growable(...)`; a learning-rate schedule goes in here.
+      controller: decides when, where and what to grow (`Tamiyo()`, `FixedSchedule`, ...); None grows nothing.
+      score: `score(outputs, targets)`, higher is better, averaged and x 100 in points; None is accuracy.
+      checkpoint_dir: where checkpoints and `events.jsonl` go; None keeps nothing.
+      batch_size, eval_batch_size: examples in a batch, where data is given as arrays.
+      tick_every: train steps between ticks (validation, gates, decisions); None ticks at the end of each epoch.
+      checkpoint_every: ticks between checkpoints; the end of the run is always saved. `keep` are kept, and the best.
+      patience: stop after so many ticks without a new best score; None never does.
+      classes: number of classes, for the governor's collapse rule.
+      where, slots, planted, blend: as for `morph`, when `init` is given variables.
+      lifecycle, governor, limits: thresholds of gates and ramps, of rollbacks, and of what a controller may do.
+      max_rollbacks: more than these end the run with `TrainingDiverged`.
+      probe_every, unpack, train_kwargs, eval_kwargs, rngs: as for `make_train_step`.
+      sinks: further receivers of events.
+      progress: show progress (a live display on a terminal, plain lines elsewhere).
+
+    >>> trainer = Tolaria(model, loss, optax.adamw(1e-3), controller=Tamiyo())   # doctest: +SKIP
+    >>> state, history = trainer.fit(trainer.init(params, key=key), train, validation)   # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loss: Loss,
+        tx: Any,
+        *,
+        controller: Controller | None = None,
+        score: Score | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 1024,
+        tick_every: int | None = None,
+        checkpoint_every: int = 1,
+        keep: int = 3,
+        patience: int | None = None,
+        classes: int | None = None,
+        where: Any = None,
+        slots: int = 4,
+        planted: Any = None,
+        blend: str = "add",
+        lifecycle: Lifecycle | None = None,
+        governor: Governor | None = None,
+        limits: Limits | None = None,
+        max_rollbacks: int = 10,
+        probe_every: int = 50,
+        unpack: Callable[[Any], Any] | None = None,
+        train_kwargs: Mapping[str, Any] | None = None,
+        eval_kwargs: Mapping[str, Any] | None = None,
+        rngs: Sequence[str] | None = None,
+        sinks: Sequence[Sink] = (),
+        progress: bool = True,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("keep", keep)):
+            _positive(name, value)
+        for name, maybe in (("tick_every", tick_every), ("checkpoint_every", checkpoint_every), ("patience", patience)):
+            _positive(name, 1 if maybe is None else maybe)
+        for name in ("init", "decide") if controller is not None else ():
+            if not callable(getattr(controller, name, None)):
+                raise TypeError(f"controller {controller!r} has no {name}(); see esper_jax.protocol.Controller")
+        self.forward, self.tx, self.loss = graft(model), growable(tx), loss
+        self.controller = controller
+        self.checkpoint_dir = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
+        self.batch_size, self.keep = batch_size, keep
+        self.tick_every, self.checkpoint_every, self.patience = tick_every, checkpoint_every, patience
+        self.sinks, self.progress = tuple(sinks), progress
+        self._morph_options = {"where": where, "slots": slots, "planted": planted, "blend": blend}
+        calls = Calls(self.forward, loss, unpack, train_kwargs, eval_kwargs, rngs)
+        self._evaluator = Evaluator(calls, score, eval_batch_size)
+        self._step = make_train_step(
+            self.forward, loss, self.tx, probe_every=probe_every, unpack=unpack, train_kwargs=train_kwargs, rngs=rngs
+        )
+        self._ticker = Ticker(
+            self._evaluator,
+            self.tx,
+            controller,
+            lifecycle or Lifecycle(),
+            governor or Governor(),
+            limits or Limits(),
+            classes,
+            max_rollbacks,
+        )
+        self._resumed: tuple[int, Session] | None = None
+
+    def init(self, params: Any, *, key: jax.Array, model: Any = None, example: Any = None) -> TrainState:
+        """The state before the first step.
+
+        Args:
+          params: the host's variables, its bare params, or a `Morph`.
+          key: a PRNG key; all randomness of the run follows from it.
+          model, example: as for `morph`, to trace the sites' kinds and shapes.
+        """
+        if not isinstance(params, Morph):
+            params = morph(_plain(params), model=model, example=example, **self._morph_options)
+        state = TrainState.create(params, self.tx, key=key)
+        governor, control = self._first_control(params.spec, state.key)
+        return state.replace(governor=governor, control=control)
+
+    def fit(
+        self, state: TrainState, train: Data, validation: Data, *, epochs: int = 20
+    ) -> tuple[TrainState, History]:
+        """Train until `epochs` epochs are done, counted from the state's first step.
+
+        Args:
+          state: from `init` or `restore`; it is copied, and stays the caller's.
+          train: arrays `(inputs, targets)`, a mapping, batches that can be iterated again, or `epoch -> batches`.
+          validation: the same; it is what scores, contributions and gates are measured on.
+          epochs: how many epochs in all, so that a restored state goes on to the same end.
+
+        Returns:
+          The final state and a `History`.
+
+        Raises:
+          TrainingInterrupted: on Ctrl-C, after a checkpoint was saved. TrainingDiverged: too many rollbacks.
+          CheckpointError: a new run in a directory that holds another run's checkpoints.
+        """
+        if not isinstance(state, TrainState):
+            raise TypeError(f"fit() needs the TrainState of init() or restore(), got {type(state).__name__}")
+        _positive("epochs", epochs)
+        session, resumed = self._session(state)
+        log = ListSink()
+        with self._checkpoints(state) as checkpoints, self._sinks(state, log, epochs) as sink:
+            run = Run(
+                self._step,
+                self._ticker,
+                state,
+                session,
+                sink,
+                checkpoints,
+                tick_every=self.tick_every,
+                checkpoint_every=self.checkpoint_every,
+                patience=self.patience,
+            )
+            batches = Batches(train, self.batch_size, state.key)
+            now, started = (int(state.ticks), int(state.step)), time.perf_counter()
+            if resumed:
+                sink(events.resumed(*now, path=self.checkpoint_dir or ""))
+            else:
+                sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
+            with interrupts() as stop:
+                outcome = run.until(epochs, batches, validation, stop)
+            run.save()
+            final = run.whole()
+            took = time.perf_counter() - started
+            now = (int(final.ticks), int(final.step))
+            sink(events.run_ended(*now, outcome=outcome, score=session.best_score, seconds=took))
+        return final, History(session.records, log.events)
+
+    def evaluate(self, state: TrainState | Morph, data: Data) -> dict[str, float]:
+        """Mean loss and score (in points) on data: `{"loss": ..., "score": ...}`."""
+        loss, score = self._evaluator(state.morph if isinstance(state, TrainState) else state, data)
+        return {"loss": loss, "score": score}
+
+    def restore(self, directory: str | os.PathLike[str] | None = None, *, step: int | None = None) -> TrainState:
+        """The state of a checkpoint, its structure read from the checkpoint itself; `fit` goes on from it to the bit.
+
+        Args:
+          directory: None is this trainer's `checkpoint_dir`.
+          step: None takes the newest whole step; damaged ones are skipped with a warning.
+
+        Raises:
+          ValueError: no directory is known. CheckpointError: none there, none whole, or one that does not fit this
+          trainer's optimizer or controller.
+        """
+        where = self.checkpoint_dir if directory is None else pathlib.Path(directory)
+        if where is None:
+            raise ValueError("restore() needs a directory: give one, or Tolaria(checkpoint_dir=...)")
+        if not where.is_dir():
+            raise CheckpointError(f"there is no directory {where} to restore from")
+        with Checkpoints(where / persist.FOLDER, keep=self.keep) as checkpoints:
+            state, session = persist.restore(checkpoints, self.tx, self._first_control, step)
+        self._resumed = (int(state.step), session)
+        return state
+
+    def __repr__(self) -> str:
+        where = f", checkpoint_dir={str(self.checkpoint_dir)!r}" if self.checkpoint_dir else ""
+        return f"Tolaria({self.forward!r}, controller={self.controller!r}{where})"
+
+    def _first_control(self, spec: Spec, key: jax.Array) -> tuple[Any, Any]:
+        governor = self._ticker.governor.init()
+        if self.controller is None:
+            return governor, None
+        return governor, self.controller.init(spec, np.asarray(jax.random.key_data(key)))
+
+    def _session(self, state: TrainState) -> tuple[Session, bool]:
+        """The run's memory, and whether it goes on from a restored checkpoint."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and resumed[0] == int(state.step):
+            return resumed[1], True
+        return Session(snapshot.take(state)), False
+
+    @contextlib.contextmanager
+    def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:
+        sinks: list[Sink] = [log, *self.sinks]
+        if self.checkpoint_dir is not None:
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            file = JsonlSink(self.checkpoint_dir / "events.jsonl")
+            file.rewind(int(state.step))
+            sinks.append(file)
+        if self.progress:
+            sinks.append(Console(epochs))
+        fanout = Fanout(sinks)
+        try:
+            yield fanout.emit
+        finally:
+            fanout.close()
+
+    @contextlib.contextmanager
+    def _checkpoints(self, state: TrainState) -> Iterator[Checkpoints | None]:
+        if self.checkpoint_dir is None:
+            yield None
+            return
+        with Checkpoints(self.checkpoint_dir / persist.FOLDER, keep=self.keep) as checkpoints:
+            later = [step for step in checkpoints.steps() if step > int(state.step)]
+            if later:
+                raise CheckpointError(
+                    f"{self.checkpoint_dir} already holds a run up to step {later[-1]}, and this state is at step "
+                    f"{int(state.step)}; go on with restore(), or choose another checkpoint_dir"
+                )
+            yield checkpoints
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+
+
+def _plain(params: Any) -> Any:
+    """Nested mappings as plain dicts, so that a state restored from disk has the same tree."""
+    if isinstance(params, Mapping):
+        return {name: _plain(child) for name, child in params.items()}
+    return params
