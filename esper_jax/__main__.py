@@ -1,0 +1,5 @@
+"""`python -m esper_jax` is `esper-jax`."""
+
+from .cli import main
+
+main()

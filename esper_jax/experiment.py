@@ -1,0 +1,279 @@
+"""One experiment on a ready-made task: a growing run, the host alone trained equally long, a table and a figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import optax
+
+from . import nissa
+from .kasmina import Gates, Lifecycle, Morph, get_blueprint, morph
+from .kasmina.morph import count
+from .kasmina.summary import compare
+from .protocol import Controller
+from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo
+from .tasks import Task, get_task
+from .tolaria import History, Tolaria, TrainState, growable
+
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a growing network on a task, and its host alone equally long; write a run directory and a figure."""
+
+    task: str = "digits"
+    """Which problem: digits, mnist1d, mnist1d-cnn or charlm."""
+    run_dir: pathlib.Path | None = None
+    """Where everything goes; by default runs/TASK-SEED (a new one beside it if that is taken)."""
+    epochs: int | None = None
+    """Passes over the training data; by default the task's own."""
+    seed: int = 0
+    """Shapes everything random: initial weights, data order, seeds' weights."""
+    controller: Literal["tamiyo", "fixed", "random", "none"] = "tamiyo"
+    """Who decides when and where to grow: the heuristic, one seed every ten epochs, chance, or nobody."""
+    growth: Literal["lean", "planted"] = "lean"
+    """lean: an empty slot costs nothing and a germination compiles a new program; planted: nothing recompiles."""
+    blueprints: tuple[str, ...] = ()
+    """Which seeds may grow; by default those that suit the task."""
+    where: str | None = None
+    """Regular expression of the sites that may grow; by default the task's own."""
+    slots: int = 2
+    """Places for seeds at a site."""
+    training_ticks: int = 10
+    """Epochs a seed trains in isolation before it may be blended in (gate G2)."""
+    tempo: int = 5
+    """Epochs that blending takes."""
+    strict: bool = False
+    """Strict gates: a seed must improve the score by half a point while training and contribute a full point."""
+    batch_size: int | None = None
+    """Examples in a batch; by default the task's own."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW; by default the task's own."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate of the host over the run; seeds always have the constant one on their own clock."""
+    baseline: bool = True
+    """Also train the host alone, equally long, and compare."""
+    figure: bool = True
+    """Draw figure.png (needs matplotlib)."""
+    quiet: bool = False
+    """No progress display."""
+    resume: pathlib.Path | None = None
+    """Go on with the run in that directory, with the options it was started with (all others are ignored)."""
+
+    def check(self) -> None:
+        """Raise ValueError or KeyError, in one sentence, for a value that cannot work."""
+        for name in ("epochs", "batch_size", "slots", "training_ticks", "tempo"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
+        for name in self.blueprints:
+            get_blueprint(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What an experiment found: `rows` of the final table (see `HEADERS`), and where the files are."""
+
+    rows: list[list[Any]]
+    run_dir: pathlib.Path
+    figure: pathlib.Path | None
+    grown: Morph
+
+    def table(self) -> str:
+        """The final table as text."""
+        return nissa.table(self.rows, HEADERS)
+
+
+HEADERS = ("model", "parameters", "FLOPs", "validation", "test", "seconds")
+
+
+def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
+    """Run the experiment; with `options.resume` go on from the run directory's newest checkpoint.
+
+    Raises:
+      ValueError, KeyError, ImportError: a wrong value, in one sentence, before anything is written.
+      TrainingInterrupted: on Ctrl-C, after a checkpoint was saved.
+    """
+    options.check()
+    task = get_task(options.task)
+    run_dir = options.run_dir if options.run_dir is not None else _fresh_directory(f"{options.task}-{options.seed}")
+    epochs = options.epochs or task.epochs
+    variables, trainer = _trainer(options, task, run_dir, epochs, grow=True)
+    if options.resume is not None:
+        state = trainer.restore()
+        done = _seconds_so_far(run_dir)
+    else:
+        state, done = trainer.init(variables, key=jax.random.key(options.seed)), 0.0
+        _write_config(options, run_dir)
+    say(f"{task.name}: {task.description}\n{state.morph!r}\nrun directory: {run_dir}")
+    started = time.perf_counter()
+    try:
+        state, history = trainer.fit(state, task.train, task.validation, epochs=epochs)
+    finally:
+        _note_seconds(run_dir, done + time.perf_counter() - started)
+    seconds = done + time.perf_counter() - started
+    rows, host_history = [], None
+    if options.baseline:
+        say("\nthe host alone, trained equally long:")
+        host_row, host_history = _host_alone(options, task, run_dir, epochs, variables)
+        rows.append(host_row)
+    rows.append(_row("grown", task, trainer, state, seconds))
+    figure = _draw(options, run_dir, task, history, host_history, say)
+    outcome = Outcome(rows, run_dir, figure, state.morph)
+    summary = [dict(zip(HEADERS, row, strict=True)) for row in rows]
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return outcome
+
+
+def read_config(run_dir: pathlib.Path) -> Train:
+    """The options of the run in that directory; FileNotFoundError in one sentence if there is none."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} holds no run ({CONFIG} is missing); give the directory that train printed")
+    data = json.loads(path.read_text())
+    return Train(**{**data, "run_dir": run_dir, "resume": run_dir, "blueprints": tuple(data["blueprints"])})
+
+
+def make_controller(options: Train, task: Task, sites: Sequence[str]) -> Controller | None:
+    """The controller an experiment asks for."""
+    blueprints = options.blueprints or task.blueprints
+    gates = Gates(strict=options.strict, min_training_ticks=options.training_ticks)
+    if options.controller == "none":
+        return None
+    if options.controller == "tamiyo":
+        return Tamiyo(blueprints=blueprints, gates=gates)
+    if options.controller == "random":
+        return RandomSchedule(blueprints=blueprints, gates=gates)
+    plan = {10 * (i + 1): [(site, name, {})] for i, (site, name) in enumerate(_pairs(task, sites, blueprints))}
+    return FixedSchedule(plan, gates=gates)
+
+
+def _pairs(task: Task, sites: Sequence[str], blueprints: Sequence[str]) -> list[tuple[str, str]]:
+    """Sites in order, each with the first of the blueprints that fits it."""
+    known = {site.path: site for site in morph(_variables(task, 0)).spec.sites}
+    pairs = []
+    for path in sites:
+        fitting = [name for name in blueprints if get_blueprint(name).fits(known[path])]
+        pairs += [(path, fitting[0])] if fitting else []
+    return pairs
+
+
+def _trainer(
+    options: Train, task: Task, run_dir: pathlib.Path, epochs: int, *, grow: bool
+) -> tuple[dict[str, Any], Tolaria]:
+    variables = _variables(task, options.seed)
+    blueprints = options.blueprints or task.blueprints
+    where = options.where or task.where
+    planted = {name: {} for name in blueprints} if grow and options.growth == "planted" else None
+    slots = max(options.slots, len(planted or ()))
+    sites = [site.path for site in morph(variables, where=where, slots=slots).spec.sites]
+    rate = options.learning_rate or task.learning_rate
+    steps = epochs * (len(task.train[0]) // (options.batch_size or task.batch_size))
+    host_rate = optax.cosine_decay_schedule(rate, steps) if options.schedule == "cosine" else rate
+    trainer = Tolaria(
+        task.model,
+        task.loss,
+        growable(optax.adamw(host_rate), seeds=optax.adamw(rate)),
+        controller=make_controller(options, task, sites) if grow else None,
+        score=task.score,
+        checkpoint_dir=run_dir,
+        batch_size=options.batch_size or task.batch_size,
+        classes=task.classes,
+        where=where,
+        slots=slots,
+        planted=planted,
+        checkpoint_every=5,
+        lifecycle=Lifecycle(
+            Gates(strict=options.strict, min_training_ticks=options.training_ticks), tempo=options.tempo
+        ),
+        progress=not options.quiet,
+    )
+    return variables, trainer
+
+
+def _variables(task: Task, seed: int) -> dict[str, Any]:
+    return dict(task.model.init(jax.random.key(seed), task.example))
+
+
+def _host_alone(
+    options: Train, task: Task, run_dir: pathlib.Path, epochs: int, variables: dict[str, Any]
+) -> tuple[list[Any], History]:
+    quiet = dataclasses.replace(options, quiet=True)
+    _, trainer = _trainer(quiet, task, run_dir / "host_alone", epochs, grow=False)
+    trainer.checkpoint_dir = _empty(run_dir / "host_alone")
+    started = time.perf_counter()
+    state = trainer.init(variables, key=jax.random.key(options.seed))
+    state, history = trainer.fit(state, task.train, task.validation, epochs=epochs)
+    return _row("host alone", task, trainer, state, time.perf_counter() - started), history
+
+
+def _row(name: str, task: Task, trainer: Tolaria, state: TrainState, seconds: float) -> list[Any]:
+    compared = compare(task.model, state.morph, task.example)
+    return [
+        name,
+        count(state.morph.params),
+        compared.grown_flops,
+        round(trainer.evaluate(state, task.validation)["score"], 2),
+        round(trainer.evaluate(state, task.test)["score"], 2),
+        round(seconds, 1),
+    ]
+
+
+def _draw(
+    options: Train, run_dir: pathlib.Path, task: Task, history: History, host: History | None, say: Callable[[str], None]
+) -> pathlib.Path | None:
+    if not options.figure:
+        return None
+    try:
+        from .nissa.figure import training_figure
+
+        title = f"{task.name}: growing network, seed {options.seed}"
+        events = run_dir / "events.jsonl"
+        host_events = None if host is None else run_dir / "host_alone" / "events.jsonl"
+        return pathlib.Path(training_figure(events, run_dir / "figure.png", host_events=host_events, title=title))
+    except ImportError as error:
+        say(f"no figure: {error}")
+        return None
+
+
+def _fresh_directory(name: str) -> pathlib.Path:
+    base = pathlib.Path("runs") / name
+    return next(path for path in [base, *(base.with_name(f"{name}-{i}") for i in range(2, 10**6))] if not path.exists())
+
+
+def _empty(directory: pathlib.Path) -> pathlib.Path:
+    """The directory without what an interrupted baseline left there."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    return directory
+
+
+def _write_config(options: Train, run_dir: pathlib.Path) -> None:
+    if (run_dir / CONFIG).exists():
+        raise ValueError(f"{run_dir} already holds a run; resume it with --resume {run_dir}, or give another --run-dir")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        data = {**dataclasses.asdict(options), "run_dir": str(run_dir)}
+        del data["resume"]
+        (run_dir / CONFIG).write_text(json.dumps(data, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write to the run directory {run_dir}: {error.strerror or error}") from None
+
+
+def _seconds_so_far(run_dir: pathlib.Path) -> float:
+    path = run_dir / "seconds.txt"
+    return float(path.read_text()) if path.is_file() else 0.0
+
+
+def _note_seconds(run_dir: pathlib.Path, seconds: float) -> None:
+    (run_dir / "seconds.txt").write_text(f"{seconds:.3f}\n")
