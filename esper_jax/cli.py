@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,22 +21,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError:
         _fail('the command line needs the package tyro: pip install "esper_jax[cli]"')
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"train": _train, "tasks": _tasks, "blueprints": _blueprints},
-        prog="esper-jax",
-        description="esper_jax: networks that grow while they train.",
-        args=arguments,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    assert command is None
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            command = tyro.extras.subcommand_cli_from_dict(
+                {"train": Train, "tasks": Tasks, "blueprints": Blueprints},
+                prog="esper-jax",
+                description="esper_jax: networks that grow while they train.",
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code:
+            _fail(_first_sentence(complaint.getvalue()))
+        raise
+    if isinstance(command, Train):
+        _train(command)
+    elif isinstance(command, Tasks):
+        for name, build in TASKS.items():
+            print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
+    else:
+        print(blueprints())
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """List the ready-made tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprints:
+    """List the blueprints: what can grow, and where."""
 
 
 def _train(options: Train) -> None:
-    """Train a growing network on a task, and its host alone equally long.
-
-    Prints each event in a seed's life with its reason, ends with a table, and writes a run directory (events.jsonl,
-    checkpoints, summary.json) and a figure.
-    """
     try:
         if options.resume is not None:
             options = read_config(options.resume)
@@ -52,15 +73,12 @@ def _train(options: Train) -> None:
         print(f"figure: {outcome.figure}")
 
 
-def _tasks() -> None:
-    """List the ready-made tasks."""
-    for name, build in TASKS.items():
-        print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
-
-
-def _blueprints() -> None:
-    """List the blueprints: what can grow, and where."""
-    print(blueprints())
+def _first_sentence(box: str) -> str:
+    """What tyro's boxed error says first, on one line."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+    text = [line for line in lines[1:] if line]
+    ends = [i for i, line in enumerate(text) if line.startswith(("Got errors", "For full helptext", "Argument helptext"))]
+    return " ".join(text[: min(ends, default=len(text))]) + " See esper-jax train --help."
 
 
 def _fail(sentence: str) -> NoReturn:

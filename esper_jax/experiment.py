@@ -27,7 +27,11 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train a growing network on a task, and its host alone equally long; write a run directory and a figure."""
+    """Train a growing network on a task, and its host alone equally long.
+
+    Prints each event in a seed's life with its reason, ends with a table, and writes a run directory (events.jsonl,
+    checkpoints, summary.json) and a figure.
+    """
 
     task: str = "digits"
     """Which problem: digits, mnist1d, mnist1d-cnn or charlm."""

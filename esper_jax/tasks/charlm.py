@@ -57,7 +57,7 @@ def charlm() -> Task:
         learning_rate=3e-3,
         epochs=12,
         where=r"block_\d+/",
-        blueprints=("mlp", "lora", "bottleneck", "norm"),
+        blueprints=("mlp", "lora", "norm"),
     )
 
 

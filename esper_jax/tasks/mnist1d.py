@@ -28,7 +28,7 @@ def mnist1d() -> Task:
         batch_size=128,
         learning_rate=3e-3,
         epochs=60,
-        blueprints=("mlp", "lora", "bottleneck"),
+        blueprints=("mlp", "lora"),
     )
 
 

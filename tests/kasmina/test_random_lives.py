@@ -56,8 +56,7 @@ def operate(state, operation):
     name, argument, mask = operation
     dynamic = name in ("tick", "move", "observe")
     argument = jnp.asarray(argument, jnp.int32 if name == "move" else jnp.float32) if dynamic else argument
-    call = apply_dynamic if dynamic else apply_static
-    return call(state, name, jnp.asarray(mask), argument) if dynamic else call(state, name, jnp.asarray(mask), argument)
+    return (apply_dynamic if dynamic else apply_static)(state, name, jnp.asarray(mask), argument)
 
 
 def as_numpy(state):
@@ -67,7 +66,6 @@ def as_numpy(state):
 def check(before, after, operation):
     stage, alpha = after.stage, after.alpha
     hops = LEGAL[before.stage, stage] | (before.stage == stage)
-    back = (before.stage == Stage.HOLDING) & (stage == Stage.BLENDING)
     assert np.all(hops), (operation, before.stage, stage)
     assert np.all((alpha >= 0) & (alpha <= 1)), operation
     entered = (stage >= Stage.BLENDING) & (stage <= Stage.FOSSILIZED)
@@ -76,7 +74,7 @@ def check(before, after, operation):
     assert np.all(after.steps[moved] == 0), operation
     ticks = int(operation[0] == "tick")
     assert np.all(after.steps[~moved] == before.steps[~moved] + ticks * (stage[~moved] != Stage.DORMANT)), operation
-    assert np.all(after.steps <= np.maximum(after.age, 0) + 1000 * (stage > Stage.FOSSILIZED)), operation
+    assert np.all(after.steps[stage <= Stage.FOSSILIZED] <= after.age[stage <= Stage.FOSSILIZED]), operation
     assert np.all((after.ramp_done >= 0) & (after.ramp_done <= after.ramp_steps)), operation
     assert np.all(after.generation - before.generation == (moved & (stage == Stage.GERMINATED))), operation
     assert not np.any(after.pruning & ~np.isin(stage, LIVE)), operation
@@ -85,8 +83,6 @@ def check(before, after, operation):
     faults = after.faults - before.faults
     assert np.all(faults[stage != Stage.GERMINATED] <= 1), operation
     assert not np.any((after.faults >= 3) & np.isin(stage, LIVE)), operation
-    fell = (stage == Stage.BLENDING) & (before.stage == Stage.HOLDING)
-    assert np.array_equal(fell, back)
 
 
 @settings(max_examples=60)
@@ -124,7 +120,7 @@ def planted_forward():
 FORWARD = planted_forward()
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_no_nan_reaches_the_host_in_any_life(data):
     """Contract 15, 18: random operations at every site, random seeds NaN; with nobody blended in, the host's own bits."""
@@ -135,7 +131,7 @@ def test_no_nan_reaches_the_host_in_any_life(data):
             harm = data.draw(st.sampled_from([float("nan"), float("inf")]))
             morph = poisoned(morph, harm, only={(plant.site, plant.slot)})
     states = {path: pad(SeedState.empty(2).replace(stage=jnp.ones(2, jnp.int32))) for path in morph.state}
-    for operation in data.draw(st.lists(OPERATIONS, min_size=3, max_size=15)):
+    for operation in data.draw(st.lists(OPERATIONS, min_size=3, max_size=10)):
         states = {path: operate(state, operation) for path, state in states.items()}
         output = FORWARD(morph.replace(state={path: cut(state) for path, state in states.items()}))
         assert bool(jnp.all(jnp.isfinite(output))), operation
