@@ -142,6 +142,8 @@ def test_contract_21_22_an_unmeasured_validation_loss_is_no_sample_and_clears_no
     verdicts, state = run([1.0] * 10 + [9.0, None, 9.0, None, 9.0])
     assert [verdict.rollback for verdict in verdicts[-5:]] == [False] * 4 + [True]
     assert np.sum(~np.isnan(state.losses)) == 10
+    verdicts, _ = run([1.0] * 14 + [9.0, None, 1.0])
+    assert [verdict.snapshot for verdict in verdicts[-3:]] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ class Tamiyo(Keeper):
         measured = math.isfinite(report.score)
         better = measured and report.score > float(state.best) + self.min_delta
         plateau = 0 if changed or better else int(state.plateau) + measured
-        loss, last = np.float32(report.loss), np.float32(state.loss)
-        gain = (last - loss) / abs(last) if np.isfinite(last) and np.isfinite(loss) and last != 0 else np.nan
+        loss, last = float(np.float32(report.loss)), float(state.loss)
+        gain = (last - loss) / abs(last) if math.isfinite(last - loss) and last != 0 else math.nan
         stable = int(state.stable) + 1 if self.stable_low <= gain <= self.stable_high else 0
         penalty = np.array(state.penalty) / 2
         for name in changes.pruned:

@@ -11,12 +11,13 @@ limit a value is, so a rule that is just met gives 0.75 and 0.67, and one that i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from ..kasmina._pytree import pytree
@@ -163,11 +164,11 @@ class Keeper:
             return None
         if self.keep == "always":
             gate = gate5(seed, self.gates)
-            if gate or seed.steps < 1:
+            if gate or seed.steps < 1 or not math.isfinite(report.score):
                 return None
             reason = f"every seed is kept, and this one contributes {seed.contribution:.2f} points"
             return Decision("fossilize", seed.site, seed.slot, seed.blueprint, reason=reason)
-        return self._harm(seed, report) or self._stuck(seed) or self._verdict(watch, at, seed)
+        return self._harm(seed, report) or self._stuck(seed) or self._verdict(watch, at, seed, report)
 
     def _harm(self, seed: SeedReport, report: Report) -> Decision | None:
         fall = seed.stage_score - report.score
@@ -187,10 +188,12 @@ class Keeper:
         reason = f"{seed.steps} ticks in {seed.stage.name} (limit {self.patience}) and the gate has not opened{why}"
         return self._prune(seed, sure(x), pressing(x), reason)
 
-    def _verdict(self, watch: Watch, at: tuple[int, int], seed: SeedReport) -> Decision | None:
+    def _verdict(self, watch: Watch, at: tuple[int, int], seed: SeedReport, report: Report) -> Decision | None:
         """A HOLDING seed that was measured often enough: fossilise, prune, or None to wait."""
         held = int(watch.held[at])
         if seed.stage != Stage.HOLDING or held < self.min_holding or seed.steps < self.min_holding:
+            return None
+        if not math.isfinite(report.score):
             return None
         contribution = float(watch.contribution[at])
         error = self._error(held, float(watch.contribution_spread[at]))
@@ -232,14 +235,17 @@ class Keeper:
 
 def gate5(seed: SeedReport, gates: Gates) -> str:
     """Why gate G5 does not let the seed through, with the value; empty where it does. It is the gate's own code."""
-    values = [jnp.float32([value]) for value in (seed.contribution, seed.health)]
-    state = dataclasses.replace(
-        SeedState.empty(1), stage=jnp.int32([seed.stage]), contribution=values[0], health=values[1]
-    )
-    reason = int(g5(state, gates)[1][0])
+    measured = np.array([[seed.contribution], [seed.health]], np.float32)
+    reason = int(_g5(np.array([seed.stage], np.int32), *measured, gates)[0])
     if reason == PASSED:
         return ""
     return f"it {REASONS[reason]} (contribution {seed.contribution:.2f}, health {seed.health:.2f}, {seed.stage.name})"
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _g5(stage: Any, contribution: Any, health: Any, gates: Gates) -> Any:
+    """The code of the gate's answer (`gates.REASONS`), from the gate itself."""
+    return g5(dataclasses.replace(SeedState.empty(1), stage=stage, contribution=contribution, health=health), gates)[1]
 
 
 def sure(x: float) -> float:

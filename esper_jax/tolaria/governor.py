@@ -6,12 +6,12 @@ Pure functions on numpy arrays and plain numbers; taking snapshots and rolling b
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..kasmina._pytree import pytree
@@ -280,7 +280,7 @@ def _planned(decision: Decision, site: Site, place: SiteReport, spec: Spec, appl
             match = other.slot if other.slot is not None else next(iter(_residents(other, place, spec, taken)), None)
             taken |= set() if match is None else {match}
     residents = _residents(decision, place, spec, taken)
-    empty = [slot for slot in place.free_slots if spec.plant(site.path, slot) is None and slot not in taken]
+    empty = [slot for slot in place.free_slots if spec.plant(site.path, slot) is None]
     usable = [slot for slot in (*residents, *empty) if decision.slot in (None, slot)]
     if not usable:
         asked = "no slot" if decision.slot is None else f"slot {decision.slot} is not"
@@ -375,11 +375,8 @@ def _veto_ramp(seed: SeedReport, where: str) -> str | None:
 
 
 def _veto_fossil(seed: SeedReport, where: str, gates: Gates) -> str | None:
-    values = [jnp.float32([value]) for value in (seed.contribution, seed.health)]
-    state = dataclasses.replace(
-        SeedState.empty(1), stage=jnp.int32([seed.stage]), contribution=values[0], health=values[1]
-    )
-    reason = int(g5(state, gates)[1][0])
+    measured = np.array([[seed.contribution], [seed.health]], np.float32)
+    reason = int(_g5(np.array([seed.stage], np.int32), *measured, gates)[0])
     if reason == PASSED:
         return None
     needed = f">= {gates.min_contribution:g}" if gates.strict else "> 0"
@@ -396,6 +393,12 @@ def _veto_advance(seed: SeedReport, where: str) -> str | None:
     if seed.steps == 0:
         return f"gate: {where} entered {seed.stage.name} at this tick; the next one asks its gate"
     return None
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _g5(stage: Any, contribution: Any, health: Any, gates: Gates) -> Any:
+    """The code of the gate's answer (`gates.REASONS`), from the gate itself."""
+    return g5(dataclasses.replace(SeedState.empty(1), stage=stage, contribution=contribution, health=health), gates)[1]
 
 
 def _illegal(seed: SeedReport, where: str, action: str) -> str:

@@ -151,7 +151,8 @@ def one_step(
     updates, opt_state = tx.update(grads, state.opt_state, morph)
     grown = morph.with_params(optax.apply_updates(morph.params, updates)).with_collections(collections)
     kept, opt_state = _where(ok, (grown, opt_state), (morph, tx.grow(state.opt_state, morph)))
-    faulty = {path: _faulty(morph, path, grads["seeds"], tapped[path].faults) for path in morph.state}
+    # On a batch that breaks the host itself no seed is to blame: faults count on good batches only.
+    faulty = {path: ok & _faulty(morph, path, grads["seeds"], tapped[path].faults) for path in morph.state}
     new = state.replace(
         step=state.step + 1,
         morph=kept.replace(state=_life(morph, grads, norm, faulty, ok)),

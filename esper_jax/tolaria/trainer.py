@@ -158,6 +158,9 @@ class Tolaria:
         if not isinstance(state, TrainState):
             raise TypeError(f"fit() needs the TrainState of init() or restore(), got {type(state).__name__}")
         _positive("epochs", epochs)
+        wanted = jax.eval_shape(self.tx.init, state.morph)
+        if jax.tree.structure(wanted) != jax.tree.structure(state.opt_state):
+            raise ValueError("the optimizer state in this TrainState is that of another optimizer; init() makes a new one")
         session, resumed = self._session(state)
         log = ListSink()
         with self._checkpoints(state) as checkpoints, self._sinks(state, log, epochs) as sink:

@@ -121,6 +121,19 @@ def test_noise_in_the_batch_changes_nothing_but_the_step_count_and_is_counted() 
     assert float(metrics["skipped"]) == 1 and int(after.meters.skipped) == 1 and int(after.step) == 2
 
 
+def test_a_seed_is_not_blamed_for_a_batch_that_breaks_the_host() -> None:
+    given = host("mlp")
+    morph, site, _ = planted("mlp")
+    tx = growable(clipped())
+    seeded = esper_jax.advance(esper_jax.germinate(morph, site, "lora", key=jax.random.key(0)), site, 0)
+    state = TrainState.create(seeded, tx, key=jax.random.key(3))
+    step = make_train_step(given.model, LOSS, tx)
+    for _ in range(4):
+        state, metrics = step(state, (given.x * jnp.nan, given.y))
+    assert int(state.morph.state[site].faults[0]) == 0 and float(metrics["faults"]) == 0
+    assert int(state.morph.state[site].stage[0]) == Stage.TRAINING
+
+
 def test_health_and_ratio_are_the_contracts_formulas_on_the_seeds_gradient() -> None:
     """Contract 8."""
     from esper_jax.tolaria.step import gradient_health
