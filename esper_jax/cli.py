@@ -61,7 +61,9 @@ def _train(options: Train) -> None:
         outcome = run(options)
     except TrainingInterrupted as interrupted:
         where = options.run_dir or "RUN_DIRECTORY"
-        print(f"\n{interrupted}\nresume with: esper-jax train --resume {interrupted.directory or where}", file=sys.stderr)
+        print(
+            f"\n{interrupted}\nresume with: esper-jax train --resume {interrupted.directory or where}", file=sys.stderr
+        )
         sys.exit(130)
     except TrainingDiverged as diverged:
         print(f"esper-jax: {diverged}", file=sys.stderr)
@@ -77,7 +79,9 @@ def _first_sentence(box: str) -> str:
     """What tyro's boxed error says first, on one line."""
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
     text = [line for line in lines[1:] if line]
-    ends = [i for i, line in enumerate(text) if line.startswith(("Got errors", "For full helptext", "Argument helptext"))]
+    ends = [
+        i for i, line in enumerate(text) if line.startswith(("Got errors", "For full helptext", "Argument helptext"))
+    ]
     return " ".join(text[: min(ends, default=len(text))]) + " See esper-jax train --help."
 
 

@@ -158,7 +158,9 @@ def make_controller(options: Train, task: Task, sites: Sequence[str]) -> Control
         return Tamiyo(blueprints=blueprints, gates=gates)
     if options.controller == "random":
         return RandomSchedule(blueprints=blueprints, gates=gates)
-    plan = {10 * (i + 1): [(site, name, {})] for i, (site, name) in enumerate(_pairs(task, sites, blueprints))}
+    plan: dict[int, Any] = {
+        10 * (i + 1): [(site, name, {})] for i, (site, name) in enumerate(_pairs(task, sites, blueprints))
+    }
     return FixedSchedule(plan, gates=gates)
 
 
@@ -178,7 +180,7 @@ def _trainer(
     variables = _variables(task, options.seed)
     blueprints = options.blueprints or task.blueprints
     where = options.where or task.where
-    planted = {name: {} for name in blueprints} if grow and options.growth == "planted" else None
+    planted: dict[str, Any] | None = {name: {} for name in blueprints} if grow and options.growth == "planted" else None
     slots = max(options.slots, len(planted or ()))
     sites = [site.path for site in morph(variables, where=where, slots=slots).spec.sites]
     rate = options.learning_rate or task.learning_rate
@@ -234,7 +236,12 @@ def _row(name: str, task: Task, trainer: Tolaria, state: TrainState, seconds: fl
 
 
 def _draw(
-    options: Train, run_dir: pathlib.Path, task: Task, history: History, host: History | None, say: Callable[[str], None]
+    options: Train,
+    run_dir: pathlib.Path,
+    task: Task,
+    history: History,
+    host: History | None,
+    say: Callable[[str], None],
 ) -> pathlib.Path | None:
     if not options.figure:
         return None

@@ -18,7 +18,7 @@ from esper_jax.kasmina.spec import Plant, Site, Spec
 from esper_jax.kasmina.stages import Stage
 from esper_jax.kasmina.state import SeedState, blends, computes
 from esper_jax.protocol import Decision, Feedback, Report, SeedReport, SiteReport
-from esper_jax.tolaria.governor import Limits, veto
+from esper_jax.tolaria.veto import Limits, veto
 
 NAN = float("nan")
 SITES = tuple(Site(path, "dense", (8,), (8,)) for path in ("a", "b", "c"))

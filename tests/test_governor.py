@@ -15,7 +15,8 @@ from esper_jax.kasmina.blueprints import make_plant
 from esper_jax.kasmina.stages import EDGES
 from esper_jax.protocol import ACTIONS, Decision
 from esper_jax.tamiyo.keeping import gate5
-from esper_jax.tolaria.governor import Governor, Limits, check, veto
+from esper_jax.tolaria.governor import Governor, check
+from esper_jax.tolaria.veto import Limits, veto
 
 from .control_world import NAN, SITES, report, seed_report, site_report
 

@@ -15,7 +15,7 @@ from esper_jax.kasmina import Gates, Plant, Site, Spec, Stage
 from esper_jax.kasmina.blueprints import make_plant
 from esper_jax.protocol import Controller, Feedback
 from esper_jax.tamiyo import FixedSchedule, RandomSchedule, Tamiyo
-from esper_jax.tolaria.governor import Limits, veto
+from esper_jax.tolaria.veto import Limits, veto
 
 from .control_world import NAN, SITES, World, report, seed_report, site_report, sites_of
 

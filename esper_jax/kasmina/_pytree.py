@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
 
@@ -15,10 +15,16 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+class Struct:
+    """Base of the pytree dataclasses."""
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 def pytree(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass and register it as a pytree; gives it `replace(**changes)`."""
+    """Make `cls` a frozen dataclass and register it as a pytree."""
     data = dataclasses.dataclass(frozen=True, repr="__repr__" not in cls.__dict__)(cls)
-    if "replace" not in cls.__dict__:
-        data.replace = lambda self, **changes: dataclasses.replace(self, **changes)  # type: ignore[attr-defined]
     return jax.tree_util.register_dataclass(data)

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from . import state as _state
-from ._pytree import pytree, static
+from ._pytree import Struct, pytree, static
 from .blend import join, open_input
 from .blueprints import get_blueprint, seed_apply
-from .probe import Probe, tap
+from .probe import tap
 from .spec import Plant, Site
 from .state import SeedState
 
 
 @pytree
-class Tap:
+class Tap(Struct):
     """Zeros whose *gradients* are what one site measured in a step: `faults` a slot, and the probe's `stats`."""
 
     faults: Float[Array, " S"]
@@ -26,7 +26,7 @@ class Tap:
 
 
 @pytree
-class Bank:
+class Bank(Struct):
     """All that one site needs in a forward pass. Adapters carry it to the layer; `plants` and `site` are static."""
 
     seeds: dict[str, Any]

@@ -118,7 +118,7 @@ def _join_fwd(
 def _join_bwd(blend: str, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
     h, f, gate, a, entered, learns, fault, flag = residuals
     effective = jnp.where(entered, a, jnp.ones_like(a))
-    _, vjp = jax.vjp(lambda *operands: BLENDS[blend](*operands, effective), h, f, gate)
+    _, vjp = jax.vjp(lambda x, y, z: BLENDS[blend](x, y, z, effective), h, f, gate)
     to_host, to_seed, to_gate = vjp(cotangent)
     passes = entered | learns
     return (

@@ -74,7 +74,8 @@ def register_blueprint(
       reads: `"input"` for a seed parallel to the layer, `"output"` for one that follows it.
       kinds: the site kinds it is made for, of `dense, dense_general, conv, attention, layer_norm, batch_norm`.
       config: config keys and their defaults; with functions, taken from `init`'s keyword defaults when None.
-      about, citation: shown by `blueprints()`.
+      about: what it is, in a line, shown by `blueprints()`.
+      citation: the paper, shown likewise.
       replace: allow a name that is taken.
 
     Returns:
@@ -176,7 +177,7 @@ def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
     where = f"blueprint {plant.blueprint!r} with {dict(plant.config)} at site {site.path!r}"
     try:
         variables = seed_shapes(plant, site)
-        f, gate = jax.eval_shape(lambda v, x: seed_apply(plant, site, v, x), variables, u)
+        f, _ = jax.eval_shape(lambda v, x: seed_apply(plant, site, v, x), variables, u)
     except Exception as error:
         raise ValueError(f"{where} cannot be built: {type(error).__name__}: {error}") from error
     wrong = [

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .stages import Stage
@@ -96,6 +99,17 @@ def g5(state: SeedState, gates: Gates) -> Verdict:
         (jnp.isnan(state.health), NO_HEALTH),
         (~(state.health >= gates.min_health), SICK),
     )
+
+
+def g5_code(stage: int, contribution: float, health: float, gates: Gates) -> int:
+    """G5's answer for one seed's numbers, an index into `REASONS`: the gate itself, for those who hold no arrays."""
+    values = (np.array([value], np.float32) for value in (contribution, health))
+    return int(_g5_reason(np.array([stage], np.int32), *values, gates)[0])
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _g5_reason(stage: Array, contribution: Array, health: Array, gates: Gates) -> Array:
+    return g5(SeedState.empty(1).replace(stage=stage, contribution=contribution, health=health), gates)[1]
 
 
 def _verdict(*checks: tuple[Bool[Array, " S"], int]) -> Verdict:

@@ -40,7 +40,9 @@ class Graft:
 
     def _run(self, morph: Morph, banks: Mapping[str, Bank], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(morph, Morph):
-            raise TypeError(f"a grafted forward takes a Morph first, got {type(morph).__name__}; make one with morph(params)")
+            raise TypeError(
+                f"a grafted forward takes a Morph first, got {type(morph).__name__}; make one with morph(params)"
+            )
         bare = not is_variables(morph.host)
         wraps = bare and self.model is None
         apply = (lambda variables, *a, **k: self.apply(variables["params"], *a, **k)) if wraps else self.apply

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from . import gates as _gates
-from ._pytree import pytree
+from ._pytree import Struct, pytree
 from .gates import Gates
 from .ramp import alpha_at, curve_code
 from .stages import LEGAL, Stage
@@ -42,7 +42,7 @@ class Lifecycle:
 
 
 @pytree
-class Ticked:
+class Ticked(Struct):
     """What one tick did: the stage before and after, and why a waiting seed did not move (`gates.REASONS`)."""
 
     before: Int[Array, " S"]
@@ -207,7 +207,14 @@ def tick(
     )
     target = jnp.select(
         [dead, pass1, pass2, pass3, rested & (state.stage == Stage.RESETTING), rested],
-        [int(Stage.PRUNED), int(Stage.TRAINING), int(Stage.BLENDING), int(Stage.HOLDING), int(Stage.DORMANT), state.stage + 1],
+        [
+            int(Stage.PRUNED),
+            int(Stage.TRAINING),
+            int(Stage.BLENDING),
+            int(Stage.HOLDING),
+            int(Stage.DORMANT),
+            state.stage + 1,
+        ],
         state.stage,
     )
     state, ok = transition(state, dead | pass1 | pass2 | pass3 | rested, target, score)

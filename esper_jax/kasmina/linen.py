@@ -54,7 +54,9 @@ def mode(model: Any, train: bool) -> dict[str, bool]:
     return {"use_running_average": not train} if "use_running_average" in names else {}
 
 
-def call(apply: Callable[..., Any], variables: Mapping[str, Any], banks: Mapping[str, Bank], *args: Any, **kwargs: Any) -> Any:
+def call(
+    apply: Callable[..., Any], variables: Mapping[str, Any], banks: Mapping[str, Bank], *args: Any, **kwargs: Any
+) -> Any:
     """`apply(variables, *args, **kwargs)` with each site's bank applied to its layer's output.
 
     The banks travel inside `params`, each at its layer's own path, so that lifted transforms (`nn.remat`, `nn.scan`)
@@ -65,7 +67,11 @@ def call(apply: Callable[..., Any], variables: Mapping[str, Any], banks: Mapping
 
     def intercept(next_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
-        if context.method_name != "__call__" or module.scope is None or not module.scope.has_variable("params", RESERVED):
+        if (
+            context.method_name != "__call__"
+            or module.scope is None
+            or not module.scope.has_variable("params", RESERVED)
+        ):
             return next_call(*args, **kwargs)
         bank = module.scope.get_variable("params", RESERVED)
         if bank.site.path in inside:  # a subclass that calls super().__call__
@@ -111,7 +117,9 @@ def trace_sites(
 
     inputs = example if isinstance(example, tuple) else (example,)
     with nn.intercept_methods(intercept):
-        jax.eval_shape(lambda v, a: model.apply(v, *a, **{**mode(model, False), **kwargs}, mutable=False), variables, inputs)
+        jax.eval_shape(
+            lambda v, a: model.apply(v, *a, **{**mode(model, False), **kwargs}, mutable=False), variables, inputs
+        )
     found: list[Site] = []
     skipped: list[tuple[str, str]] = []
     statistics = {path for path, node in nodes(variables.get("batch_stats", {})) if own_arrays(node)}
@@ -146,16 +154,22 @@ def blueprint_functions(
         features = site.in_features if reads == "input" else site.out_features
         variables = built.init(key, jnp.zeros((1,) + (8,) * site.spatial + (features,), site.dtype))
         if extra := sorted(set(variables) - {"params"}):
-            raise TypeError(f"blueprint {name!r}: a seed may have parameters only, its module also has {', '.join(extra)}")
+            raise TypeError(
+                f"blueprint {name!r}: a seed may have parameters only, its module also has {', '.join(extra)}"
+            )
         return variables["params"]
 
     def apply(params: Any, u: jax.Array, site: Site, **config: Any) -> jax.Array:
-        return module(site, **config).apply({"params": params}, u)
+        output: Any = module(site, **config).apply({"params": params}, u)
+        return output
 
     return init, apply
 
 
-def traced_site(path: str, module: nn.Module, guessed: Site | None, u: Any, h: Any, node: Mapping[str, Any]) -> Site | None:
+def traced_site(
+    path: str, module: nn.Module, guessed: Site | None, u: Any, h: Any, node: Mapping[str, Any]
+) -> Site | None:
+    """The site of a layer that was seen called with input `u` and output `h`; None if it can carry no seeds."""
     kind = next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
     shaped = hasattr(u, "shape") and hasattr(h, "shape")
     if not shaped or (kind is None and (guessed is None or type(module).__module__.startswith("flax."))):
@@ -206,8 +220,8 @@ def with_seeds(module: nn.Module, bank: Bank, args: tuple[Any, ...], kwargs: dic
 def _mismatch(site: Site, module: nn.Module, found: str) -> ValueError:
     return ValueError(
         f"site {site.path!r} was taken for {site.kind} {site.in_shape} -> {site.out_shape}, but the layer called there "
-        f"is {type(module).__name__} and {found}. Give morph() model= and example= so that kinds and shapes are traced, "
-        "or leave the site out with where= (layers stacked by nn.scan or nn.vmap cannot carry seeds yet)"
+        f"is {type(module).__name__} and {found}. Give morph() model= and example= so that kinds and shapes are "
+        "traced, or leave the site out with where= (layers stacked by nn.scan or nn.vmap cannot carry seeds yet)"
     )
 
 
@@ -235,5 +249,7 @@ def _merge(params: Mapping[str, Any], banks: Mapping[str, Bank]) -> dict[str, An
 
 def _strip(params: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: _strip(child) if isinstance(child, Mapping) else child for name, child in params.items() if name != RESERVED
+        name: _strip(child) if isinstance(child, Mapping) else child
+        for name, child in params.items()
+        if name != RESERVED
     }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from ._pytree import pytree, static
+from ._pytree import Struct, pytree, static
 from .bank import Bank
 from .blend import check_blend
 from .blueprints import make_plant, seed_init
@@ -26,7 +26,7 @@ SEEDS, LIFE = "seeds", "kasmina"
 
 
 @pytree
-class Planted:
+class Planted(Struct):
     """What a Kasmina layer keeps in the collection `kasmina`: its seeds' state, and statically what they are."""
 
     state: SeedState

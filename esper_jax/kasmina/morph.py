@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import linen, modules
-from ._pytree import pytree, static
+from ._pytree import Struct, pytree, static
 from .blend import check_blend
 from .blueprints import get_blueprint, make_plant, registered, seed_shapes
 from .sites import Where, find_sites
@@ -19,7 +19,7 @@ from .state import SeedState
 
 
 @pytree
-class Morph:
+class Morph(Struct):
     """A host and the seeds growing in it; a pytree that `jit`, `grad`, `vmap`, `scan` and Orbax take like any other.
 
     `host` holds the user's variables exactly as given. `seeds` is `{site: {slot: variables}}` and `state` is
@@ -85,8 +85,9 @@ def morph(
       planted: blueprints to allocate ahead at every site they fit, so that growing them recompiles nothing:
         a name, a list of names, or `{name: config}`. They are dormant until `germinate` gives them parameters.
       blend: how planted seeds meet the host's output: add, lerp, multiply or gate.
-      model, example: the Linen module and one input (an array or a tuple of arguments): kinds, shapes and dtypes are
-        then traced exactly instead of read from the parameters' names and shapes.
+      model: the Linen module; with `example`, kinds, shapes and dtypes are traced exactly instead of read from the
+        parameters' names and shapes.
+      example: one input, an array or a tuple of arguments; only its shape matters.
       **call_kwargs: keyword arguments of the traced call.
 
     Returns:
@@ -201,7 +202,7 @@ def _ahead(spec: Spec, planted: Any, blend: str) -> list[Plant]:
         planted = {planted: {}}
     elif not isinstance(planted, Mapping):
         planted = {name: {} for name in planted}
-    plants = []
+    plants: list[Plant] = []
     for name, config in planted.items():
         blueprint = get_blueprint(name)
         fitting = [site for site in spec.sites if blueprint.fits(site)]
@@ -211,7 +212,9 @@ def _ahead(spec: Spec, planted: Any, blend: str) -> list[Plant]:
         for site in fitting:
             slot = sum(plant.site == site.path for plant in plants)
             if slot >= spec.slots:
-                raise ValueError(f"site {site.path!r} has {spec.slots} slots; planting {name!r} needs one more: raise slots=")
+                raise ValueError(
+                    f"site {site.path!r} has {spec.slots} slots; planting {name!r} needs one more: raise slots="
+                )
             plants.append(make_plant(site, slot, name, config, blend, resident=True))
     return plants
 
@@ -231,7 +234,9 @@ def _plants_text(morph: Morph) -> str:
     for plant in morph.spec.plants[:4]:
         stage = morph.state[plant.site].stage
         known = not isinstance(stage, jax.core.Tracer) and getattr(stage, "ndim", 0) == 1
-        shown.append(f"{plant.blueprint} at {plant.site} {Stage(int(stage[plant.slot])).name if known else ''}".rstrip())
+        shown.append(
+            f"{plant.blueprint} at {plant.site} {Stage(int(stage[plant.slot])).name if known else ''}".rstrip()
+        )
     return ", ".join(shown) + (", ..." if len(morph.spec.plants) > 4 else "")
 
 

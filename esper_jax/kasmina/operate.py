@@ -80,7 +80,11 @@ def germinate(
         chosen = free[0] if slot is None else slot
         plant = make_plant(place, chosen, blueprint, config, blend or "add", resident=False)
         grown = with_spec(morph, morph.spec.with_plant(plant))
-    fresh = seed_init(plant, place, key) if params is None else _check_params(plant, place, params)
+    if params is not None:
+        fresh = _check_params(plant, place, params)
+    else:
+        assert key is not None
+        fresh = seed_init(plant, place, key)
     state, ok = _move(grown.state[site], plant.slot, lambda s, m: lifecycle.transition(s, m, Stage.GERMINATED, score))
     old = grown.seeds[site][plant.key]
     placed = jax.tree.map(lambda new, kept: jnp.where(ok, new, kept), fresh, old)
@@ -167,10 +171,8 @@ def tick(
         for plant in plants:
             finite = finite.at[plant.slot].set(_finite(morph.seeds[path][plant.key]))
         state[path], report[path] = lifecycle.tick(morph.state[path], score=score, finite=finite, config=config)
-        dormant = state[path].stage == Stage.DORMANT
-        seeds[path] = {
-            p.key: jax.tree.map(lambda v, s=p.slot: jnp.where(dormant[s], 0, v), morph.seeds[path][p.key]) for p in plants
-        }
+        asleep = state[path].stage == Stage.DORMANT
+        seeds[path] = {p.key: _emptied(morph.seeds[path][p.key], asleep[p.slot]) for p in plants}
     return morph.replace(seeds=seeds, state=state), report
 
 
@@ -271,7 +273,9 @@ def _illegal(state: SeedState, site: str, slot: int, call: str) -> str:
     if target is not None and Stage[target] not in EDGES[stage]:
         return f"{site} slot {slot}: {stage.name} > {target} is not a legal edge; {stage.name} may go to {legal}"
     if bool(state.pruning[slot]):
-        return f"{site} slot {slot}: {call}() is not possible, a scheduled prune is taking the seed out (ramp at {ramp})"
+        return (
+            f"{site} slot {slot}: {call}() is not possible, a scheduled prune is taking the seed out (ramp at {ramp})"
+        )
     return (
         f"{site} slot {slot}: {call}() is not possible in {stage.name} with alpha {float(state.alpha[slot]):g} and a "
         f"ramp at {ramp}; alpha moves in BLENDING and HOLDING only, when the last ramp has ended"
@@ -282,7 +286,7 @@ def _check_params(plant: Plant, site: Any, params: Any) -> Any:
     """Stored parameters, if they have the blueprint's structure, shapes and dtypes."""
     shapes = seed_shapes(plant, site)
     if jax.tree.structure(shapes) != jax.tree.structure(params):
-        raise ValueError(f"stored parameters for {plant.blueprint!r} at {site.path!r} have another structure than {shapes}")
+        raise ValueError(f"stored parameters for {plant.blueprint!r} at {site.path!r} have another structure")
     pairs = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(params), strict=True)
     for (path, want), got in pairs:
         if jnp.shape(got) != want.shape or jnp.result_type(got) != want.dtype:
@@ -290,6 +294,11 @@ def _check_params(plant: Plant, site: Any, params: Any) -> Any:
             found = f"{jnp.result_type(got)}{jnp.shape(got)}"
             raise ValueError(f"stored {name} for {site.path!r} is {found}, the seed needs {want.dtype}{want.shape}")
     return params
+
+
+def _emptied(variables: Any, asleep: jax.Array) -> Any:
+    """Zeros where the seed is dormant."""
+    return jax.tree.map(lambda leaf: jnp.where(asleep, 0, leaf), variables)
 
 
 def _finite(tree: Any) -> jax.Array:

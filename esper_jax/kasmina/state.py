@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ._pytree import pytree
+from ._pytree import Struct, pytree
 from .stages import LIVE, Stage
 
 
 @pytree
-class SeedState:
+class SeedState(Struct):
     """What is known of the seeds in a site's `S` slots. NaN stands for "not measured yet" and passes no gate.
 
     Life: `stage` (a `Stage`), `alpha` in [0, 1], the ramp (`ramp_start`, `ramp_target`, `ramp_steps`, `ramp_done` in

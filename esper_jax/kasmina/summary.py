@@ -87,7 +87,7 @@ def blueprints() -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The bare host against the grown model on one input. FLOPs are XLA's count for the compiled call (NaN: none given).
+    """The bare host against the grown model on one input. FLOPs are XLA's count for the compiled call (NaN: none).
 
     `difference` is the largest absolute difference of any output; `equal_bits` says whether all outputs are the same
     to the bit; `same_program` whether both trace to the same jaxpr; milliseconds are medians of warm calls in turn.
@@ -161,7 +161,7 @@ def compare(model: Any, morph: Morph, x: Any, *, repeats: int = 20, **kwargs: An
 
 
 def program(function: Callable[..., Any], *args: Any) -> str:
-    """The jaxpr of a call as text, without the memory addresses that some primitives print; equal text, equal program."""
+    """The jaxpr of a call as text, without the memory addresses that primitives print: equal text, equal program."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(function)(*args)))
 
 

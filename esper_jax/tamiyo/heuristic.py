@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kasmina._pytree import pytree
+from ..kasmina._pytree import Struct, pytree
 from ..kasmina.blueprints import get_blueprint
 from ..kasmina.spec import Spec
 from ..kasmina.stages import LIVE
@@ -23,7 +23,7 @@ BLUEPRINTS = ("lora", "conv_light", "mlp", "depthwise", "bottleneck", "se", "nor
 
 
 @pytree
-class TamiyoState:
+class TamiyoState(Struct):
     """What Tamiyo remembers: numpy arrays over `S` sites, `L` slots and `B` blueprints; counts are in ticks.
 
     `watch`: per slot. `penalty` [B]; `blocked` [S, B] ticks for which a refused germination is not proposed again.

@@ -11,21 +11,18 @@ limit a value is, so a rule that is just met gives 0.75 and 0.67, and one that i
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
-from ..kasmina._pytree import pytree
-from ..kasmina.gates import PASSED, REASONS, Gates, g5
+from ..kasmina._pytree import Struct, pytree
+from ..kasmina.gates import PASSED, REASONS, Gates, g5_code
 from ..kasmina.ramp import TEMPOS
 from ..kasmina.spec import Spec
 from ..kasmina.stages import LIVE, Stage
-from ..kasmina.state import SeedState
 from ..protocol import Decision, Report, SeedReport
 
 ABSENT = -1
@@ -33,7 +30,7 @@ _REST = (Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING)
 
 
 @pytree
-class Watch:
+class Watch(Struct):
     """What a controller remembers of every slot: numpy arrays over `S` sites and `L` slots, -1 or NaN for unknown.
 
     `sites` and `blueprint` are CRC-32 of names, so that no string is needed. `started` is the score when the seed
@@ -235,17 +232,10 @@ class Keeper:
 
 def gate5(seed: SeedReport, gates: Gates) -> str:
     """Why gate G5 does not let the seed through, with the value; empty where it does. It is the gate's own code."""
-    measured = np.array([[seed.contribution], [seed.health]], np.float32)
-    reason = int(_g5(np.array([seed.stage], np.int32), *measured, gates)[0])
+    reason = g5_code(seed.stage, seed.contribution, seed.health, gates)
     if reason == PASSED:
         return ""
     return f"it {REASONS[reason]} (contribution {seed.contribution:.2f}, health {seed.health:.2f}, {seed.stage.name})"
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _g5(stage: Any, contribution: Any, health: Any, gates: Gates) -> Any:
-    """The code of the gate's answer (`gates.REASONS`), from the gate itself."""
-    return g5(dataclasses.replace(SeedState.empty(1), stage=stage, contribution=contribution, health=health), gates)[1]
 
 
 def sure(x: float) -> float:

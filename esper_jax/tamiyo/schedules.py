@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kasmina._pytree import pytree
+from ..kasmina._pytree import Struct, pytree
 from ..kasmina.blueprints import get_blueprint
 from ..kasmina.spec import Spec
 from ..kasmina.stages import LIVE
@@ -24,7 +24,7 @@ Germination = tuple[str, str, Mapping[str, Any]]
 
 
 @pytree
-class FixedState:
+class FixedState(Struct):
     """`watch` per slot, and which germinations of the plan have been proposed (bool, in the plan's order)."""
 
     watch: Watch
@@ -32,7 +32,7 @@ class FixedState:
 
 
 @pytree
-class RandomState:
+class RandomState(Struct):
     """`watch` per slot, the key (uint32 words) and the count of ticks from which all random numbers follow."""
 
     watch: Watch

@@ -27,8 +27,8 @@ def digits() -> Task:
         validation=(validation_x, validation_y),
         test=(test_x, test_y),
         classes=10,
-        batch_size=64,
+        batch_size=32,
         learning_rate=3e-3,
-        epochs=60,
+        epochs=90,
         blueprints=("conv_light", "bottleneck", "lora", "depthwise", "mlp", "se"),
     )

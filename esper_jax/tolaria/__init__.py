@@ -2,7 +2,7 @@
 
 from .checkpoint import CheckpointError, Checkpoints
 from .evaluate import Contributions, Evaluator
-from .governor import Governor, Limits
+from .governor import Governor
 from .optim import Growable, growable
 from .persist import restore_morph
 from .run import TrainingInterrupted
@@ -11,6 +11,7 @@ from .state import TrainState
 from .step import make_train_step
 from .ticker import TrainingDiverged
 from .trainer import Tolaria
+from .veto import Limits
 
 __all__ = [
     "CheckpointError",

@@ -30,8 +30,8 @@ class Batches:
             self.batch_size = min(batch_size, self.size)
         elif not callable(data) and iter_once(data):
             raise TypeError(
-                f"training data of type {type(data).__name__} can be read only once; give arrays, a list or loader that "
-                "can be iterated again, or a function epoch -> batches"
+                f"training data of type {type(data).__name__} can be read only once; give arrays, a list or loader "
+                "that can be iterated again, or a function epoch -> batches"
             )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:

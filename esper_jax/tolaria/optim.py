@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
-from ..kasmina._pytree import pytree
+from ..kasmina._pytree import Struct, pytree
 from ..kasmina.morph import Morph
 from ..kasmina.state import learns
 
 
 @pytree
-class SeedOptState:
+class SeedOptState(Struct):
     """One seed's optimizer state, and the generation of the seed it belongs to."""
 
     inner: Any
@@ -23,7 +23,7 @@ class SeedOptState:
 
 
 @pytree
-class GrowState:
+class GrowState(Struct):
     """The state of a `growable` optimizer: the host's, and `{site: {slot: SeedOptState}}`."""
 
     host: Any
@@ -115,8 +115,7 @@ class Growable:
             return fresh
         same = jax.tree.structure(old) == jax.tree.structure(fresh)
         alike = same and all(
-            jnp.shape(a) == jnp.shape(b)
-            for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(fresh), strict=True)
+            jnp.shape(a) == jnp.shape(b) for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(fresh), strict=True)
         )
         return old if alike else fresh
 

@@ -35,7 +35,9 @@ class Measured:
 def make_report(state: TrainState, measured: Measured, ticked: Mapping[str, Ticked]) -> Report:
     """The report of a tick from the state after it; everything the controller may know, as plain numbers."""
     morph = state.morph
-    life, meters, moved, step, ticks = jax.device_get((morph.state, state.meters, dict(ticked), state.step, state.ticks))
+    life, meters, moved, step, ticks = jax.device_get(
+        (morph.state, state.meters, dict(ticked), state.step, state.ticks)
+    )
     return Report(
         epoch=int(ticks),
         step=int(step),

@@ -25,9 +25,7 @@ class Pending:
 
     def answer(self, score: float, contribution: float) -> Feedback:
         """The feedback, now that the score after it is known."""
-        return Feedback(
-            self.decision, self.outcome, self.reason, self.score_before, score, contribution, self.seconds
-        )
+        return Feedback(self.decision, self.outcome, self.reason, self.score_before, score, contribution, self.seconds)
 
 
 @dataclasses.dataclass

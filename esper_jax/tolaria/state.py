@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..kasmina._pytree import pytree
+from ..kasmina._pytree import Struct, pytree
 from ..kasmina.morph import Morph
 from ..kasmina.probe import SIZE
 from .optim import Growable, GrowState
 
 
 @pytree
-class Meters:
+class Meters(Struct):
     """Sums since the last tick: training loss and batches, bad batches, and for each site its probes' sums.
 
     `stats` is `{site: [P]}` (see `kasmina.probe.Probe`) and `gradients` the summed norms of the site's parameter
@@ -43,7 +43,7 @@ class Meters:
 
 
 @pytree
-class TrainState:
+class TrainState(Struct):
     """A run between two steps.
 
     `step`, `epoch` and `batch` (batches done in this epoch) and `ticks` are int32 scalars. `morph` holds the host

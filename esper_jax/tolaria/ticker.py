@@ -22,18 +22,19 @@ from . import snapshot as _snapshot
 from .apply import apply_decision
 from .data import Data
 from .evaluate import Contributions, Evaluator, measured_plants
-from .governor import Governor, Limits, check, veto
+from .governor import Governor, check
 from .optim import Growable
 from .report import NAN, Measured, make_report, mean_loss
 from .session import Pending, Session
 from .state import Meters, TrainState
+from .veto import Limits, veto
 
 Sink = Callable[[Event], None]
 _GERMINATION = 0x5EED
 _SHOWN = ("alpha", "pruning", "age", "steps", "faults", "health", "ratio", "contribution")
 
 
-class TrainingDiverged(RuntimeError):  # noqa: N818 - an end of training, not a bug
+class TrainingDiverged(RuntimeError):
     """Training kept diverging: more rollbacks than `max_rollbacks`. The state is the last good one."""
 
     state: TrainState | None = None
@@ -86,7 +87,9 @@ class Ticker:
             score=score,
             seconds=time.perf_counter() - session.tick_began,
             seeds=_rows(state),
-            sites={site.path: {"gain": site.gain, "dead": site.dead, "variance": site.variance} for site in report.sites},
+            sites={
+                site.path: {"gain": site.gain, "dead": site.dead, "variance": site.variance} for site in report.sites
+            },
             tick_seconds=time.perf_counter() - began,
         )
         sink(event)
@@ -110,7 +113,7 @@ class Ticker:
         last = {(row["site"], row["slot"]): row for row in session.records[-1]["seeds"]} if session.records else {}
         for plant in state.morph.spec.plants:
             site, slot = plant.site, plant.slot
-            at = {"site": site, "slot": slot, "blueprint": plant.blueprint}
+            at: dict[str, Any] = {"site": site, "slot": slot, "blueprint": plant.blueprint}
             if (site, slot) in measured.single:
                 sink(events.contribution(*self._now, **at, value=measured.single[site, slot]))
             faults = int(life[site].faults[slot])
@@ -148,9 +151,7 @@ class Ticker:
             raise error
         return state, True
 
-    def _control(
-        self, state: TrainState, session: Session, report: Report, sink: Sink
-    ) -> tuple[TrainState, bool]:
+    def _control(self, state: TrainState, session: Session, report: Report, sink: Sink) -> tuple[TrainState, bool]:
         """Ask the controller, check and apply what it decides; whether a seed was fossilised."""
         if self.controller is None:
             return state, False
@@ -199,9 +200,7 @@ class Ticker:
         """The state with the decision carried out; on an error the state is unchanged and the error is the reason."""
         key = jax.random.fold_in(jax.random.fold_in(state.key, _GERMINATION), state.ticks)
         try:
-            morph, slot = apply_decision(
-                state.morph, decision, key=jax.random.fold_in(key, index), score=report.score
-            )
+            morph, slot = apply_decision(state.morph, decision, key=jax.random.fold_in(key, index), score=report.score)
         except (ValueError, KeyError, TypeError) as error:
             return state, decision.slot, f"{type(error).__name__}: {error}"
         state = state.replace(morph=morph, opt_state=self.tx.grow(state.opt_state, morph))
@@ -211,8 +210,10 @@ class Ticker:
         before = Stage.DORMANT if seed is None else seed.stage
         if decision.action == "germinate":
             size = count(morph.seeds[plant.site][plant.key])
-            at = {"site": plant.site, "slot": slot, "blueprint": plant.blueprint}
-            sink(events.germinated(*self._now, **at, reason=decision.reason, parameters=size, config=dict(plant.config)))
+            at: dict[str, Any] = {"site": plant.site, "slot": slot, "blueprint": plant.blueprint}
+            sink(
+                events.germinated(*self._now, **at, reason=decision.reason, parameters=size, config=dict(plant.config))
+            )
         life = morph.state[plant.site]
         after = int(life.stage[slot])
         if before != after:
@@ -237,7 +238,7 @@ def _with_contributions(state: TrainState, measured: Contributions) -> TrainStat
 def _stage(
     now: tuple[int, int], plant: Plant, before: Stage | str, after: Stage | int, reason: str, alpha: Any = 0.0
 ) -> Event:
-    at = {"site": plant.site, "slot": plant.slot, "blueprint": plant.blueprint}
+    at: dict[str, Any] = {"site": plant.site, "slot": plant.slot, "blueprint": plant.blueprint}
     return events.stage(*now, **at, before=before, after=after, reason=reason, alpha=float(alpha))
 
 

@@ -25,13 +25,14 @@ from . import persist, snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .data import Batches, Data
 from .evaluate import Evaluator, Score
-from .governor import Governor, Limits
+from .governor import Governor
 from .optim import growable
 from .run import Run, interrupts
 from .session import History, Session
 from .state import TrainState
 from .step import Calls, Loss, make_train_step
 from .ticker import Ticker
+from .veto import Limits
 
 
 class Tolaria:
@@ -129,7 +130,8 @@ class Tolaria:
         Args:
           params: the host's variables, its bare params, or a `Morph`.
           key: a PRNG key; all randomness of the run follows from it.
-          model, example: as for `morph`, to trace the sites' kinds and shapes.
+          model: as for `morph`, to trace the sites' kinds and shapes.
+          example: as for `morph`.
         """
         if not isinstance(params, Morph):
             params = morph(_plain(params), model=model, example=example, **self._morph_options)
@@ -137,9 +139,7 @@ class Tolaria:
         governor, control = self._first_control(params.spec, state.key)
         return state.replace(governor=governor, control=control)
 
-    def fit(
-        self, state: TrainState, train: Data, validation: Data, *, epochs: int = 20
-    ) -> tuple[TrainState, History]:
+    def fit(self, state: TrainState, train: Data, validation: Data, *, epochs: int = 20) -> tuple[TrainState, History]:
         """Train until `epochs` epochs are done, counted from the state's first step.
 
         Args:
@@ -160,7 +160,9 @@ class Tolaria:
         _positive("epochs", epochs)
         wanted = jax.eval_shape(self.tx.init, state.morph)
         if jax.tree.structure(wanted) != jax.tree.structure(state.opt_state):
-            raise ValueError("the optimizer state in this TrainState is that of another optimizer; init() makes a new one")
+            raise ValueError(
+                "the optimizer state in this TrainState is that of another optimizer; init() makes a new one"
+            )
         session, resumed = self._session(state)
         log = ListSink()
         with self._checkpoints(state) as checkpoints, self._sinks(state, log, epochs) as sink:

@@ -9,7 +9,7 @@ import pytest
 
 import esper_jax
 from esper_jax import Site, register_blueprint
-from esper_jax.kasmina.blueprints import _REGISTRY, get_blueprint, make_plant, seed_apply, seed_init
+from esper_jax.kasmina.blueprints import _REGISTRY, KINDS, get_blueprint, make_plant, seed_apply, seed_init
 
 from .hosts import fitting, host
 
@@ -42,7 +42,7 @@ def seed_of(name, site):
     plant = make_plant(site, 0, name, {}, "add", False)
     features = site.in_features if get_blueprint(name).reads == "input" else site.out_features
     u = jax.random.normal(jax.random.key(1), (3, *(5, 4, 3)[: site.spatial], features), site.dtype)
-    return plant, seed_init(plant, site, jax.random.key(0)), u
+    return plant, jax.jit(lambda key: seed_init(plant, site, key))(jax.random.key(0)), u
 
 
 @pytest.mark.parametrize(("name", "site"), PAIRS, ids=IDS)
@@ -62,8 +62,8 @@ def test_every_blueprint_learns_and_all_its_parameters_move(name, site):
     """30 Adam steps towards a seed of the same kind halve the error at least; no parameter is dead."""
     plant, params, u = seed_of(name, site)
     noise = jax.random.key(9)
-    goal = jax.tree.map(lambda v: v + 0.5 * jax.random.normal(jax.random.fold_in(noise, v.size), v.shape), params)
-    target = seed_apply(plant, site, goal, u)[0]
+    moved = lambda v: v + 0.5 * jax.random.normal(jax.random.fold_in(noise, v.size), v.shape)  # noqa: E731
+    target = jax.jit(lambda: seed_apply(plant, site, jax.tree.map(moved, params), u)[0])()
     tx = optax.adam(0.05)
 
     def loss(params):
@@ -84,20 +84,18 @@ def test_every_blueprint_learns_and_all_its_parameters_move(name, site):
     assert all(jax.tree.leaves(moved)), moved
 
 
-@pytest.mark.parametrize("space", [(1, 1), (2, 1), (8, 8)])
-@pytest.mark.parametrize("width", [1, 2, 3, 8, 12])
+@pytest.mark.parametrize(("space", "width"), [((1, 1), 8), ((2, 1), 1), ((4, 4), 12)])
 def test_convolution_seeds_work_at_any_size_of_image_and_width(space, width):
     """An image of one pixel and a single channel included: the last layer still gets a gradient."""
     site = Site("s", "conv", (3,), (width,), spatial=2)
     u = jax.random.normal(jax.random.key(1), (4, *space, width)) + 1.0
     for name in fitting(site):
         plant = make_plant(site, 0, name, {}, "add", False)
-        params = jax.tree.map(lambda v: v + 0.1, seed_init(plant, site, jax.random.key(0)))
-        grads = jax.grad(lambda p, n=plant: jnp.sum(jnp.cos(seed_apply(n, site, p, u)[0] + u)))(params)
+        params = jax.jit(lambda n=plant: jax.tree.map(lambda v: v + 0.1, seed_init(n, site, jax.random.key(0))))()
+        grads = jax.jit(jax.grad(lambda p, n=plant: jnp.sum(jnp.cos(seed_apply(n, site, p, u)[0] + u))))(params)
         assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads)), name
         last = grads["excite_bias" if name == "se" else "up"]
-        if space != (1, 1) or width > 3 or name == "se":
-            assert bool(jnp.any(last != 0)), name
+        assert bool(jnp.any(last != 0)), name
 
 
 def test_config_reaches_the_seed():
@@ -135,8 +133,7 @@ def test_a_pair_of_functions_becomes_a_blueprint(registry):
 
     made = register_blueprint("scale", init=init, apply=lambda p, u, gain, site: u * p["w"] * gain, kinds="dense")
     assert dict(made.config) == {"gain": 2.0} and made.reads == "output" and made.kinds == ("dense",)
-    plain = register_blueprint("plain", init=init, apply=lambda p, u: u * p["w"])
-    assert plain.kinds == esper_jax.kasmina.seeds.norm.NORMS[:0] + plain.kinds
+    assert set(register_blueprint("plain", init=init, apply=lambda p, u: u * p["w"]).kinds) == set(KINDS)
     given_host = host("mlp")
     morph = esper_jax.germinate(esper_jax.morph(given_host.variables), "Dense_0", "scale", key=jax.random.key(0), gain=3.0)
     assert dict(morph.spec.plants[0].config) == {"gain": 3.0}

@@ -48,7 +48,7 @@ def test_a_broken_seed_leaves_the_sound_ones_their_effect():
     """Contract 18: falling back is per slot."""
     step, morph = compiled_step("mlp"), grown("mlp", False)
     slots = [(plant.site, plant.slot) for plant in morph.spec.plants]
-    stages = {at: (Stage.BLENDING, 0.5) for at in slots}
+    stages = dict.fromkeys(slots, (Stage.BLENDING, 0.5))
     one = step(in_stage(morph, {slots[0]: (Stage.BLENDING, 0.5)}))[0]
     rest_broken = poisoned(in_stage(morph, stages), float("nan"), only=set(slots[1:]))
     assert equal_bits(step(rest_broken)[0], one)

@@ -24,7 +24,9 @@ def morph_with(seeds: int) -> Morph:
     """The MLP with that many noisy seeds, all HOLDING."""
     morph = esper_jax.morph(GIVEN.variables, slots=2)
     for i in range(seeds):
-        morph = esper_jax.germinate(morph, ("Dense_0", "Dense_1", "Dense_2")[i % 3], "lora", key=jax.random.key(i), rank=2)
+        morph = esper_jax.germinate(
+            morph, ("Dense_0", "Dense_1", "Dense_2")[i % 3], "lora", key=jax.random.key(i), rank=2
+        )
     return in_stage(noisy(morph, 3), esper_jax.Stage.HOLDING)
 
 

@@ -31,7 +31,7 @@ def planted(name: str) -> tuple[Morph, str, str]:
 
 
 def run(name: str, germinate_at: int, train_at: int, steps: int) -> tuple[TrainState, int]:
-    """`steps` train steps; the planted seed germinates and begins to train at the steps given (after the end: never)."""
+    """Train; the planted seed germinates and begins to train at the steps given (after the end: never)."""
     given = host(name)
     morph, site, blueprint = planted(name)
     tx = growable(clipped())

@@ -18,7 +18,9 @@ from jaxtyping import Array, Float
 Pads = list[tuple[int, int]]
 
 
-def convolve(x: Float[Array, "N *space I"], kernel: Float[Array, "*taps J O"], groups: int = 1) -> Float[Array, "N *space O"]:
+def convolve(
+    x: Float[Array, "N *space I"], kernel: Float[Array, "*taps J O"], groups: int = 1
+) -> Float[Array, "N *space O"]:
     """`x` convolved with `kernel`, of one size with `x` in space.
 
     Args:
@@ -33,7 +35,9 @@ def convolve(x: Float[Array, "N *space I"], kernel: Float[Array, "*taps J O"], g
       ValueError: at trace time, where ranks or features do not fit.
     """
     if x.ndim != kernel.ndim or not 3 <= x.ndim <= 5:
-        raise ValueError(f"convolve() takes x [N, *space, I] and a kernel of one rank, 1 to 3; got {x.shape}, {kernel.shape}")
+        raise ValueError(
+            f"convolve() takes x [N, *space, I] and a kernel of one rank, 1 to 3; got {x.shape}, {kernel.shape}"
+        )
     if x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
         raise ValueError(f"{groups} group(s) of {x.shape[-1]} features do not fit a kernel of shape {kernel.shape}")
     dtype = jnp.result_type(x, kernel)
@@ -99,7 +103,10 @@ def _shifts(x: Array, kernel: Array, pads: Pads) -> list[Array]:
     space, size = x.shape[1:-1], kernel.shape[:-2]
     padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     starts = itertools.product(*(range(s) for s in size))
-    return [lax.slice(padded, (0, *at, 0), (x.shape[0], *map(sum, zip(at, space, strict=True)), x.shape[-1])) for at in starts]
+    return [
+        lax.slice(padded, (0, *at, 0), (x.shape[0], *map(sum, zip(at, space, strict=True)), x.shape[-1]))
+        for at in starts
+    ]
 
 
 def _turned(kernel: Array, groups: int) -> Array:
