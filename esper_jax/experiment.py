@@ -23,6 +23,8 @@ from .tasks import Task, get_task
 from .tolaria import History, Tolaria, TrainState, growable
 
 CONFIG = "config.json"
+LEAST_REST = 10
+"""Epochs of a trial beside training and blending: starting, holding until the contribution is sure, a ramp down."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,19 +150,19 @@ def read_config(run_dir: pathlib.Path) -> Train:
     return Train(**{**data, "run_dir": run_dir, "resume": run_dir, "blueprints": tuple(data["blueprints"])})
 
 
-def make_controller(options: Train, task: Task, sites: Sequence[str]) -> Controller | None:
-    """The controller an experiment asks for."""
+def make_controller(options: Train, task: Task, sites: Sequence[str], epochs: int) -> Controller | None:
+    """The controller an experiment asks for; none germinates so late that the trial could not end within the run."""
     blueprints = options.blueprints or task.blueprints
     gates = Gates(strict=options.strict, min_training_ticks=options.training_ticks)
     if options.controller == "none":
         return None
+    last = epochs - (options.training_ticks + options.tempo + LEAST_REST)
     if options.controller == "tamiyo":
-        return Tamiyo(blueprints=blueprints, gates=gates)
+        return Tamiyo(blueprints=blueprints, gates=gates, last_epoch=last)
     if options.controller == "random":
-        return RandomSchedule(blueprints=blueprints, gates=gates)
-    plan: dict[int, Any] = {
-        10 * (i + 1): [(site, name, {})] for i, (site, name) in enumerate(_pairs(task, sites, blueprints))
-    }
+        return RandomSchedule(blueprints=blueprints, gates=gates, last_epoch=last)
+    pairs = dict(zip(range(10, last + 1, 10), _pairs(task, sites, blueprints), strict=False))
+    plan: dict[int, Any] = {epoch: [(site, name, {})] for epoch, (site, name) in pairs.items()}
     return FixedSchedule(plan, gates=gates)
 
 
@@ -190,7 +192,7 @@ def _trainer(
         task.model,
         task.loss,
         growable(optax.adamw(host_rate), seeds=optax.adamw(rate)),
-        controller=make_controller(options, task, sites) if grow else None,
+        controller=make_controller(options, task, sites, epochs) if grow else None,
         score=task.score,
         checkpoint_dir=run_dir,
         batch_size=options.batch_size or task.batch_size,

@@ -588,3 +588,14 @@ def test_a_report_of_another_model_is_refused_by_name():
     state = tamiyo().init(SPEC)
     with pytest.raises(ValueError, match="z slot 0 is reported, but the controller was started without it"):
         tamiyo().decide(state, report(sites=[site_report(other.sites[0])], seeds=[seed_report("z")]), ())
+
+
+@pytest.mark.parametrize("made", [Tamiyo(last_epoch=11), RandomSchedule(rate=1.0, last_epoch=11)])
+def test_nothing_germinates_after_the_last_epoch_so_that_trials_can_end(made):
+    spec = Spec(tuple(SITES))
+    state = made.init(spec, np.array([0, 1], np.uint32))
+    born = []
+    for epoch in range(1, 40):
+        decisions, state = made.decide(state, report(epoch=epoch, score=50.0, loss=1.0), ())
+        born += [epoch for decision in decisions if decision.action == "germinate"]
+    assert born and max(born) <= 11

@@ -23,10 +23,12 @@ class Graft:
 
     def __call__(self, morph: Morph, *args: Any, **kwargs: Any) -> Any:
         """The grown model's output: what the host's `apply` returns for the same arguments."""
+        _check_morph(morph)
         return self._run(morph, {path: _bank(morph, path) for path in morph.spec.planted_at}, args, kwargs)
 
     def tapped(self, morph: Morph, taps: Mapping[str, Tap], sample: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """The same output, with `taps` (see `zero_taps`) whose gradients are the step's faults and measurements."""
+        _check_morph(morph)
         banks = {path: _bank(morph, path, tap, sample) for path, tap in taps.items()}
         return self._run(morph, banks, args, kwargs)
 
@@ -80,6 +82,12 @@ def zero_taps(morph: Morph) -> dict[str, Tap]:
     """Zeros for `Graft.tapped`, one for every site."""
     slots = morph.spec.slots
     return {site.path: Tap(jnp.zeros(slots), jnp.zeros(SIZE)) for site in morph.spec.sites}
+
+
+def _check_morph(morph: Any) -> None:
+    if not isinstance(morph, Morph):
+        got = type(morph).__name__
+        raise TypeError(f"a grafted forward takes a Morph first, got {got}; make one with morph(params)")
 
 
 def _bank(morph: Morph, path: str, tap: Tap | None = None, sample: jax.Array | None = None) -> Bank:

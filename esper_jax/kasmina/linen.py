@@ -62,11 +62,13 @@ def call(
     The banks travel inside `params`, each at its layer's own path, so that lifted transforms (`nn.remat`, `nn.scan`)
     carry them; they are taken out of any variables that come back.
     """
+    called: set[str] = set()
     visited: set[str] = set()
     inside: set[str] = set()
 
     def intercept(next_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
+        called.add(context.method_name)
         if (
             context.method_name != "__call__"
             or module.scope is None
@@ -86,8 +88,9 @@ def call(
 
     with nn.intercept_methods(intercept):
         result = apply({**variables, "params": _merge(variables["params"], banks)}, *args, **kwargs)
+    # A jitted apply that is called again runs from its cache: no layer is called, and its seeds are in the program.
     missed = [path for path, bank in banks.items() if bank.plants and path not in visited]
-    if missed and "method" not in kwargs:
+    if missed and called and "method" not in kwargs:
         warnings.warn(
             f"seeds at {', '.join(missed)} have no effect: the model never called that layer in this forward pass "
             "(its parameters are read directly, or the layer is unused).",
@@ -175,6 +178,8 @@ def traced_site(
     if not shaped or (kind is None and (guessed is None or type(module).__module__.startswith("flax."))):
         return None
     arrays = jax.tree.leaves(dict(node))
+    if not arrays or not _last_axis(module, u) or _is_stacked(module, node):
+        return None
     dtype = str(jnp.dtype(arrays[0].dtype))
     if kind == "dense_general":
         axes, batch = _dense_axes(module), module.batch_dims
@@ -191,8 +196,6 @@ def traced_site(
         assert guessed is not None
         agrees = u.shape[-1] == guessed.in_features and h.shape[-1] == guessed.out_features
         return guessed if agrees and guessed.kind != "dense_general" else None
-    if kind == "batch_norm" or kind == "layer_norm":
-        return Site(path, kind, u.shape[-1:], h.shape[-1:], dtype, traced=True) if arrays else None
     return Site(path, kind, u.shape[-1:], h.shape[-1:], dtype, traced=True)
 
 
@@ -200,7 +203,12 @@ def with_seeds(module: nn.Module, bank: Bank, args: tuple[Any, ...], kwargs: dic
     """The layer's output with its bank applied, in the layout that the layer gave it."""
     site, u = bank.site, _first_input(module, args, kwargs)
     if not (hasattr(u, "shape") and hasattr(h, "shape")):
-        raise _mismatch(site, module, "its first argument or its output is not one array")
+        raise _mismatch(site, module, "takes or gives more than one array")
+    kind = next((kind for cls, kind in _KINDS if isinstance(module, cls)), site.kind)
+    if kind != site.kind and {kind, site.kind} != {"dense", "dense_general"}:
+        raise _mismatch(site, module, f"is a {kind} layer")
+    if not _last_axis(module, u):
+        raise _mismatch(site, module, "normalises another axis than the last")
     inputs = jnp.asarray(u)
     if isinstance(module, nn.DenseGeneral):
         axes = _dense_axes(module)
@@ -208,9 +216,9 @@ def with_seeds(module: nn.Module, bank: Bank, args: tuple[Any, ...], kwargs: dic
         inputs = inputs.reshape(*inputs.shape[: inputs.ndim - len(axes)], -1)
     output = h.reshape(*h.shape[: h.ndim - len(site.out_shape)], -1)
     if inputs.shape[-1] != site.in_features and not (site.kind == "conv" and not site.traced):
-        raise _mismatch(site, module, f"its input has {inputs.shape[-1]} features")
+        raise _mismatch(site, module, f"has an input of {inputs.shape[-1]} features")
     if h.shape[h.ndim - len(site.out_shape) :] != site.out_shape:
-        raise _mismatch(site, module, f"its output has shape {h.shape}")
+        raise _mismatch(site, module, f"has an output of shape {h.shape}")
     if site.spatial:
         inputs = inputs.reshape(math.prod(inputs.shape[: -site.spatial - 1]), *inputs.shape[-site.spatial - 1 :])
         output = output.reshape(math.prod(output.shape[: -site.spatial - 1]), *output.shape[-site.spatial - 1 :])
@@ -220,7 +228,7 @@ def with_seeds(module: nn.Module, bank: Bank, args: tuple[Any, ...], kwargs: dic
 def _mismatch(site: Site, module: nn.Module, found: str) -> ValueError:
     return ValueError(
         f"site {site.path!r} was taken for {site.kind} {site.in_shape} -> {site.out_shape}, but the layer called there "
-        f"is {type(module).__name__} and {found}. Give morph() model= and example= so that kinds and shapes are "
+        f"is {type(module).__name__}, which {found}. Give morph() model= and example= so that kinds and shapes are "
         "traced, or leave the site out with where= (layers stacked by nn.scan or nn.vmap cannot carry seeds yet)"
     )
 
@@ -230,6 +238,33 @@ def _first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return args[0]
     name = next(iter(list(inspect.signature(type(module).__call__).parameters)[1:]), None)
     return kwargs.get(name) if name else None
+
+
+def _last_axis(module: nn.Module, u: Any) -> bool:
+    """Whether a norm's features are the last axis of its input; True for all other layers."""
+    last = (-1, u.ndim - 1)
+    if isinstance(module, nn.BatchNorm):
+        return module.axis in last
+    if isinstance(module, nn.LayerNorm):
+        axes = module.feature_axes if isinstance(module.feature_axes, tuple | list) else (module.feature_axes,)
+        return len(axes) == 1 and axes[0] in last
+    return True
+
+
+def _is_stacked(module: Any, node: Mapping[str, Any]) -> bool:
+    """Whether the parameters hold more axes than the layer itself has: `nn.scan` or `nn.vmap` stacked them."""
+    if isinstance(module, nn.MultiHeadDotProductAttention):
+        return bool(node["query"]["kernel"].ndim != 3)
+    if isinstance(module, nn.DenseGeneral):
+        features = module.features if isinstance(module.features, tuple | list) else (module.features,)
+        return bool(node["kernel"].ndim != len(_dense_axes(module)) + len(features))
+    if isinstance(module, nn.Dense):
+        return bool(node["kernel"].ndim != 2)
+    if isinstance(module, nn.Conv):
+        return bool(node["kernel"].ndim != (1 if isinstance(module.kernel_size, int) else len(module.kernel_size)) + 2)
+    if isinstance(module, nn.LayerNorm | nn.BatchNorm):
+        return any(leaf.ndim != 1 for leaf in own_arrays(node).values())
+    return False
 
 
 def _dense_axes(module: Any) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from .blueprints import make_plant, seed_init
 from .linen import RESERVED, traced_site, with_seeds
 from .sites import join_path, nodes
 from .spec import Plant, Site
-from .state import SeedState
+from .state import SeedState, resized
 
 SEEDS, LIFE = "seeds", "kasmina"
 
@@ -151,7 +151,10 @@ def give_seeds(morph: Any, embedded: Mapping[str, Embedded]) -> dict[str, Any]:
     """The `seeds` and `state` of a morph with those of its model's Kasmina layers in place."""
     return {
         "seeds": {**morph.seeds, **{path: dict(given.seeds) for path, given in embedded.items()}},
-        "state": {**morph.state, **{path: given.bank.state for path, given in embedded.items()}},
+        "state": {
+            **morph.state,
+            **{path: resized(given.bank.state, morph.spec.slots) for path, given in embedded.items()},
+        },
     }
 
 

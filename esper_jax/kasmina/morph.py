@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import linen, modules
 from ._pytree import Struct, pytree, static
@@ -115,6 +116,10 @@ def morph(
     else:
         sites = find_sites(variables["params"], variables.get("batch_stats", {}), where)
     spec = Spec(sites, max([slots, *(given.bank.state.stage.shape[0] for given in embedded.values())]))
+    if left_out := [path for path in embedded if path not in spec.by_path]:
+        raise ValueError(
+            f"{', '.join(left_out)} carry seeds of their own, which where={where!r} would drop; let it admit them"
+        )
     plants = [plant for given in embedded.values() for plant in given.bank.plants]
     for plant in plants or _ahead(spec, planted, check_blend(blend)):
         spec = spec.with_plant(plant)
@@ -233,10 +238,9 @@ def _plants_text(morph: Morph) -> str:
     shown = []
     for plant in morph.spec.plants[:4]:
         stage = morph.state[plant.site].stage
-        known = not isinstance(stage, jax.core.Tracer) and getattr(stage, "ndim", 0) == 1
-        shown.append(
-            f"{plant.blueprint} at {plant.site} {Stage(int(stage[plant.slot])).name if known else ''}".rstrip()
-        )
+        known = isinstance(stage, jax.Array | np.ndarray) and not isinstance(stage, jax.core.Tracer) and stage.ndim == 1
+        name = Stage(int(stage[plant.slot])).name if known else ""
+        shown.append(f"{plant.blueprint} at {plant.site} {name}".rstrip())
     return ", ".join(shown) + (", ..." if len(morph.spec.plants) > 4 else "")
 
 

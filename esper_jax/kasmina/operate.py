@@ -262,7 +262,8 @@ def _taken(morph: Morph, site: str, blueprint: str, slot: int | None) -> str:
     )
     asked = "no slot is free" if slot is None else f"slot {slot} is taken"
     free = ", ".join(map(str, morph.spec.free_slots(site))) or "none"
-    return f"cannot germinate {blueprint!r} at {site!r}: {asked}. Taken: {used}. Empty slots: {free}"
+    hint = ". shed() frees the slots of DORMANT seeds" if "DORMANT" in used else ""
+    return f"cannot germinate {blueprint!r} at {site!r}: {asked}. Taken: {used}. Empty slots: {free}{hint}"
 
 
 def _illegal(state: SeedState, site: str, slot: int, call: str) -> str:

@@ -66,6 +66,14 @@ class SeedState(Struct):
         )
 
 
+def resized(state: SeedState, slots: int) -> SeedState:
+    """`state` with empty slots added up to `slots`."""
+    missing = slots - state.stage.shape[0]
+    if missing <= 0:
+        return state
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), state, SeedState.empty(missing))
+
+
 def is_in(stage: Int[Array, "..."], *stages: Stage) -> Bool[Array, "..."]:
     """Where `stage` is one of `stages`."""
     return jnp.isin(stage, jnp.asarray(stages, jnp.int32))

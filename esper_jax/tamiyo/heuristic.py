@@ -51,8 +51,8 @@ class Tamiyo(Keeper):
     A tick is one call of `decide`. A germination is proposed when all of this holds: `after_prune` ticks since the
     last prune, none under way and nothing decided about another seed at this tick; the host has stabilised once
     (validation loss improving by `stable_low` to `stable_high` of itself for `stable_ticks` ticks in a row);
-    `report.epoch >= min_epoch`; a plateau of `plateau` ticks; `cooldown` ticks since the last germination; fewer
-    than `max_live` seeds on trial; a free slot.
+    `min_epoch <= report.epoch <= last_epoch`; a plateau of `plateau` ticks; `cooldown` ticks since the last
+    germination; fewer than `max_live` seeds on trial; a free slot.
 
     A plateau counts the ticks since the score last beat the score to beat by more than `min_delta` points, which
     then becomes the score to beat: slow progress adds up, and a score near its ceiling stands still. It starts anew
@@ -74,6 +74,7 @@ class Tamiyo(Keeper):
       configs: config of a blueprint by its name, e.g. `{"lora": {"rank": 4}}`.
       min_epoch, after_prune, plateau, min_delta, stable_ticks, stable_low, stable_high, cooldown, max_live,
         penalty, max_penalty, refusal_ticks: as above.
+      last_epoch: nothing is germinated after it, so that every seed can end its trial within the run; None: no end.
 
     >>> Tamiyo(blueprints=("lora", "mlp"), max_live=1).plateau
     3
@@ -93,6 +94,7 @@ class Tamiyo(Keeper):
     penalty: float = 2.0
     max_penalty: float = 3.0
     refusal_ticks: int = 5
+    last_epoch: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,7 +190,7 @@ class Tamiyo(Keeper):
         live = [seed for seed in report.seeds if seed.stage in LIVE]
         return (
             math.isfinite(report.score)
-            and report.epoch >= self.min_epoch
+            and self.min_epoch <= report.epoch <= (math.inf if self.last_epoch is None else self.last_epoch)
             and bool(state.stabilised)
             and int(state.plateau) >= self.plateau
             and int(state.since_prune) >= self.after_prune

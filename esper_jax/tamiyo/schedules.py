@@ -7,6 +7,7 @@ grow alone.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,16 +106,18 @@ class FixedSchedule(Keeper):
 class RandomSchedule(Keeper):
     """Germinates a random blueprint at a random site at random times: the honest baseline.
 
-    From `min_epoch` on, at each tick with probability `rate`, as long as fewer than `max_live` seeds are on trial:
-    a site is drawn evenly among those with a free slot and a blueprint that fits, then a blueprint evenly among
-    those that fit there. Three numbers are drawn per tick from Philox, seeded by the key and the count of ticks, and
-    used or not; so what happens to seeds does not shift later draws. Confidence and urgency are 1: chance has no doubt.
+    From `min_epoch` to `last_epoch` (None: no end), at each tick with probability `rate`, as long as fewer than
+    `max_live` seeds are on trial: a site is drawn evenly among those with a free slot and a blueprint that fits, then
+    a blueprint evenly among those that fit there. Three numbers are drawn per tick from Philox, seeded by the key and
+    the count of ticks, and used or not; so what happens to seeds does not shift later draws. Confidence and urgency
+    are 1: chance has no doubt.
 
     Args:
       blueprints: names of blueprints.
       configs: config of a blueprint by its name.
       rate: probability of a germination at a tick.
       min_epoch: the first epoch at which one may happen.
+      last_epoch: the last one.
       max_live: how many seeds may be on trial at once.
 
     >>> RandomSchedule(blueprints=("lora",), rate=0.2).rate
@@ -125,6 +128,7 @@ class RandomSchedule(Keeper):
     configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     rate: float = 0.1
     min_epoch: int = 5
+    last_epoch: int | None = None
     max_live: int = 2
 
     def __post_init__(self) -> None:
@@ -160,7 +164,8 @@ class RandomSchedule(Keeper):
         }
         sites = [path for path, names in fitting.items() if names]
         live = sum(seed.stage in LIVE for seed in report.seeds)
-        if report.epoch >= self.min_epoch and live < self.max_live and happens < self.rate and sites:
+        in_time = self.min_epoch <= report.epoch <= (math.inf if self.last_epoch is None else self.last_epoch)
+        if in_time and live < self.max_live and happens < self.rate and sites:
             site = sites[int(where * len(sites))]
             name = fitting[site][int(what * len(fitting[site]))]
             config = dict(self.configs.get(name, {}))

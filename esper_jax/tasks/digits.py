@@ -30,5 +30,5 @@ def digits() -> Task:
         batch_size=32,
         learning_rate=3e-3,
         epochs=90,
-        blueprints=("conv_light", "bottleneck", "lora", "depthwise", "mlp", "se"),
+        blueprints=("conv_light", "mlp", "bottleneck", "depthwise", "se"),
     )

@@ -143,8 +143,10 @@ def in_stage(morph: Morph, stage: Any, alpha: Any = None) -> Morph:
         stages, alphas = np.array(morph.state[path].stage), np.array(morph.state[path].alpha)
         for plant in plants:
             default = 1.0 if stage in (Stage.HOLDING, Stage.FOSSILIZED) else 0.0
-            wanted = (stage, default if alpha is None else alpha) if not isinstance(stage, dict) else (
-                stage.get((path, plant.slot))
+            wanted = (
+                (stage, default if alpha is None else alpha)
+                if not isinstance(stage, dict)
+                else (stage.get((path, plant.slot)))
             )
             if wanted is not None:
                 stages[plant.slot], alphas[plant.slot] = wanted
@@ -156,7 +158,9 @@ def poisoned(morph: Morph, value: float, only: Any = None) -> Morph:
     """All seed parameters (or those of the slots in `only`) replaced by `value`."""
     seeds = {
         path: {
-            key: tree if only is not None and (path, int(key[-1])) not in only else jax.tree.map(lambda v: v * 0 + value, tree)
+            key: tree
+            if only is not None and (path, int(key[-1])) not in only
+            else jax.tree.map(lambda v: v * 0 + value, tree)
             for key, tree in slots.items()
         }
         for path, slots in morph.seeds.items()

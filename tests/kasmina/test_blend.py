@@ -22,7 +22,9 @@ FORMULAS = {
 }
 H, F = (np.asarray(jax.random.normal(jax.random.key(i), (4, 3))) for i in (0, 1))
 G = np.asarray(jax.random.uniform(jax.random.key(2), (4, 1)))
-BATCHED = {blend: jax.jit(lambda h, f, g, a, e, c, b=blend: join(b, h, f, g, a, e, c, jnp.zeros(()))) for blend in BLENDS}
+BATCHED = {
+    blend: jax.jit(lambda h, f, g, a, e, c, b=blend: join(b, h, f, g, a, e, c, jnp.zeros(()))) for blend in BLENDS
+}
 
 
 def joined(blend, h, f, alpha, enters=True, computes=True):

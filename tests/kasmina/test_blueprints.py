@@ -9,7 +9,7 @@ import pytest
 
 import esper_jax
 from esper_jax import Site, register_blueprint
-from esper_jax.kasmina.blueprints import _REGISTRY, KINDS, get_blueprint, make_plant, seed_apply, seed_init
+from esper_jax.kasmina.blueprints import _REGISTRY, KINDS, get_blueprint, make_plant, seed_apply, seed_init, seed_shapes
 
 from .hosts import fitting, host
 
@@ -57,7 +57,9 @@ def test_every_blueprint_is_exactly_zero_at_birth_and_in_the_sites_dtype(name, s
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves), "donation needs separate buffers"
 
 
-@pytest.mark.parametrize(("name", "site"), [p for p in PAIRS if p[1].dtype == "float32"], ids=[i for i in IDS if "32" in i])
+@pytest.mark.parametrize(
+    ("name", "site"), [p for p in PAIRS if p[1].dtype == "float32"], ids=[i for i in IDS if "32" in i]
+)
 def test_every_blueprint_learns_and_all_its_parameters_move(name, site):
     """30 Adam steps towards a seed of the same kind halve the error at least; no parameter is dead."""
     plant, params, u = seed_of(name, site)
@@ -101,8 +103,11 @@ def test_convolution_seeds_work_at_any_size_of_image_and_width(space, width):
 def test_config_reaches_the_seed():
     """Shapes follow rank, hidden, reduction and kernel; activation and scale change the output."""
     dense, conv = SITES[0], SITES[4]
-    shapes = lambda site, name, **c: jax.tree.map(jnp.shape, seed_init(  # noqa: E731
-        make_plant(site, 0, name, c, "add", False), site, jax.random.key(0)))
+
+    def shapes(site, name, **config):
+        plant = make_plant(site, 0, name, config, "add", False)
+        return jax.tree.map(jnp.shape, seed_shapes(plant, site))
+
     assert shapes(dense, "lora", rank=3) == {"down": (5, 3), "up": (3, 6)}
     assert shapes(dense, "mlp", hidden=7)["up"] == (7, 6)
     assert shapes(conv, "bottleneck", reduction=3)["conv"] == (3, 3, 2, 2)
@@ -135,7 +140,9 @@ def test_a_pair_of_functions_becomes_a_blueprint(registry):
     assert dict(made.config) == {"gain": 2.0} and made.reads == "output" and made.kinds == ("dense",)
     assert set(register_blueprint("plain", init=init, apply=lambda p, u: u * p["w"]).kinds) == set(KINDS)
     given_host = host("mlp")
-    morph = esper_jax.germinate(esper_jax.morph(given_host.variables), "Dense_0", "scale", key=jax.random.key(0), gain=3.0)
+    morph = esper_jax.germinate(
+        esper_jax.morph(given_host.variables), "Dense_0", "scale", key=jax.random.key(0), gain=3.0
+    )
     assert dict(morph.spec.plants[0].config) == {"gain": 3.0}
     assert esper_jax.graft(given_host.model)(morph, given_host.x).shape == (8, 3)
 
@@ -148,7 +155,9 @@ def test_a_flax_module_becomes_a_blueprint(registry):
 
     register_blueprint("flaxy", module=module, reads="input", kinds=("dense",))
     given_host = host("mlp")
-    morph = esper_jax.germinate(esper_jax.morph(given_host.variables), "Dense_1", "flaxy", key=jax.random.key(0), width=2)
+    morph = esper_jax.germinate(
+        esper_jax.morph(given_host.variables), "Dense_1", "flaxy", key=jax.random.key(0), width=2
+    )
     assert morph.seeds["Dense_1"]["slot_0"]["layers_0"]["kernel"].shape == (6, 2)
     for _ in range(3):
         morph = esper_jax.advance(morph, "Dense_1")
@@ -171,7 +180,7 @@ def test_a_module_with_more_than_parameters_is_refused(registry):
     [
         (lambda key, site: {"w": jnp.zeros(3)}, lambda p, u: u[..., :2], r"gives shape \(2, 2\)"),
         (lambda key, site: {"w": jnp.zeros(3, jnp.int32)}, lambda p, u: u, "floating arrays"),
-        (lambda key, site: {"w": jnp.zeros(3)}, lambda p, u: (u > 0), "gives dtype bool"),
+        (lambda key, site: {"w": jnp.zeros(3)}, lambda p, u: u > 0, "gives dtype bool"),
         (lambda key, site: {"w": jnp.zeros(3)}, lambda p, u: u @ p["w"][:2], "cannot be built"),
         (lambda key, site: {"w": jnp.zeros(3)}, lambda p, u: u.sum(), r"gives shape \(\)"),
     ],

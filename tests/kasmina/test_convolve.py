@@ -53,10 +53,13 @@ def test_gradient_vmap_and_cond_work_together(case):
         return lambda x, k, flag: jax.lax.cond(flag, loss, lambda x, k: jnp.sum(x), x, k)
 
     batch = jnp.stack([x, 2 * x, -x]), jnp.stack([kernel, -kernel, kernel / 2]), jnp.asarray([True, False, True])
-    got, want = (
-        jax.jit(jax.vmap(jax.value_and_grad(under_cond(lambda x, k: jnp.sum(jnp.sin(conv(x, k)))), (0, 1))))(*batch)
-        for conv in (lambda x, k: convolve(x, k, case[-1]), lambda x, k: plain(case[-1], x, k))
-    )
+
+    def run(conv):
+        loss = under_cond(lambda x, k: jnp.sum(jnp.sin(conv(x, k))))
+        return jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1))))(*batch)
+
+    got = run(lambda x, k: convolve(x, k, case[-1]))
+    want = run(lambda x, k: plain(case[-1], x, k))
     close(got, want)
 
 

@@ -99,7 +99,7 @@ def test_a_method_other_than_call_is_passed_through_to_the_hosts_own_program():
             return self.first(x)
 
     model, x = Two(), jnp.ones((2, 4))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     morph, forward = esper_jax.morph(variables), esper_jax.graft(model.apply)
     kwargs = {"method": "encode", "mutable": ["intermediates"]}
     assert equal_bits(forward(morph, x, **kwargs), model.apply(variables, x, **kwargs))

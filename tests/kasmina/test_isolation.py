@@ -61,7 +61,7 @@ def test_host_is_equal_to_the_bit_for_any_mixture_of_silent_stages_and_harm(case
 
 def test_one_compilation_serves_every_stage(case):
     """Contract 16: life is data."""
-    name, step, morph, _ = case
+    _, step, morph, _ = case
     before = step._cache_size()
     for stage in Stage:
         step(in_stage(morph, stage))

@@ -51,13 +51,16 @@ class Inside(nn.Module):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_fitting_blueprint_grows_at_the_layer(name):
-    """Contract 16, 17, 5: silent bits, a gradient, a change once blended, for all blueprints at once and all blends."""
+    """Contract 5, 16, 17: silent bits, a gradient, a change once blended; all blueprints at once, in all blends.
+
+    Two of the four for the further convolutions, to save compiling.
+    """
     layer, x = LAYERS[name]
     model = Inside(layer)
     variables = jax.jit(model.init)(jax.random.key(0), x)
     morph = esper_jax.morph(variables, model=model, example=x)
     (site,) = [site for site in morph.spec.sites if site.path == "layer"]
-    names = fitting(site)
+    names = fitting(site)[-2:] if name.startswith("conv ") else fitting(site)
     assert names
     morph = esper_jax.morph(variables, where="layer$", model=model, example=x, slots=len(names))
     for i, blueprint in enumerate(names):
@@ -97,7 +100,7 @@ def test_a_shared_layer_called_twice_uses_one_seed_twice():
             return self.layer(self.layer(x))
 
     model = Twice()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     morph = esper_jax.germinate(esper_jax.morph(variables), "layer", "lora", key=jax.random.key(0), rank=2)
     morph = in_stage(noisy(morph, 1), Stage.HOLDING)
     seed, host = morph.seeds["layer"]["slot_0"], variables["params"]["layer"]
@@ -111,7 +114,9 @@ def test_attention_keeps_its_masks_keys_and_dropout():
     class Reader(nn.Module):
         @nn.compact
         def __call__(self, x, memory, mask):
-            return nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.5, deterministic=False)(x, memory, mask=mask)
+            return nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.5, deterministic=False)(
+                x, memory, mask=mask
+            )
 
     model, memory = Reader(), X[:, :3]
     mask = jnp.asarray([True, False, True])[None, None, None].repeat(6, 2)
@@ -130,7 +135,7 @@ def test_attention_keeps_its_masks_keys_and_dropout():
 def test_a_jitted_or_partial_apply_can_be_grafted_and_called_again_without_a_false_warning():
     """The second call of a jitted apply comes from its cache; the seeds are in it."""
     model = nn.Sequential([nn.Dense(3), nn.Dense(2)])
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     morph = esper_jax.germinate(esper_jax.morph(variables), "layers_0", "lora", key=jax.random.key(0))
     morph = in_stage(noisy(morph, 0), Stage.HOLDING)
     plain, jitted = esper_jax.graft(model)(morph, X), esper_jax.graft(jax.jit(model.apply))
@@ -161,7 +166,7 @@ def test_a_seed_at_a_layer_that_is_never_called_says_so():
 def test_mutable_params_come_back_without_the_seeds():
     """`mutable=True` returns the host's own collections."""
     model = CNN()
-    variables = model.init(jax.random.key(0), IMAGE)
+    variables = jax.jit(model.init)(jax.random.key(0), IMAGE)
     morph = esper_jax.germinate(esper_jax.morph(variables), "Conv_0", "se", key=jax.random.key(0))
     _, updated = esper_jax.graft(model)(morph, IMAGE, mutable=True)
     assert jax.tree.structure(updated) == jax.tree.structure(dict(variables))
@@ -173,8 +178,10 @@ def test_a_population_in_different_stages_equals_each_member_alone(stage):
     model = CNN()
     variables = jax.jit(model.init)(jax.random.key(0), IMAGE)
     planted = esper_jax.morph(variables, where="Conv_0|Dense", slots=2, planted=["se", "depthwise", "lora"])
-    members = [in_stage(noisy(planted, i), s, a) for i, (s, a) in enumerate(
-        [(Stage.DORMANT, 0.0), (stage, None), (Stage.BLENDING, 0.4)])]
+    members = [
+        in_stage(noisy(planted, i), s, a)
+        for i, (s, a) in enumerate([(Stage.DORMANT, 0.0), (stage, None), (Stage.BLENDING, 0.4)])
+    ]
     forward = esper_jax.graft(model)
 
     def loss(params, morph):

@@ -53,16 +53,26 @@ WRONG = [
     (lambda m: esper_jax.germinate(m, "Dense_1", "lorra", key=KEY), KeyError, "'lorra'.*lora.*mlp"),
     (lambda m: esper_jax.germinate(m, "Dense_1", "lora", key=KEY, rnak=2), TypeError, "'rnak'.*rank=8"),
     (lambda m: esper_jax.germinate(m, "Dense_1", "norm", key=KEY, rank=2), TypeError, "takes none"),
-    (lambda m: esper_jax.germinate(m, "Dense_1", "conv_light", key=KEY), ValueError, "is dense. Blueprints for it:.*lora"),
+    (
+        lambda m: esper_jax.germinate(m, "Dense_1", "conv_light", key=KEY),
+        ValueError,
+        "is dense. Blueprints for it:.*lora",
+    ),
     (lambda m: esper_jax.germinate(m, "Dense_1", "lora"), TypeError, "key="),
     (lambda m: esper_jax.germinate(m, "Dense_1", "lora", key=KEY, slot=2), ValueError, "slots 0 to 1"),
     (lambda m: esper_jax.germinate(m, "Dense_1", "lora", key=KEY, slot=-1), ValueError, "slots 0 to 1"),
     (lambda m: esper_jax.germinate(m, "Dense_1", "lora", key=KEY, slot=0), ValueError, "slot 0 is taken.*GERMINATED"),
-    (lambda m: esper_jax.germinate(m, "Dense_1", "lora", key=KEY, blend="sum"), ValueError, "add, lerp, multiply, gate"),
+    (
+        lambda m: esper_jax.germinate(m, "Dense_1", "lora", key=KEY, blend="sum"),
+        ValueError,
+        "add, lerp, multiply, gate",
+    ),
     (lambda m: esper_jax.germinate(m.host, "Dense_1", "lora", key=KEY), TypeError, "expected a Morph.*morph"),
     (lambda m: esper_jax.germinate(m, "Dense_1", "lora", params={"down": jnp.ones(3)}), ValueError, "structure"),
     (
-        lambda m: esper_jax.germinate(m, "Dense_1", "lora", rank=2, params={"down": jnp.ones((6, 3)), "up": jnp.ones((2, 5))}),
+        lambda m: esper_jax.germinate(
+            m, "Dense_1", "lora", rank=2, params={"down": jnp.ones((6, 3)), "up": jnp.ones((2, 5))}
+        ),
         ValueError,
         r"stored down.*\(6, 3\).*\(6, 2\)",
     ),
@@ -212,14 +222,22 @@ def test_a_morph_is_a_pytree_that_says_what_it_is(one):
         (lambda: esper_jax.morph(host("mlp").variables, planted="conv_light"), ValueError, "the sites are dense"),
         (lambda: esper_jax.morph(host("mlp").variables, slots=1, planted=["lora", "mlp"]), ValueError, "raise slots="),
         (lambda: esper_jax.morph(host("mlp").variables, planted={"lora": {"rnk": 1}}), TypeError, "rank=8"),
-        (lambda: esper_jax.morph(host("mlp").variables, where="Dence"), ValueError, "'Dence' admits; the host has: Dense_0"),
+        (
+            lambda: esper_jax.morph(host("mlp").variables, where="Dence"),
+            ValueError,
+            "'Dence' admits; the host has: Dense_0",
+        ),
         (lambda: esper_jax.morph(host("mlp").variables, where="Dense_("), ValueError, "no regular expression"),
         (lambda: esper_jax.morph(host("mlp").variables, where=3), TypeError, "regex or a predicate"),
         (lambda: esper_jax.morph(host("mlp").variables, model=host("mlp").model), ValueError, "together"),
         (lambda: esper_jax.morph(host("mlp").variables, model=np.sin, example=1), TypeError, "flax.linen.Module"),
         (lambda: esper_jax.morph(esper_jax.morph(host("mlp").variables)), TypeError, "got a Morph"),
         (lambda: esper_jax.graft(3), TypeError, "Flax module or its apply"),
-        (lambda: esper_jax.graft(host("mlp").model)(host("mlp").variables, host("mlp").x), TypeError, "takes a Morph first"),
+        (
+            lambda: esper_jax.graft(host("mlp").model)(host("mlp").variables, host("mlp").x),
+            TypeError,
+            "takes a Morph first",
+        ),
     ],
 )
 def test_a_wrong_argument_is_answered_in_one_sentence(call, error, word):

@@ -89,7 +89,9 @@ def check(before, after, operation):
 @given(operations=st.lists(OPERATIONS, min_size=1, max_size=40))
 def test_any_sequence_of_operations_keeps_every_rule(operations):
     """Contract 1, 2, 3, 6, 12, 13, 18: edges, alpha, counters, claimed seeds, faults, one transition an operation."""
-    state = SeedState.empty(SLOTS).replace(stage=jnp.asarray([Stage.GERMINATED, Stage.DORMANT, Stage.HOLDING], jnp.int32))
+    state = SeedState.empty(SLOTS).replace(
+        stage=jnp.asarray([Stage.GERMINATED, Stage.DORMANT, Stage.HOLDING], jnp.int32)
+    )
     state = state.replace(alpha=jnp.asarray([0.0, 0.0, 1.0]))
     for operation in operations:
         after = operate(state, operation)
@@ -101,7 +103,9 @@ def test_any_sequence_of_operations_keeps_every_rule(operations):
 @given(operations=st.lists(OPERATIONS, min_size=1, max_size=12), order=st.permutations(range(SLOTS)))
 def test_slots_do_not_know_of_each_other(operations, order):
     """Contract 6: the same operations on slots in another order give the same slots in that order."""
-    first = SeedState.empty(SLOTS).replace(stage=jnp.asarray([Stage.GERMINATED, Stage.TRAINING, Stage.HOLDING], jnp.int32))
+    first = SeedState.empty(SLOTS).replace(
+        stage=jnp.asarray([Stage.GERMINATED, Stage.TRAINING, Stage.HOLDING], jnp.int32)
+    )
     swapped = jax.tree.map(lambda leaf: leaf[np.asarray(order)], first)
     for name, argument, mask in operations:
         first = operate(first, (name, argument, mask))
@@ -123,7 +127,7 @@ FORWARD = planted_forward()
 @settings(max_examples=12)
 @given(data=st.data())
 def test_no_nan_reaches_the_host_in_any_life(data):
-    """Contract 15, 18: random operations at every site, random seeds NaN; with nobody blended in, the host's own bits."""
+    """Contract 16, 18: random operations, random seeds broken; with nobody blended in, the host's own bits."""
     morph = grown("mlp", True)
     dormant = FORWARD(morph.replace(state={path: SeedState.empty(2) for path in morph.state}))
     for plant in morph.spec.plants:

@@ -20,7 +20,7 @@ def at_least_one(name: str, value: int) -> int:
 
 def he(key: jax.Array, shape: tuple[int, ...], dtype: str) -> Array:
     """A kernel `[*taps, in, out]` scaled for a rectifier after it (He et al., ICCV 2015)."""
-    return jax.nn.initializers.he_normal()(key, shape, dtype)
+    return jax.nn.initializers.he_uniform()(key, shape, dtype)
 
 
 def norm_params(features: int, site: Site) -> dict[str, Array]:

@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": jax.nn.gelu, "relu":
 
 def _lora_init(key: jax.Array, site: Site, *, rank: int = 8, scale: float = 1.0) -> dict[str, Array]:
     rank = at_least_one("rank", rank)
-    down = jax.nn.initializers.lecun_normal()(key, (site.in_features, rank), site.dtype)
+    down = jax.nn.initializers.lecun_uniform()(key, (site.in_features, rank), site.dtype)
     return {"down": down, "up": jnp.zeros((rank, site.out_features), site.dtype)}
 
 
@@ -31,7 +31,7 @@ def _mlp_init(key: jax.Array, site: Site, *, hidden: int = 64, activation: str =
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
     return {
-        "down": jax.nn.initializers.lecun_normal()(key, (site.in_features, hidden), site.dtype),
+        "down": jax.nn.initializers.lecun_uniform()(key, (site.in_features, hidden), site.dtype),
         "down_bias": jnp.zeros((hidden,), site.dtype),
         "up": jnp.zeros((hidden, site.out_features), site.dtype),
         "up_bias": jnp.zeros((site.out_features,), site.dtype),
