@@ -7,6 +7,7 @@ from .graft import Graft, graft
 from .lifecycle import Lifecycle
 from .modules import KasminaAttention, KasminaBatchNorm, KasminaConv, KasminaDense, KasminaLayerNorm, with_seeds_of
 from .morph import Morph, morph, sites, unmorph
+from .observe import contributions, observe, silence
 from .operate import advance, fossilize, germinate, prune, set_alpha, shed, tick
 from .spec import Plant, Site, Spec
 from .stages import Stage
@@ -34,17 +35,20 @@ __all__ = [
     "advance",
     "blueprints",
     "compare",
+    "contributions",
     "fossilize",
     "germinate",
     "get_blueprint",
     "graft",
     "lifecycle",
     "morph",
+    "observe",
     "prune",
     "register_blueprint",
     "seeds",
     "set_alpha",
     "shed",
+    "silence",
     "sites",
     "summary",
     "tick",

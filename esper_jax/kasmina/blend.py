@@ -37,6 +37,10 @@ def _gate(h: Array, f: Array, gate: Array, alpha: Array) -> Array:
 
 BLENDS: dict[str, BlendFn] = {"add": _add, "lerp": _lerp, "multiply": _multiply, "gate": _gate}
 
+LEASH = 0.1
+"""How large an isolated seed's output may grow, as a share of the host's (root mean square over the batch)."""
+LEASHED = ("add", "gate")
+
 
 def check_blend(blend: str) -> str:
     """`blend` itself if it is known; ValueError otherwise."""
@@ -120,6 +124,8 @@ def _join_bwd(blend: str, residuals: tuple[Array, ...], cotangent: Array) -> tup
     effective = jnp.where(entered, a, jnp.ones_like(a))
     _, vjp = jax.vjp(lambda x, y, z: BLENDS[blend](x, y, z, effective), h, f, gate)
     to_host, to_seed, to_gate = vjp(cotangent)
+    if blend in LEASHED:
+        to_seed = jnp.where(entered, to_seed, _leash(to_seed, f, h))
     passes = entered | learns
     return (
         jnp.where(entered, to_host, cotangent),
@@ -130,6 +136,20 @@ def _join_bwd(blend: str, residuals: tuple[Array, ...], cotangent: Array) -> tup
         _no_gradient(flag),
         fault,
     )
+
+
+def _leash(cotangent: Array, f: Array, h: Array) -> Array:
+    """The cotangent of an isolated seed, without what would make an output that is large enough grow further.
+
+    In isolation the gradient is that at the host's own output, whatever the seed has learnt: nothing tells it when it
+    has gone far enough. So once |f| exceeds `LEASH` |h| (over the whole batch), the outward component is turned inward.
+    """
+    f32, g32 = f.astype(jnp.float32), cotangent.astype(jnp.float32)
+    size = jnp.sum(jnp.square(f32))
+    along = jnp.sum(g32 * f32)
+    pulls_out = (size > LEASH**2 * jnp.sum(jnp.square(h.astype(jnp.float32)))) & (along < 0)
+    held = g32 - 2 * along / jnp.maximum(size, 1e-30) * f32
+    return jnp.where(pulls_out, held.astype(cotangent.dtype), cotangent)
 
 
 join.defvjp(_join_fwd, _join_bwd)

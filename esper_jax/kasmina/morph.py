@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -149,8 +150,7 @@ def unmorph(morph: Morph) -> Any:
 
     Warns when a seed is BLENDING, HOLDING or FOSSILIZED, because the host alone then computes something else.
     """
-    import warnings
-
+    check_morph(morph, "unmorph")
     left = [f"{p.site} {p.key}" for p in morph.spec.plants if _blended(morph.state[p.site], p.slot)]
     if left:
         warnings.warn(
@@ -187,6 +187,12 @@ def check_host(params: Any) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(f"morph() needs arrays, but {name} is {type(leaf).__name__}")
     return params
+
+
+def check_morph(morph: Any, call: str) -> None:
+    """TypeError, saying how to make one, where `morph` is no `Morph`."""
+    if not isinstance(morph, Morph):
+        raise TypeError(f"{call}() needs a Morph first, got {type(morph).__name__}; make one with morph(params)")
 
 
 def count(tree: Any) -> int:

@@ -17,7 +17,7 @@ from . import lifecycle
 from .blend import check_blend
 from .blueprints import get_blueprint, make_plant, seed_init, seed_shapes
 from .lifecycle import Moved
-from .morph import Morph, with_spec
+from .morph import Morph, check_morph, with_spec
 from .spec import Plant, freeze_config
 from .stages import EDGES, NEXT, Stage
 from .state import SeedState, live
@@ -56,7 +56,8 @@ def germinate(
       **config: the blueprint's config.
 
     Returns:
-      The morph with the seed GERMINATED.
+      The morph with the seed GERMINATED. Where an empty slot was used its structure is new: jitted functions compile
+      once more (call `growable(...).grow(opt_state, morph)` first, or they do so twice).
 
     Raises:
       KeyError: unknown site or blueprint. TypeError: unknown config key, or no key. ValueError: the slot is taken or
@@ -100,7 +101,7 @@ def advance(morph: Morph, site: str, slot: int = 0, *, score: float = NAN, with_
     Raises:
       KeyError: unknown site. ValueError: the slot is empty, or its stage has no next one.
     """
-    state = _planted(morph, site, slot)
+    state = planted_state(morph, site, slot)
     stage = state.stage[slot]
     if _concrete(stage) and Stage(int(stage)) in (Stage.DORMANT, Stage.FOSSILIZED):
         raise ValueError(f"{site} slot {slot} is {Stage(int(stage)).name}; advance() has no next stage for it")
@@ -160,11 +161,13 @@ def tick(
 ) -> tuple[Morph, dict[str, lifecycle.Ticked]]:
     """One tick for every seed (see `lifecycle.tick`): ramps move, gates open, pruned slots rest.
 
-    Residents that reset to DORMANT get zero parameters; `shed` takes out the others. Works under `jit` and `vmap`.
+    Residents that reset to DORMANT get zero parameters; `shed` takes out the others. Works under `jit`
+    where it is far faster than outside.
 
     Returns:
       The morph and, for each planted site, what moved and why not.
     """
+    check_morph(morph, "tick")
     state, report, seeds = {}, {}, {}
     for path, plants in morph.spec.planted_at.items():
         finite = jnp.ones(morph.spec.slots, bool)
@@ -195,7 +198,7 @@ def live_seeds(morph: Morph) -> tuple[Plant, ...]:
 def _apply(
     morph: Morph, site: str, slot: int, move: Callable[[SeedState, jax.Array], Moved], with_ok: bool, call: str
 ) -> Any:
-    state = _planted(morph, site, slot)
+    state = planted_state(morph, site, slot)
     moved, ok = _move(state, slot, move)
     if _concrete(ok) and not bool(ok) and not with_ok:
         raise ValueError(_illegal(state, site, slot, call))
@@ -212,8 +215,7 @@ def _answer(morph: Morph, ok: jax.Array, with_ok: bool) -> Any:
 
 
 def _site(morph: Morph, site: str) -> Any:
-    if not isinstance(morph, Morph):
-        raise TypeError(f"expected a Morph first, got {type(morph).__name__}; make one with morph(params)")
+    check_morph(morph, "this call")
     if site not in morph.spec.by_path:
         known = ", ".join(morph.spec.by_path)
         raise UnknownSiteError(f"unknown site {site!r}; this morph has: {known}")
@@ -227,7 +229,8 @@ class UnknownSiteError(KeyError):
         return str(self.args[0])
 
 
-def _planted(morph: Morph, site: str, slot: int) -> SeedState:
+def planted_state(morph: Morph, site: str, slot: int) -> SeedState:
+    """The state of a site where that slot is planted; KeyError for another site, ValueError for an empty slot."""
     _site(morph, site)
     if morph.spec.plant(site, slot) is None:
         have = ", ".join(f"{p.slot} ({p.blueprint})" for p in morph.spec.planted_at.get(site, ())) or "none"
@@ -279,7 +282,8 @@ def _illegal(state: SeedState, site: str, slot: int, call: str) -> str:
         )
     return (
         f"{site} slot {slot}: {call}() is not possible in {stage.name} with alpha {float(state.alpha[slot]):g} and a "
-        f"ramp at {ramp}; alpha moves in BLENDING and HOLDING only, when the last ramp has ended"
+        f"ramp at {ramp}; alpha moves in BLENDING and HOLDING only, when the last ramp has ended; "
+        "prune() without steps goes at once"
     )
 
 

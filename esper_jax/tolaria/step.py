@@ -8,18 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from ..kasmina import lifecycle
 from ..kasmina.graft import Graft, graft, zero_taps
-from ..kasmina.morph import Morph, count
+from ..kasmina.morph import Morph
+from ..kasmina.observe import find_faults, observed_states
 from ..kasmina.sites import split_path
-from ..kasmina.state import computes, learns
+from ..kasmina.state import computes
 from .optim import Growable, growable
 from .state import Meters, TrainState
 
 Loss = Callable[[Any, Any], Array]
-SMALL, LARGE = 1e-7, 10.0
 _PAIRS = (("x", "y"), ("inputs", "targets"), ("image", "label"), ("images", "labels"))
 
 
@@ -152,53 +151,15 @@ def one_step(
     grown = morph.with_params(optax.apply_updates(morph.params, updates)).with_collections(collections)
     kept, opt_state = _where(ok, (grown, opt_state), (morph, tx.grow(state.opt_state, morph)))
     # On a batch that breaks the host itself no seed is to blame: faults count on good batches only.
-    faulty = {path: ok & _faulty(morph, path, grads["seeds"], tapped[path].faults) for path in morph.state}
+    faulty = {path: ok & found for path, found in find_faults(morph, grads, tapped).items()}
     new = state.replace(
         step=state.step + 1,
-        morph=kept.replace(state=_life(morph, grads, norm, faulty, ok)),
+        morph=kept.replace(state=observed_states(morph, grads, faulty, ok)),
         opt_state=opt_state,
         meters=_measured(state.meters, loss, ok, sample, tapped, grads["host"]),
     )
     faults = sum((jnp.sum(f & computes(morph.state[p].stage)) for p, f in faulty.items()), jnp.zeros((), jnp.int32))
     return new, {"loss": loss, "grad_norm": norm, "skipped": 1.0 - ok, "faults": faults.astype(jnp.float32)}
-
-
-def gradient_health(grads: Any) -> tuple[Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:
-    """A seed's gradient health in [0, 1], its share of exploding entries, and whether all are finite (contract 8)."""
-    leaves = [jnp.abs(g.astype(jnp.float32)) for g in jax.tree.leaves(grads)]
-    total = sum(g.size for g in leaves)
-    small = sum(jnp.sum(g < SMALL) for g in leaves) / total
-    large = sum(jnp.sum(g > LARGE) for g in leaves) / total
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
-    health = jnp.clip(1 - 0.5 * small - 0.8 * large, 0, 1)
-    return jnp.where(finite, health, 0.0), jnp.where(finite, large, 1.0), finite
-
-
-def _life(morph: Morph, grads: Any, host_norm: Array, faulty: Mapping[str, Array], ok: Array) -> dict[str, Any]:
-    """The seeds' states after the step: running statistics and faults; a skipped batch measures nothing."""
-    states = {}
-    n_host = count(morph.params["host"])
-    for path, plants in morph.spec.planted_at.items():
-        health, ratio, exploding = (jnp.zeros(morph.spec.slots) for _ in range(3))
-        for plant in plants:
-            own = grads["seeds"][path][plant.key]
-            h, e, _ = gradient_health(own)
-            r = optax.tree.norm(own) / host_norm * jnp.sqrt(n_host / count(own))
-            health, ratio = health.at[plant.slot].set(h), ratio.at[plant.slot].set(r)
-            exploding = exploding.at[plant.slot].set(e)
-        state = morph.state[path]
-        state = lifecycle.observe(state, learns(state) & ok, health, ratio, exploding)
-        states[path] = lifecycle.count_faults(state, faulty[path])
-    return states
-
-
-def _faulty(morph: Morph, path: str, grads: Any, faults: Array) -> Bool[Array, " S"]:
-    """Which seeds of a site were not finite in this step, forwards or backwards."""
-    bad = faults > 0
-    for plant in morph.spec.planted_at[path]:
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads[path][plant.key])]))
-        bad = bad.at[plant.slot].set(bad[plant.slot] | ~finite)
-    return bad
 
 
 def _measured(meters: Meters, loss: Array, ok: Array, sample: Any, tapped: Any, host: Any) -> Meters:

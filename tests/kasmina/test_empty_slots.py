@@ -8,7 +8,7 @@ import pytest
 import esper_jax
 from esper_jax.kasmina.summary import equal_bits, program
 
-from .hosts import HOSTS, host
+from .hosts import HOSTS, grown, host
 
 
 def bare_and_morph(name):
@@ -105,3 +105,11 @@ def test_a_method_other_than_call_is_passed_through_to_the_hosts_own_program():
     assert equal_bits(forward(morph, x, **kwargs), model.apply(variables, x, **kwargs))
     grown = esper_jax.germinate(morph, "first", "lora", key=jax.random.key(0))
     assert equal_bits(forward(grown, x, **kwargs), model.apply(variables, x, **kwargs))
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_only_seeds_planted_ahead_sit_behind_a_branch(resident):
+    """Forward rule: a lean program holds no control flow; a dormant planted seed's compute is skipped."""
+    given = host("mlp")
+    text = program(esper_jax.graft(given.model), grown("mlp", resident), given.x)
+    assert text.count(" cond[") == (len(grown("mlp", True).spec.plants) if resident else 0)

@@ -11,7 +11,6 @@ from esper_jax.kasmina.summary import equal_bits, program
 
 from .hosts import grown, host, in_stage, noisy
 
-
 HEADS = ["site", "kind", "features", "slot", "blueprint", "stage", "alpha", "health", "contribution"]
 
 

@@ -136,7 +136,7 @@ def test_a_seed_is_not_blamed_for_a_batch_that_breaks_the_host() -> None:
 
 def test_health_and_ratio_are_the_contracts_formulas_on_the_seeds_gradient() -> None:
     """Contract 8."""
-    from esper_jax.tolaria.step import gradient_health
+    from esper_jax.kasmina.observe import gradient_health
 
     grads = {"a": jnp.array([0.0, 1e-8, 0.5, 20.0]), "b": jnp.full((4,), 0.1)}
     health, exploding, finite = gradient_health(grads)

@@ -1,0 +1,117 @@
+"""What is measured of seeds: gradient statistics and faults after a step, contributions by switching seeds off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from . import lifecycle
+from .bank import Tap
+from .morph import Morph, check_morph, count
+from .operate import planted_state
+from .stages import Stage
+from .state import is_in, learns
+
+SMALL, LARGE = 1e-7, 10.0
+
+
+def observe(morph: Morph, grads: Mapping[str, Any]) -> Morph:
+    """Note what one step's gradients say of the seeds, for those who own their loop (`make_train_step` does it).
+
+    Updates each learning seed's health, gradient ratio and share of exploding entries (running means, which gate G2
+    reads), and counts a fault for each seed whose gradient is not finite; the third fault prunes it.
+
+    Args:
+      morph: the morph that the gradients were taken at.
+      grads: gradients in the form of `Morph.params`.
+
+    Returns:
+      The morph with its state brought up to date. Works under `jit`.
+    """
+    check_morph(morph, "observe")
+    ok = jnp.isfinite(optax.tree.norm(grads["host"]))
+    faulty = {path: ok & found for path, found in find_faults(morph, grads, {}).items()}
+    return morph.replace(state=observed_states(morph, grads, faulty, ok))
+
+
+def silence(morph: Morph, site: str, slot: int = 0) -> Morph:
+    """The morph with that seed's alpha at 0, to measure what it contributes; stage and ramp stay as they are.
+
+    Raises:
+      KeyError: unknown site. ValueError: the slot is empty.
+    """
+    state = planted_state(morph, site, slot)
+    muted = state.replace(alpha=state.alpha.at[slot].set(0.0))
+    return morph.replace(state={**morph.state, site: muted})
+
+
+def contributions(morph: Morph, score: Callable[[Morph], Any]) -> tuple[dict[tuple[str, int], float], Morph]:
+    """Measure what each seed in BLENDING or HOLDING contributes: the score with it minus the score at its alpha 0.
+
+    Args:
+      morph: the morph, with concrete arrays.
+      score: `score(morph)`, higher is better, in 0 to 1 (as accuracy is); called once, and once for each seed. Give a
+        jitted function: silencing a seed recompiles nothing.
+
+    Returns:
+      `{(site, slot): points}`, and the morph with these noted, which gate G5 reads.
+    """
+    check_morph(morph, "contributions")
+    found: dict[tuple[str, int], float] = {}
+    whole = float(score(morph))
+    state = dict(morph.state)
+    for plant in morph.spec.plants:
+        site, slot = plant.site, plant.slot
+        if bool(is_in(state[site].stage[slot], Stage.BLENDING, Stage.HOLDING)):
+            found[site, slot] = 100 * (whole - float(score(silence(morph, site, slot))))
+            state[site] = state[site].replace(contribution=state[site].contribution.at[slot].set(found[site, slot]))
+    return found, morph.replace(state=state)
+
+
+def gradient_health(grads: Any) -> tuple[Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:
+    """A seed's gradient health in [0, 1], its share of exploding entries, and whether all are finite (contract 8)."""
+    leaves = [jnp.abs(g.astype(jnp.float32)) for g in jax.tree.leaves(grads)]
+    total = sum(g.size for g in leaves)
+    small = sum(jnp.sum(g < SMALL) for g in leaves) / total
+    large = sum(jnp.sum(g > LARGE) for g in leaves) / total
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
+    health = jnp.clip(1 - 0.5 * small - 0.8 * large, 0, 1)
+    return jnp.where(finite, health, 0.0), jnp.where(finite, large, 1.0), finite
+
+
+def observed_states(
+    morph: Morph, grads: Mapping[str, Any], faulty: Mapping[str, Array], ok: Bool[Array, ""]
+) -> dict[str, Any]:
+    """The seeds' states after the step: running statistics and faults; a skipped batch measures nothing."""
+    states = {}
+    n_host, host_norm = count(morph.params["host"]), optax.tree.norm(grads["host"]).astype(jnp.float32)
+    for path, plants in morph.spec.planted_at.items():
+        health, ratio, exploding = (jnp.zeros(morph.spec.slots) for _ in range(3))
+        for plant in plants:
+            own = grads["seeds"][path][plant.key]
+            h, e, _ = gradient_health(own)
+            r = optax.tree.norm(own) / host_norm * jnp.sqrt(n_host / count(own))
+            health, ratio = health.at[plant.slot].set(h), ratio.at[plant.slot].set(r)
+            exploding = exploding.at[plant.slot].set(e)
+        state = morph.state[path]
+        state = lifecycle.observe(state, learns(state) & ok, health, ratio, exploding)
+        states[path] = lifecycle.count_faults(state, faulty[path])
+    return states
+
+
+def find_faults(morph: Morph, grads: Mapping[str, Any], tapped: Mapping[str, Tap]) -> dict[str, Bool[Array, " S"]]:
+    """Which seeds were not finite in a step: forwards by the gradients of `Graft.tapped`'s taps, or backwards."""
+    return {path: _faulty(morph, path, grads["seeds"], tapped.get(path)) for path in morph.state}
+
+
+def _faulty(morph: Morph, path: str, grads: Any, tapped: Tap | None) -> Bool[Array, " S"]:
+    bad = jnp.zeros(morph.spec.slots, bool) if tapped is None else tapped.faults > 0
+    for plant in morph.spec.planted_at[path]:
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads[path][plant.key])]))
+        bad = bad.at[plant.slot].set(bad[plant.slot] | ~finite)
+    return bad
