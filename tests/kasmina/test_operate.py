@@ -67,7 +67,7 @@ WRONG = [
         ValueError,
         "add, lerp, multiply, gate",
     ),
-    (lambda m: esper_jax.germinate(m.host, "Dense_1", "lora", key=KEY), TypeError, "expected a Morph.*morph"),
+    (lambda m: esper_jax.germinate(m.host, "Dense_1", "lora", key=KEY), TypeError, r"Morph.*morph\(params\)"),
     (lambda m: esper_jax.germinate(m, "Dense_1", "lora", params={"down": jnp.ones(3)}), ValueError, "structure"),
     (
         lambda m: esper_jax.germinate(
