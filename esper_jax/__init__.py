@@ -6,6 +6,7 @@ blended in, and are kept or pruned. Structure is static, life is data.
 
 from .kasmina import (
     Blueprint,
+    Comparison,
     Gates,
     KasminaAttention,
     KasminaBatchNorm,
@@ -18,6 +19,7 @@ from .kasmina import (
     Site,
     Spec,
     Stage,
+    Table,
     advance,
     blueprints,
     compare,
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Blueprint",
     "CheckpointError",
+    "Comparison",
     "Controller",
     "Decision",
     "Feedback",
@@ -80,6 +83,7 @@ __all__ = [
     "Site",
     "Spec",
     "Stage",
+    "Table",
     "Tamiyo",
     "Tolaria",
     "TrainState",
