@@ -180,7 +180,10 @@ def tick(
 
 
 def shed(morph: Morph) -> Morph:
-    """The morph without its dormant seeds that were not planted ahead: their slots are empty, the program leaner."""
+    """The morph without its dormant seeds that were not planted ahead: their slots are empty, the program leaner.
+
+    Call `growable(...).grow(opt_state, morph)` after it, so that the next seed in such a slot finds no old moments.
+    """
     stages = {path: np.asarray(state.stage) for path, state in morph.state.items()}
     spec = morph.spec
     for plant in morph.spec.plants:
