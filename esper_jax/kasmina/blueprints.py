@@ -180,6 +180,8 @@ def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
         f, _ = jax.eval_shape(lambda v, x: seed_apply(plant, site, v, x), variables, u)
     except Exception as error:
         raise ValueError(f"{where} cannot be built: {type(error).__name__}: {error}") from error
+    if not jax.tree.leaves(variables):
+        raise ValueError(f"{where} has no parameters; a seed needs some to learn")
     wrong = [
         f"{jax.tree_util.keystr(path)} is {leaf.dtype}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables)

@@ -43,6 +43,18 @@ def unpack_batch(batch: Any) -> tuple[tuple[Any, ...], Any]:
     )
 
 
+def _checked(unpack: Callable[[Any], tuple[tuple[Any, ...], Any]]) -> Callable[[Any], tuple[tuple[Any, ...], Any]]:
+    """The user's `unpack`, held to its form: a lone array of arguments would be taken apart along the batch."""
+
+    def checked(batch: Any) -> tuple[tuple[Any, ...], Any]:
+        args, targets = unpack(batch)
+        if not isinstance(args, tuple | list):
+            raise TypeError(f"unpack must give (tuple of model arguments, targets), its first is {type(args).__name__}")
+        return tuple(args), targets
+
+    return checked
+
+
 class Calls:
     """How the model is called in training and evaluation: its mode keyword, rngs and mutable collections."""
 
@@ -56,7 +68,7 @@ class Calls:
         rngs: Sequence[str] | None = None,
     ) -> None:
         self.forward, self.loss = forward, loss
-        self.unpack = unpack or unpack_batch
+        self.unpack = _checked(unpack) if unpack else unpack_batch
         self.train_kwargs = dict(forward.mode(True) if train_kwargs is None else train_kwargs)
         self.eval_kwargs = dict(forward.mode(False) if eval_kwargs is None else eval_kwargs)
         self.rngs = tuple(("dropout",) if forward.model is not None else ()) if rngs is None else tuple(rngs)

@@ -122,7 +122,7 @@ class Tolaria:
             classes,
             max_rollbacks,
         )
-        self._resumed: tuple[int, Session] | None = None
+        self._resumed: tuple[Morph, Session] | None = None
 
     def init(self, params: Any, *, key: jax.Array, model: Any = None, example: Any = None) -> TrainState:
         """The state before the first step.
@@ -215,7 +215,7 @@ class Tolaria:
             raise CheckpointError(f"there is no directory {where} to restore from")
         with Checkpoints(where / persist.FOLDER, keep=self.keep) as checkpoints:
             state, session = persist.restore(checkpoints, self.tx, self._first_control, step)
-        self._resumed = (int(state.step), session)
+        self._resumed = (state.morph, session)
         return state
 
     def __repr__(self) -> str:
@@ -231,7 +231,7 @@ class Tolaria:
     def _session(self, state: TrainState) -> tuple[Session, bool]:
         """The run's memory, and whether it goes on from a restored checkpoint."""
         resumed, self._resumed = self._resumed, None
-        if resumed is not None and resumed[0] == int(state.step):
+        if resumed is not None and resumed[0] is state.morph:
             return resumed[1], True
         return Session(snapshot.take(state)), False
 
