@@ -2,7 +2,7 @@
 
 Two `custom_vjp`s do it. `open_input` lets a gradient pass from the seed back to the host only once the seed is part
 of the output. `join` returns the host's own value and its own cotangent until then, and the blend from then on.
-Neither contains control flow; a seed that is not finite changes nothing in either direction.
+Neither branches on the way forward; a seed that is not finite changes nothing in either direction.
 """
 
 from __future__ import annotations
