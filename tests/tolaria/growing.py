@@ -55,9 +55,10 @@ class Killer:
 
 
 def trainer(directory: pathlib.Path | None, **options: Any) -> Tolaria:
-    """A trainer whose plan puts an mlp and a lora seed beside the first layer."""
+    """A trainer that grows an mlp seed beside the first layer, and a lora seed that still blends at the end."""
     gates = Gates(min_training_ticks=2, min_health=0.1)
-    plan = {3: [("Dense_0", "mlp", {"hidden": 8})], 9: [("Dense_1", "lora", {"rank": 2})]}
+    plan = {3: [("Dense_0", "mlp", {"hidden": 8})], EPOCHS - 4: [("Dense_1", "lora", {"rank": 2})]}
+    tx = options.pop("tx", optax.adamw(optax.cosine_decay_schedule(3e-2, 200)))
     defaults: dict[str, Any] = {
         "controller": FixedSchedule(plan, gates=gates, keep="always"),
         "lifecycle": Lifecycle(gates, tempo=3),
@@ -67,7 +68,7 @@ def trainer(directory: pathlib.Path | None, **options: Any) -> Tolaria:
         "progress": False,
         "classes": 2,
     }
-    return Tolaria(Net(), LOSS, optax.adamw(optax.cosine_decay_schedule(3e-2, 200)), **{**defaults, **options})
+    return Tolaria(Net(), LOSS, tx, **{**defaults, **options})
 
 
 def start(made: Tolaria) -> Any:
