@@ -19,6 +19,7 @@ from .optim import Growable, growable
 from .state import Meters, TrainState
 
 Loss = Callable[[Any, Any], Array]
+METRICS = ("loss", "grad_norm", "skipped", "faults")
 _PAIRS = (("x", "y"), ("inputs", "targets"), ("image", "label"), ("images", "labels"))
 
 
@@ -56,7 +57,7 @@ def _checked(unpack: Callable[[Any], tuple[tuple[Any, ...], Any]]) -> Callable[[
 
 
 class Calls:
-    """How the model is called in training and evaluation: its mode keyword, rngs and mutable collections."""
+    """How the model is called in training and evaluation: its mode keyword, rngs, collections and compute dtype."""
 
     def __init__(
         self,
@@ -66,8 +67,12 @@ class Calls:
         train_kwargs: Mapping[str, Any] | None = None,
         eval_kwargs: Mapping[str, Any] | None = None,
         rngs: Sequence[str] | None = None,
+        compute_dtype: Any = None,
     ) -> None:
         self.forward, self.loss = forward, loss
+        self.dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"compute_dtype must be a floating dtype such as jnp.bfloat16, got {self.dtype}")
         self.unpack = _checked(unpack) if unpack else unpack_batch
         self.train_kwargs = dict(forward.mode(True) if train_kwargs is None else train_kwargs)
         self.eval_kwargs = dict(forward.mode(False) if eval_kwargs is None else eval_kwargs)
@@ -76,6 +81,7 @@ class Calls:
     def train(self, morph: Morph, taps: Any, sample: Any, batch: Any, key: jax.Array) -> tuple[Array, dict[str, Any]]:
         """The mean loss of a batch in training mode, and the host's updated collections."""
         args, targets = self.unpack(batch)
+        morph, args = self.cast(morph, args)
         kwargs = dict(self.train_kwargs)
         if self.rngs:
             kwargs["rngs"] = {name: jax.random.fold_in(key, i) for i, name in enumerate(self.rngs)}
@@ -88,10 +94,20 @@ class Calls:
     def evaluate(self, morph: Morph, batch: Any) -> tuple[Any, Any]:
         """Outputs and targets of a batch in evaluation mode."""
         args, targets = self.unpack(batch)
+        morph, args = self.cast(morph, args)
         return self.forward(morph, *args, **self.eval_kwargs), targets
 
+    def cast(self, morph: Morph, args: tuple[Any, ...]) -> tuple[Morph, tuple[Any, ...]]:
+        """Parameters and inputs in the compute dtype; collections such as batch statistics stay as they are."""
+        if self.dtype is None:
+            return morph, args
+        lower = lambda leaf: leaf.astype(self.dtype) if _is_float(leaf) else leaf  # noqa: E731
+        return morph.with_params(jax.tree.map(lower, morph.params)), jax.tree.map(lower, args)
+
     def mean_loss(self, outputs: Any, targets: Any) -> Float[Array, ""]:
-        """The loss function's result averaged to a float32 scalar."""
+        """The loss function's result averaged to a float32 scalar; outputs in a compute dtype go in as float32."""
+        if self.dtype is not None:
+            outputs = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _is_float(leaf) else leaf, outputs)
         return jnp.mean(self.loss(outputs, targets).astype(jnp.float32))
 
 
@@ -107,6 +123,7 @@ def make_train_step(
     unpack: Callable[[Any], tuple[tuple[Any, ...], Any]] | None = None,
     train_kwargs: Mapping[str, Any] | None = None,
     rngs: Sequence[str] | None = None,
+    compute_dtype: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """Build the jitted train step `step(state, batch) -> (state, metrics)`.
 
@@ -124,13 +141,15 @@ def make_train_step(
       unpack: `batch -> (model arguments, targets)`, for batches that are no pair.
       train_kwargs: keyword arguments of the model in training; None finds `train=True` and the like.
       rngs: names of the streams the model draws from; None gives "dropout".
+      compute_dtype: cast parameters and floating inputs to this dtype, e.g. `jnp.bfloat16`, for the forward and
+        backward pass; master weights, gradients, optimizer state and loss keep their own. None casts nothing.
 
     Returns:
       The step. `metrics` has float32 scalars (with a leading axis when `steps` > 1): `loss`, `grad_norm` (of the
       host), `skipped` (1 for a batch whose loss or gradient was not finite: it changed nothing), `faults`.
     """
     forward, tx = graft(forward), growable(tx)
-    calls = Calls(forward, loss, unpack, train_kwargs, None, rngs)
+    calls = Calls(forward, loss, unpack, train_kwargs, None, rngs, compute_dtype)
     if steps < 1 or probe_every < 0:
         raise ValueError(f"steps must be 1 or more and probe_every 0 or more, got {steps} and {probe_every}")
 
@@ -202,7 +221,12 @@ def _at(tree: Any, path: str) -> Any:
 
 
 def _where(ok: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+    """The new leaves if `ok`, in the old ones' dtypes."""
+    return jax.tree.map(lambda a, b: jnp.where(ok, a, b).astype(b.dtype), new, old)
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _unrolls(morph: Morph) -> bool:
