@@ -80,20 +80,26 @@ class Run:
     def until(self, epochs: int, feed: Feed, validation: Data, stop: threading.Event) -> str:
         """Train; why it ended."""
         while self.epoch < epochs:
-            batches = feed.epoch(self.state.morph, self.epoch, self.batch)
-            while (chunk := batches.take(self.room())) is not None:
-                self.dispatch(*chunk)
-                due = self.tick_every is not None and self.unticked >= self.tick_every
-                if due and self.tick(validation):
-                    return "stopped early"
-                if stop.is_set():
-                    self.interrupt()
+            if self.through(feed, validation, stop):
+                return "stopped early"
             if self.batch == 0:
                 raise ValueError(f"epoch {self.epoch} of the training data gave no batch")
             self.epoch, self.batch = self.epoch + 1, 0
             if self.tick_every is None and self.tick(validation):
                 return "stopped early"
         return "finished"
+
+    def through(self, feed: Feed, validation: Data, stop: threading.Event) -> bool:
+        """Train on the rest of this epoch, with the ticks that fall into it; whether to stop early."""
+        batches = feed.epoch(self.state.morph, self.epoch, self.batch)
+        while (chunk := batches.take(self.room())) is not None:
+            self.dispatch(*chunk)
+            due = self.tick_every is not None and self.unticked >= self.tick_every
+            if due and self.tick(validation):
+                return True
+            if stop.is_set():
+                self.interrupt()
+        return False
 
     def room(self) -> int:
         """How many steps may be made before something else is due: a number that follows from the state alone."""
