@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
-from ..kasmina.observe import find_faults, observed_states
+from ..kasmina.observe import find_faults, observed_states, tree_norm
 from ..kasmina.sites import split_path
 from ..kasmina.state import computes
 from .optim import Growable, growable
@@ -176,11 +176,17 @@ def one_step(
         return calls.train(morph.with_params(params), taps, sample, batch, key)
 
     (loss, collections), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(morph.params, taps)
-    norm = optax.tree.norm(grads["host"]).astype(jnp.float32)
+    norm = tree_norm(grads["host"])
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, morph)
-    grown = morph.with_params(optax.apply_updates(morph.params, updates)).with_collections(collections)
-    kept, opt_state = _where(ok, (grown, opt_state), (morph, tx.grow(state.opt_state, morph)))
+
+    def learn(params: Any, others: Any, opt_state: Any, grads: Any, collections: Any) -> tuple[Any, Any, Any]:
+        updates, after = tx.update(grads, opt_state, morph)
+        return _like((optax.apply_updates(params, updates), collections or others, after), (params, others, opt_state))
+
+    others = {name: part for name, part in morph.variables.items() if name != "params"}
+    old = morph.params, others, tx.grow(state.opt_state, morph)
+    params, others, opt_state = _if(ok, learn, old, grads, collections)
+    kept = morph.with_params(params).with_collections(others)
     # On a batch that breaks the host itself no seed is to blame: faults count on good batches only.
     faulty = {path: ok & found for path, found in find_faults(morph, grads, tapped).items()}
     new = state.replace(
@@ -204,7 +210,7 @@ def _measured(meters: Meters, loss: Array, ok: Array, sample: Any, tapped: Any, 
     paths = list(meters.gradients)
     norms = jax.lax.cond(
         sample & ok,
-        lambda g: {path: optax.tree.norm(_at(g, path)).astype(jnp.float32) for path in paths},
+        lambda g: {path: tree_norm(_at(g, path)) for path in paths},
         lambda g: {path: jnp.zeros((), jnp.float32) for path in paths},
         host,
     )
@@ -220,9 +226,20 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _where(ok: Array, new: Any, old: Any) -> Any:
-    """The new leaves if `ok`, in the old ones' dtypes."""
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b).astype(b.dtype), new, old)
+def _if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> Any:
+    """`change(*old, *given)` if `ok`, else `old`.
+
+    On the CPU a branch: a select beside the update makes XLA copy the whole optimizer state in each step. On other
+    platforms a select: there a branch waits for the host.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(ok, change, lambda *args: args[: len(old)], *old, *given)
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), change(*old, *given), old)
+
+
+def _like(new: Any, old: Any) -> Any:
+    """The new leaves in the old ones' dtypes."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), new, old)
 
 
 def _is_float(leaf: Any) -> bool:
