@@ -124,6 +124,12 @@ def registered() -> tuple[Blueprint, ...]:
     return tuple(_REGISTRY[name] for name in sorted(_REGISTRY))
 
 
+def adopt(blueprints: Iterable[Blueprint]) -> None:
+    """Take over recipes that another process registered, under their own names."""
+    for blueprint in blueprints:
+        _REGISTRY[blueprint.name] = blueprint
+
+
 def make_plant(site: Site, slot: int, name: str, config: Mapping[str, Any], blend: str, resident: bool) -> Plant:
     """The plant of a blueprint in a slot, checked by shape against the site before anything is allocated.
 

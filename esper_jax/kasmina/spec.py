@@ -78,6 +78,9 @@ class Spec:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Spec, self._fields  # without what is cached: strings have other hashes in another process
+
     @functools.cached_property
     def _fields(self) -> tuple[Any, ...]:
         return self.sites, self.slots, self.plants

@@ -44,6 +44,8 @@ class Kind(enum.StrEnum):
     CONTRIBUTION = "contribution"
     INTERACTION = "interaction"
     FAULT = "fault"
+    SWAP = "swap"
+    COMPILE_FAILED = "compile_failed"
     ROLLBACK = "rollback"
     SNAPSHOT = "snapshot"
     CHECKPOINT = "checkpoint"
@@ -56,8 +58,8 @@ class Kind(enum.StrEnum):
 ENDINGS = (Kind.EARLY_STOP, Kind.RUN_ENDED)
 """Kinds that say a run is over: `JsonlSink.rewind` drops them, since the run goes on."""
 
-BOOKKEEPING = (Kind.RUN_STARTED, Kind.CHECKPOINT, Kind.RESUMED, Kind.WARNING)
-"""Kinds that tell of files and sessions rather than of the training itself: `course` leaves them out."""
+BOOKKEEPING = (Kind.RUN_STARTED, Kind.CHECKPOINT, Kind.RESUMED, Kind.SWAP, Kind.WARNING)
+"""Kinds that tell of files, sessions and programs rather than of the training itself: `course` leaves them out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +297,25 @@ def fault(epoch: int, step: int, *, site: str, slot: int, blueprint: str, faults
     return Event(
         Kind.FAULT, epoch, step, message, {"site": site, "slot": slot, "blueprint": blueprint, "faults": faults, **data}
     )
+
+
+def swap(
+    epoch: int, step: int, *, grown: Sequence[Any], left: Sequence[Any], waited_seconds: float = 0.0, **data: Any
+) -> Event:
+    """The program of the next structure took over: seeds `grown` came in, others `left`, as `[site, slot]`."""
+    came = [f"{place(*seed)} came in" for seed in grown] + [f"{place(*seed)} left" for seed in left]
+    waited = f", after waiting {waited_seconds:.2f} s for it" if waited_seconds >= 0.005 else ""
+    message = f"the next program took over ({', '.join(came)}){waited}"
+    return Event(
+        Kind.SWAP, epoch, step, message, {"grown": grown, "left": left, "waited_seconds": waited_seconds, **data}
+    )
+
+
+def compile_failed(epoch: int, step: int, *, seeds: Sequence[Any], reason: str, **data: Any) -> Event:
+    """The program of the next structure could not be built; training goes on in the one it has, without the seeds."""
+    named = ", ".join(place(*seed) for seed in seeds) or "fewer seeds"
+    message = f"the program with {named} could not be compiled{because(reason)}; training goes on without"
+    return Event(Kind.COMPILE_FAILED, epoch, step, message, {"seeds": seeds, "reason": reason, **data})
 
 
 def rollback(epoch: int, step: int, *, reason: str, to_step: int, **data: Any) -> Event:

@@ -147,6 +147,12 @@ class Tamiyo(Keeper):
         turn = (turn + 1) % len(self.blueprints)
         return (decision,), _replace(state, rotation=turn, since_growth=0)
 
+    def candidates(self, state: TamiyoState, report: Report) -> tuple[Decision, ...]:
+        """What may be germinated next, likeliest first, whether or not its time has come: to be compiled ahead."""
+        ranked = sorted(self._usable(state, report), key=lambda entry: entry[0])
+        names = [(site.path, self.blueprints[turn]) for _, site, turn in ranked]
+        return tuple(Decision("germinate", path, None, name, dict(self.configs.get(name, {}))) for path, name in names)
+
     def _follow(self, state: TamiyoState, report: Report, changes: Changes) -> TamiyoState:
         """Counters, plateau, stability and penalties, brought up to this report."""
         changed = bool(changes.germinated or changes.fossilised or changes.pruned)
@@ -201,14 +207,8 @@ class Tamiyo(Keeper):
 
     def _choose(self, state: TamiyoState, report: Report) -> tuple[Decision, int] | None:
         """The germination to propose and the index of its blueprint; None where nothing can grow."""
-        rows = {int(name): row for row, name in enumerate(np.asarray(state.watch.sites))}
+        usable = self._usable(state, report)
         live = {seed.site for seed in report.seeds if seed.stage in LIVE}
-        usable = []
-        for order, site in enumerate(report.sites):
-            row = rows.get(code(site.path))
-            turn = None if row is None else next(self._turns(state, site, row), None)
-            if turn is not None and site.free_slots:
-                usable.append((_rank(site, site.path in live, order), site, turn))
         if not usable:
             return None
         _, site, turn = min(usable, key=lambda entry: entry[0])
@@ -229,6 +229,18 @@ class Tamiyo(Keeper):
             "germinate", site.path, None, name, config, confidence=confidence, urgency=urgency, reason=reason
         )
         return decision, turn
+
+    def _usable(self, state: TamiyoState, report: Report) -> list[tuple[Any, SiteReport, int]]:
+        """Sites that can take a seed, each with its rank and the index of the blueprint whose turn it is there."""
+        rows = {int(name): row for row, name in enumerate(np.asarray(state.watch.sites))}
+        live = {seed.site for seed in report.seeds if seed.stage in LIVE}
+        usable = []
+        for order, site in enumerate(report.sites):
+            row = rows.get(code(site.path))
+            turn = None if row is None else next(self._turns(state, site, row), None)
+            if turn is not None and site.free_slots:
+                usable.append((_rank(site, site.path in live, order), site, turn))
+        return usable
 
     def _turns(self, state: TamiyoState, site: SiteReport, row: int) -> Iterator[int]:
         """Blueprints that may grow at the site, the one whose turn it is first."""

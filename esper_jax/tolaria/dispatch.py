@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,13 +13,13 @@ from jaxtyping import Array, Int
 
 from ..kasmina.morph import Morph
 from .optim import Growable
+from .programs import Program
 from .state import TrainState
 from .step import METRICS, Calls, one_step
 
 MODES = ("auto", "scan", "loop", "unroll")
 SCANNED, UNROLLED = 32, 4
 CHUNK_BYTES = 64 << 20
-Steps = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Dispatch:
         return max(1, min(SCANNED if mode == "scan" else UNROLLED, fit))
 
 
-def make_steps(calls: Calls, tx: Growable, probe_every: int, dispatch: Dispatch) -> Steps:
-    """The jitted train program of a run, `steps(state, batches, count) -> (state, metrics of the last step)`.
+def make_steps(calls: Calls, tx: Growable, probe_every: int, dispatch: Dispatch) -> Program:
+    """The train program of a run, `steps(state, batches, count) -> (state, metrics of the last step)`.
 
     `batches` has a leading axis of places for batches, of which the first `count` are trained on, in turn. Scanned,
     any count up to the places is the same program, so the bits of a run do not depend on how its steps are grouped.
@@ -89,7 +89,7 @@ def make_steps(calls: Calls, tx: Growable, probe_every: int, dispatch: Dispatch)
             carry = step(i, carry)
         return carry
 
-    return jax.jit(train_steps, donate_argnums=0)
+    return Program("train", train_steps, donate=(0,))
 
 
 def convolves(calls: Calls, morph: Morph, batch: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from ..kasmina.morph import Morph
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from .data import Data, validation_batches
+from .programs import Program
 from .step import Calls
 
 Score = Callable[[Any, Any], Array]
@@ -45,15 +47,18 @@ class Evaluator:
     """Loss and score of a morph on validation data; one compiled program for each, for each spec."""
 
     def __init__(self, calls: Calls, score: Score | None, batch_size: int) -> None:
-        self.calls, self.score, self.batch_size = calls, score or default_score, batch_size
-        self._plain = jax.jit(self._measure)
-        self._rows = jax.jit(self._measure_rows)
+        self.batch_size = batch_size
+        score = score or default_score
+        self.plain = Program("evaluate", functools.partial(_measure, calls, score))
+        self.rows = Program(
+            "contributions", functools.partial(_measure_rows, calls, score), extra=_all_on, extras=1, late=True
+        )
 
     def __call__(self, morph: Morph, data: Data) -> tuple[float, float]:
         """Mean loss, and mean score in points (x 100), over the validation data."""
         sums, size = np.zeros(2), 0
         for batch, n in validation_batches(data, self.batch_size):
-            sums += n * np.asarray(self._plain(morph, batch), np.float64)
+            sums += n * np.asarray(self.plain(morph, batch), np.float64)
             size += n
         if size == 0:
             raise ValueError("the validation data gave no batch")
@@ -92,7 +97,7 @@ class Evaluator:
             size += n
             for begin in range(0, len(masks), ROWS):
                 stacked = jax.tree.map(lambda *rows: np.stack(rows), *masks[begin : begin + ROWS])
-                sums[begin : begin + ROWS] += n * np.asarray(self._rows(morph, stacked, batch), np.float64)
+                sums[begin : begin + ROWS] += n * np.asarray(self.rows(morph, stacked, batch), np.float64)
         return list(100 * sums[: len(rows)] / size)
 
     @staticmethod
@@ -102,17 +107,25 @@ class Evaluator:
             masks[plant.site][plant.slot] = index in on
         return masks
 
-    def _measure(self, morph: Morph, batch: Any) -> tuple[Array, Array]:
-        outputs, targets = self.calls.evaluate(morph, batch)
-        score = jnp.mean(jnp.asarray(self.score(outputs, targets)).astype(jnp.float32))
-        return self.calls.mean_loss(outputs, targets), score
 
-    def _measure_rows(self, morph: Morph, masks: dict[str, Bool[Array, "R S"]], batch: Any) -> Float[Array, " R"]:
-        def score(mask: dict[str, Bool[Array, " S"]]) -> Array:
-            state = {p: s.replace(alpha=jnp.where(mask[p], s.alpha, 0.0)) for p, s in morph.state.items()}
-            return self._measure(morph.replace(state=state), batch)[1]
+def _measure(calls: Calls, score: Score, morph: Morph, batch: Any) -> tuple[Array, Array]:
+    outputs, targets = calls.evaluate(morph, batch)
+    points = jnp.mean(jnp.asarray(score(outputs, targets)).astype(jnp.float32))
+    return calls.mean_loss(outputs, targets), points
 
-        return jax.vmap(score)(masks)
+
+def _measure_rows(
+    calls: Calls, score: Score, morph: Morph, masks: dict[str, Bool[Array, "R S"]], batch: Any
+) -> Float[Array, " R"]:
+    def one(mask: dict[str, Bool[Array, " S"]]) -> Array:
+        state = {p: s.replace(alpha=jnp.where(mask[p], s.alpha, 0.0)) for p, s in morph.state.items()}
+        return _measure(calls, score, morph.replace(state=state), batch)[1]
+
+    return jax.vmap(one)(masks)
+
+
+def _all_on(morph: Morph) -> tuple[dict[str, np.ndarray]]:
+    return ({path: np.ones((ROWS, morph.spec.slots), bool) for path in morph.state},)
 
 
 def measured_plants(morph: Morph) -> tuple[Plant, ...]:

@@ -17,10 +17,11 @@ import numpy as np
 
 from ..nissa import events
 from . import persist
+from .change import Changes
 from .checkpoint import Checkpoints
 from .data import Data
-from .dispatch import Steps
 from .feed import Feed
+from .programs import Program
 from .session import Session
 from .state import TrainState
 from .ticker import Sink, Ticker
@@ -42,6 +43,7 @@ class Run:
 
     Args:
       steps, ticker: the train program of `make_steps`, and the tick.
+      changes: changes of the program, and what waits for them.
       state: where the run begins; its arrays are copied, since steps donate theirs.
       session: the run's memory, brought up to date at each tick.
       sink, checkpoints: receivers of events and of states (None keeps none).
@@ -50,8 +52,9 @@ class Run:
 
     def __init__(
         self,
-        steps: Steps,
+        steps: Program,
         ticker: Ticker,
+        changes: Changes,
         state: TrainState,
         session: Session,
         sink: Sink,
@@ -64,8 +67,10 @@ class Run:
         self.steps, self.ticker, self.session, self.sink, self.checkpoints = steps, ticker, session, sink, checkpoints
         self.tick_every, self.checkpoint_every, self.patience = tick_every, checkpoint_every, patience
         self.epoch, self.batch = int(state.epoch), int(state.batch)
+        self.changes = changes
+        self.made = int(state.step)
+        self.state = changes.enter(jax.tree.map(jnp.array, state.replace(governor=None, control=None)))
         self.control = (state.governor, state.control)
-        self.state = jax.tree.map(jnp.array, state.replace(governor=None, control=None))
         self.saved: int | None = None
         self.unticked = int(state.meters.batches)
         self.running: collections.deque[jax.Array] = collections.deque()
@@ -73,7 +78,7 @@ class Run:
     def whole(self) -> TrainState:
         """The full state, with the host-side counts and the controllers' states in their places."""
         governor, control = self.control
-        return self.state.replace(
+        return self.changes.whole(self.state).replace(
             epoch=jnp.int32(self.epoch), batch=jnp.int32(self.batch), governor=governor, control=control
         )
 
@@ -94,6 +99,7 @@ class Run:
         batches = feed.epoch(self.state.morph, self.epoch, self.batch)
         while (chunk := batches.take(self.room())) is not None:
             self.dispatch(*chunk)
+            self.restructure(at_tick=False)
             due = self.tick_every is not None and self.unticked >= self.tick_every
             if due and self.tick(validation):
                 return True
@@ -103,23 +109,28 @@ class Run:
 
     def room(self) -> int:
         """How many steps may be made before something else is due: a number that follows from the state alone."""
-        return sys.maxsize if self.tick_every is None else max(1, self.tick_every - self.unticked)
+        to_tick = None if self.tick_every is None else max(1, self.tick_every - self.unticked)
+        bounds = (to_tick, self.changes.steps_left(self.made))
+        return min((bound for bound in bounds if bound is not None), default=sys.maxsize)
 
     def dispatch(self, batches: Any, count: int) -> None:
         """Hand `count` steps to the device, and wait for the last call but one so that the queue stays short."""
         self.state, metrics = self.steps(self.state, batches, np.int32(count))
         self.batch += count
         self.unticked += count
+        self.made += count
         self.running.append(metrics["loss"])
         if len(self.running) > IN_FLIGHT:
             self.running.popleft().block_until_ready()
 
     def tick(self, validation: Data) -> bool:
         """One tick, and a checkpoint where it is due; whether to stop early."""
+        self.restructure(at_tick=True)
         session = self.session
         state = self.ticker(self.whole(), session, validation, self.sink)
         self.control = (state.governor, state.control)
-        self.state = state.replace(governor=None, control=None)
+        self.state = self.changes.enter(state.replace(governor=None, control=None))
+        self.changes.guess(self.state, self.ticker.candidates)
         self.unticked = 0
         ticks = int(state.ticks)
         if ticks % self.checkpoint_every == 0:
@@ -130,6 +141,11 @@ class Run:
             self.sink(events.early_stop(ticks, int(state.step), reason=reason, patience=self.patience))
             return True
         return False
+
+    def restructure(self, *, at_tick: bool) -> None:
+        """Let a grown or leaner program take over where that is due."""
+        if self.changes.due(self.state, self.made, at_tick=at_tick):
+            self.state = self.changes.make(self.state, self.made)
 
     def save(self) -> None:
         """A checkpoint of this very step, unless there is one."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..protocol import Decision, Feedback
 from . import snapshot as _snapshot
+from .swap import Waiting
 
 NAN = float("nan")
 
@@ -39,6 +40,7 @@ class Session:
     best_tick: int = 0
     last_growth: int | None = None
     rollbacks: int = 0
+    waiting: Waiting | None = None
     tick_began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def to_json(self) -> dict[str, Any]:
@@ -46,13 +48,15 @@ class Session:
         kept = [f.name for f in dataclasses.fields(self) if f.name not in ("snapshot", "pending", "tick_began")]
         data = {name: getattr(self, name) for name in kept}
         pending = [{**dataclasses.asdict(p), "seconds": NAN} for p in self.pending]
-        return {**data, "pending": pending}
+        waiting = None if self.waiting is None else dataclasses.asdict(self.waiting)
+        return {**data, "pending": pending, "waiting": waiting}
 
     @staticmethod
     def from_json(data: dict[str, Any], snapshot: _snapshot.Snapshot) -> Session:
         """The session that `to_json` wrote, with its snapshot."""
         pending = [Pending(**{**p, "decision": Decision(**p["decision"])}) for p in data["pending"]]
-        return Session(snapshot, **{**data, "pending": pending})
+        waiting = Waiting.from_json(data.get("waiting"))
+        return Session(snapshot, **{**data, "pending": pending, "waiting": waiting})
 
 
 class History:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,22 +13,24 @@ import jax.numpy as jnp
 
 from ..kasmina import operate
 from ..kasmina.lifecycle import Lifecycle, Ticked
-from ..kasmina.morph import count
+from ..kasmina.morph import Morph, count
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from ..nissa import events
 from ..nissa.events import Event
 from ..protocol import Controller, Decision, Report
 from . import snapshot as _snapshot
+from . import swap as _swap
 from .apply import apply_decision
 from .data import Data
 from .evaluate import Contributions, Evaluator, measured_plants
 from .governor import Governor, check
 from .optim import Growable
+from .programs import Program
 from .report import NAN, Measured, make_report, mean_loss
 from .session import Pending, Session
 from .state import Meters, TrainState
-from .veto import Limits, veto
+from .veto import Limits, lean_plant, veto
 
 Sink = Callable[[Event], None]
 _GERMINATION = 0x5EED
@@ -52,9 +55,12 @@ class Ticker:
     limits: Limits
     classes: int | None
     max_rollbacks: int
+    swap: _swap.Swap = "epoch"
+    prefetch: int = 0
 
     def __post_init__(self) -> None:
-        self._move = jax.jit(lambda morph, score: operate.tick(morph, score=score, config=self.lifecycle))
+        self.candidates: tuple[Plant, ...] = ()
+        self.move = Program("tick", functools.partial(_move, self.lifecycle))
 
     def __call__(self, state: TrainState, session: Session, validation: Data, sink: Sink) -> TrainState:
         """The state after one tick; the session's record and pending feedback are brought up to date."""
@@ -65,21 +71,27 @@ class Ticker:
         if skipped:
             text = f"{skipped} batch(es) with a non-finite loss or gradient were skipped"
             sink(events.warning(*now, text, skipped=skipped))
-        loss, score = self.evaluator(state.morph, validation)
+        view, held = _swap.park(state, session.waiting)
+        loss, score = self.evaluator(view.morph, validation)
         state, rolled = self._govern(state, session, train_loss, loss, sink)
         if rolled:
-            loss, score = self.evaluator(state.morph, validation)
-        contributions = self.evaluator.contributions(state.morph, validation, measured_plants(state.morph))
-        state = _with_contributions(state, contributions)
-        morph, ticked = self._move(state.morph, jnp.float32(score))
-        state = state.replace(morph=morph)
+            view, held = _swap.park(state, session.waiting)
+            loss, score = self.evaluator(view.morph, validation)
+        contributions = self.evaluator.contributions(view.morph, validation, measured_plants(view.morph))
+        view = _with_contributions(view, contributions)
+        morph, ticked = self.move(view.morph, jnp.float32(score))
+        state = _swap.unpark(view.replace(morph=morph), held)
+        before = state.morph.spec
         report = make_report(state, Measured(train_loss, loss, score, contributions.pairs), ticked)
         self._tell(report, state, ticked, contributions, session, sink)
         state, fossilised = self._control(state, session, report, sink)
         if self._due or fossilised:
             session.snapshot = _snapshot.take(state)
             sink(events.snapshot(*now, reason="a seed was fossilised" if fossilised else "a healthy check"))
-        state = self._lean(state)
+        if self.swap == "now":
+            state = _swap.lean(state, self.tx)
+        elif session.waiting is None:
+            session.waiting = _swap.plan(before, state, *now, self.swap)
         event = events.epoch(
             *now,
             train_loss=train_loss,
@@ -120,6 +132,8 @@ class Ticker:
             row = last.get((site, slot))
             if row is not None and faults > row["faults"]:
                 sink(events.fault(*self._now, **at, faults=faults))
+            if site not in moved:  # parked: its program is not there yet
+                continue
             before, after = (Stage(int(stages[slot])) for stages in (moved[site].before, moved[site].after))
             if row is not None and row["stage"] != before.name:  # pruned since the last tick
                 sink(_stage(self._now, plant, row["stage"], before, self._dropped or _moved_because(before, faults)))
@@ -163,6 +177,7 @@ class Ticker:
             sink(events.feedback(*self._now, feedback[-1]))
         decisions, control = self.controller.decide(state.control, report, tuple(feedback))
         state = state.replace(control=control)
+        self.candidates = self._candidates(state, report)
         session.pending = []
         applied: list[Decision] = []
         for index, decision in enumerate(decisions):
@@ -181,9 +196,21 @@ class Ticker:
                     session.last_growth = report.epoch
         return state, any(decision.action == "fossilize" for decision in applied)
 
+    def _candidates(self, state: TrainState, report: Report) -> tuple[Plant, ...]:
+        """The seeds that the controller may grow next, likeliest first, if it says so and somebody wants to know."""
+        ask = getattr(self.controller, "candidates", None)
+        spec, plants = state.morph.spec, []
+        for decision in ask(state.control, report) if ask is not None and self.prefetch else ():
+            free = spec.free_slots(decision.site)
+            if free:
+                plants.append(dataclasses.replace(lean_plant(decision, spec.by_path[decision.site]), slot=free[0]))
+        return tuple(plants)
+
     def _refusal(
         self, decision: Decision, report: Report, state: TrainState, session: Session, applied: list[Decision]
     ) -> str | None:
+        if session.waiting is not None and decision.action == "germinate":
+            return f"one change at a time: the program changes for a decision of tick {session.waiting.tick} first"
         return veto(
             decision,
             report,
@@ -220,12 +247,9 @@ class Ticker:
             sink(_stage(self._now, plant, before, after, decision.reason, life.alpha[slot]))
         return state, slot, None
 
-    def _lean(self, state: TrainState) -> TrainState:
-        """The state without the dormant seeds that were not planted ahead."""
-        morph = operate.shed(state.morph)
-        if morph is state.morph:
-            return state
-        return state.replace(morph=morph, opt_state=self.tx.grow(state.opt_state, morph))
+
+def _move(lifecycle: Lifecycle, morph: Morph, score: Any) -> Any:
+    return operate.tick(morph, score=score, config=lifecycle)
 
 
 def _with_contributions(state: TrainState, measured: Contributions) -> TrainState:

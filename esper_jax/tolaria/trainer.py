@@ -22,17 +22,21 @@ from ..nissa.events import Event
 from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
 from ..protocol import Controller
 from . import persist, snapshot
+from .change import Changes
 from .checkpoint import CheckpointError, Checkpoints
+from .compiler import Compiler, check_place, compile_cache, make_compiler
 from .data import Batches, Data
 from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
 from .feed import Feed
 from .governor import Governor
 from .optim import growable
+from .programs import Programs
 from .run import Run, interrupts
 from .session import History, Session
 from .state import TrainState
 from .step import Calls, Loss
+from .swap import check_swap
 from .ticker import Ticker
 from .veto import Limits
 
@@ -60,6 +64,14 @@ class Tolaria:
       dispatch, steps_per_dispatch: how steps are handed to the device, "auto", "scan", "loop" or "unroll", and how many
         at a time (see `tolaria.dispatch.Dispatch`); Ctrl-C is noticed between two such calls.
       resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes; 0 never.
+      swap: when a grown or leaner program takes over. It is compiled in the background while training goes on in the
+        old one, and takes over at a boundary that follows from the data: "epoch", the next tick, or a number of train
+        steps after the decision. If it is not ready by then, the run waits and says for how long. "asap" takes it as
+        soon as it is ready, and such a run cannot be repeated to the bit; "now" compiles on the next step.
+      compile_in: "process" (of low priority), "thread", or "auto": a process on the CPU, a thread elsewhere.
+      prefetch, prefetch_bytes: how many of the controller's likely next seeds have their programs compiled ahead, and
+        how many bytes such programs may take.
+      compile_cache: a directory for JAX's persistent compilation cache, so that a later run finds its programs there.
       sinks: further receivers of events.
       progress: show progress (a live display on a terminal, plain lines elsewhere).
 
@@ -100,6 +112,11 @@ class Tolaria:
         dispatch: str = "auto",
         steps_per_dispatch: int | None = None,
         resident_bytes: int = 1 << 30,
+        swap: str | int = "epoch",
+        compile_in: str = "auto",
+        prefetch: int = 0,
+        prefetch_bytes: int = 1 << 28,
+        compile_cache: str | os.PathLike[str] | None = None,
         sinks: Sequence[Sink] = (),
         progress: bool = True,
     ) -> None:
@@ -130,7 +147,14 @@ class Tolaria:
             limits or Limits(),
             classes,
             max_rollbacks,
+            check_swap(swap),
+            prefetch,
         )
+        for name, value in (("prefetch", prefetch), ("prefetch_bytes", prefetch_bytes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number of 0 or more, got {value!r}")
+        self._compile_in, self._prefetch, self._prefetch_bytes = check_place(compile_in), prefetch, prefetch_bytes
+        self._compile_cache = compile_cache
         self._resumed: tuple[Morph, Session] | None = None
 
     def init(self, params: Any, *, key: jax.Array, model: Any = None, example: Any = None) -> TrainState:
@@ -174,10 +198,19 @@ class Tolaria:
             )
         session, resumed = self._session(state)
         log = ListSink()
-        with self._checkpoints(state) as checkpoints, self._sinks(state, log, epochs) as sink:
+        with (
+            self._checkpoints(state) as checkpoints,
+            self._sinks(state, log, epochs) as sink,
+            compile_cache(self._compile_cache),
+            self._compiler(state.morph) as compiler,
+        ):
+            programs = (self._step, self._evaluator.plain, self._ticker.move, self._evaluator.rows)
+            store = Programs(programs, compiler, self._prefetch_bytes)
+            changes = Changes(store, self.tx, self.controller, self._ticker.swap, self._prefetch, session, sink)
             run = Run(
                 self._step,
                 self._ticker,
+                changes,
                 state,
                 session,
                 sink,
@@ -243,6 +276,18 @@ class Tolaria:
         if resumed is not None and resumed[0] is state.morph:
             return resumed[1], True
         return Session(snapshot.take(state)), False
+
+    @contextlib.contextmanager
+    def _compiler(self, host: Morph) -> Iterator[Compiler]:
+        """A compiler for the time of one `fit`; its process starts at once where the network may grow."""
+        compiler = make_compiler(self._compile_in)
+        room = any(host.spec.free_slots(site.path) for site in host.spec.sites)
+        try:
+            if self.controller is not None and room and self._ticker.swap != "now":
+                compiler.start()
+            yield compiler
+        finally:
+            compiler.close()
 
     @contextlib.contextmanager
     def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:

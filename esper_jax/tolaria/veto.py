@@ -113,7 +113,7 @@ def _veto_germinate(
         size = _size(planned, site)
         others = sum(seed.parameters for seed in report.seeds if seed.stage != Stage.DORMANT)
         others += sum(
-            _size(_plant(d, spec.by_path[d.site]), spec.by_path[d.site]) for d in applied if d.action == "germinate"
+            _size(lean_plant(d, spec.by_path[d.site]), spec.by_path[d.site]) for d in applied if d.action == "germinate"
         )
     except (KeyError, TypeError, ValueError) as error:
         return f"blueprint: {error}"
@@ -127,7 +127,7 @@ def _veto_germinate(
 
 def _planned(decision: Decision, site: Site, place: SiteReport, spec: Spec, applied: Sequence[Decision]) -> Plant | str:
     """The plant that germinating would make or use, found as `germinate` finds it; or why there is none."""
-    plant = _plant(decision, site)
+    plant = lean_plant(decision, site)
     taken: set[int] = set()
     for other in applied:
         if other.action == "germinate" and other.site == site.path:
@@ -166,7 +166,7 @@ def _split(decision: Decision) -> tuple[dict[str, Any], str | None]:
     return config, None if blend is None else check_blend(blend)
 
 
-def _plant(decision: Decision, site: Site) -> Plant:
+def lean_plant(decision: Decision, site: Site) -> Plant:
     """The lean plant of a germination, checked against the site."""
     config, blend = _split(decision)
     return make_plant(site, decision.slot or 0, str(decision.blueprint), config, blend or "add", False)

@@ -67,6 +67,7 @@ def trainer(directory: pathlib.Path | None, **options: Any) -> Tolaria:
         "keep": 100,
         "progress": False,
         "classes": 2,
+        "compile_in": "thread",
     }
     return Tolaria(Net(), LOSS, tx, **{**defaults, **options})
 

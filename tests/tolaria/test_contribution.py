@@ -71,7 +71,7 @@ def test_one_compiled_program_serves_any_set_of_live_seeds() -> None:
     morph = morph_with(4)
     for count in (1, 2, 4):
         measure.contributions(morph, (X, Y), measured_plants(morph)[:count])
-    assert measure._rows._cache_size() == 1 and ROWS == 4
+    assert measure.rows._cache_size() == 1 and ROWS == 4
 
 
 def test_only_blending_and_holding_seeds_are_measured() -> None:

@@ -1,0 +1,137 @@
+"""The moment a run changes its program: parked seeds come in, dormant ones leave, or a program that failed is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+
+from ..kasmina.spec import Plant
+from ..kasmina.stages import Stage
+from ..nissa import events
+from ..nissa.events import Event
+from ..protocol import Controller
+from . import swap
+from .optim import Growable
+from .programs import Programs
+from .session import Session
+from .state import TrainState
+from .swap import Held, Swap, Waiting
+
+Sink = Callable[[Event], None]
+
+
+class Changes:
+    """Keeps a run's state in two parts, the view its program works on and what waits outside, and joins them.
+
+    Args:
+      programs: where the programs of the next structure come from.
+      tx, controller: the optimizer, and who may say what is likely to grow next.
+      when: the boundary, as for `Tolaria(swap=...)`.
+      prefetch: how many of the controller's candidates are compiled ahead.
+      session, sink: the run's memory, whose `waiting` is the change under way, and the receiver of events.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        tx: Growable,
+        controller: Controller | None,
+        when: Swap,
+        prefetch: int,
+        session: Session,
+        sink: Sink,
+    ) -> None:
+        self.programs, self.tx, self.controller, self.session, self.sink = programs, tx, controller, session, sink
+        self.when, self.prefetch = when, prefetch
+        self.held: Held | None = None
+
+    def enter(self, state: TrainState) -> TrainState:
+        """The view of a whole state that its program knows; the programs of the next structure are asked for."""
+        morph = state.morph.replace(spec=self.programs.same(state.morph.spec))
+        view, self.held = swap.park(state.replace(morph=morph), self.session.waiting)
+        view = view.replace(morph=view.morph.replace(spec=self.programs.same(view.morph.spec)))
+        self.ask(view)
+        return view
+
+    def whole(self, view: TrainState) -> TrainState:
+        """The whole state of a view."""
+        return swap.unpark(view, self.held)
+
+    def ask(self, view: TrainState) -> None:
+        """See to it that the programs of the next structure are being built, as far as their shapes are known."""
+        if self.session.waiting is not None:
+            self.programs.request(swap.lean(self.whole(view), self.tx))
+
+    def guess(self, view: TrainState, candidates: tuple[Plant, ...]) -> None:
+        """Have the programs built that would be needed if one of these seeds were grown next."""
+        for plant in candidates[: self.prefetch]:
+            spec = view.morph.spec
+            if self.session.waiting is None and spec.plant(plant.site, plant.slot) is None:
+                self.programs.prefetch(jax.eval_shape(lambda s, p=plant: swap.grown(s, p, self.tx), view))
+
+    def steps_left(self, step: int) -> int | None:
+        """Train steps until the program changes, if that hangs on their number."""
+        waiting = self.session.waiting
+        return None if waiting is None or waiting.at is None else max(1, waiting.at - step)
+
+    def due(self, view: TrainState, step: int, *, at_tick: bool) -> bool:
+        """Whether the program changes now. Only "asap" asks what is built; all else follows from the data."""
+        waiting = self.session.waiting
+        if waiting is None:
+            return False
+        if self.when == "asap":
+            self.ask(view)
+            return self.programs.ready(swap.target_spec(self.whole(view).morph))
+        return at_tick if waiting.at is None else step >= waiting.at
+
+    def make(self, view: TrainState, step: int) -> TrainState:
+        """The state in its next program; or in the one it has, without the parked seeds, where the next one failed."""
+        waiting, self.session.waiting = self.session.waiting, None
+        assert waiting is not None
+        state, self.held = self.whole(view), None
+        now = (int(state.ticks), step)
+        target = swap.lean(state, self.tx)
+        outcome = self.programs.wait(target.morph.spec)
+        began = time.perf_counter()
+        if notice := getattr(self.programs.compiler, "notice", ""):
+            self.programs.compiler.notice = ""  # type: ignore[attr-defined]
+            self.sink(events.warning(*now, notice))
+        if outcome.error:
+            self._failed(state, waiting, now, outcome.error)
+            return self.enter(swap.abandon(state, waiting))
+        grown = [list(place) for place in waiting.parked]
+        left = [[p.site, p.slot] for p in state.morph.spec.plants if target.morph.spec.plant(p.site, p.slot) is None]
+        target = self.enter(target)
+        self.sink(
+            events.swap(
+                *now,
+                grown=grown,
+                left=left,
+                where=outcome.where,
+                programs=outcome.programs,
+                waited_seconds=outcome.waited,
+                trace_seconds=outcome.trace,
+                compile_seconds=outcome.compile,
+                swap_seconds=time.perf_counter() - began,
+            )
+        )
+        return target
+
+    def _failed(self, state: TrainState, waiting: Waiting, now: tuple[int, int], error: str) -> None:
+        """Tell that a program could not be built: to the log, and to the controller as the answer to its decision."""
+        reason = f"its program could not be compiled: {error}"
+        self.sink(events.compile_failed(*now, seeds=[list(place) for place in waiting.parked], reason=error))
+        for site, slot in waiting.parked:
+            plant = state.morph.spec.plant(site, slot)
+            assert plant is not None
+            at = {"site": site, "slot": slot, "blueprint": plant.blueprint}
+            self.sink(events.stage(*now, **at, before=Stage.GERMINATED, after="PRUNED", reason=reason, alpha=0.0))
+        self.session.pending = [
+            dataclasses.replace(pending, outcome="refused", reason=reason)
+            if (pending.decision.site, pending.slot) in waiting.parked and pending.decision.action == "germinate"
+            else pending
+            for pending in self.session.pending
+        ]

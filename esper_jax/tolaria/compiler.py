@@ -1,0 +1,332 @@
+"""Compiling beside the training: in a process of its own that runs only when the cores are idle, or in a thread.
+
+A thread of this process holds the interpreter while it traces and takes the cores while it compiles. So on the CPU a
+program is built in another process, whose executable is handed over as bytes; elsewhere, where the accelerator is busy
+with steps that were dispatched before and a second process could not have the device, a thread does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import jax
+from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
+
+from ..kasmina.blueprints import Blueprint
+from ..kasmina.spec import Spec
+from . import frames
+
+# Idle priority before anything is imported: the process runs on what the training leaves of the cores.
+_IDLE = """import os
+if hasattr(os, "SCHED_IDLE"):
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+else:
+    os.nice(19)"""
+
+
+class BuildError(RuntimeError):
+    """A program could not be traced or compiled; the message says what and why."""
+
+
+class WorkerError(RuntimeError):
+    """The process that compiles could not be used (it died, or something cannot be sent to it)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One program to build: `jax.jit(function, donate_argnums=donate)` for arguments of these shapes.
+
+    `args` is a tuple of pytrees of `jax.ShapeDtypeStruct`; `spec` is the structure they have, and `blueprints` are the
+    recipes it names.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    donate: tuple[int, ...]
+    args: tuple[Any, ...]
+    spec: Spec
+    blueprints: tuple[Blueprint, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A compiled program, the seconds it took to trace and to compile, where, and its size in bytes (0: not known)."""
+
+    call: Callable[..., Any]
+    trace_seconds: float
+    compile_seconds: float
+    where: str
+    size: int = 0
+
+
+class Compiler(Protocol):
+    """Builds programs one after another, off the training thread."""
+
+    def start(self) -> None:
+        """Get ready for the first job."""
+        ...
+
+    def submit(self, job: Job) -> Future[Built]:
+        """The program to come. A `BuildError` in it means that the program itself is at fault."""
+        ...
+
+    def hurry(self, on: bool) -> None:
+        """Somebody waits (or no longer): take the cores now."""
+        ...
+
+    def close(self) -> None:
+        """End; what is not built is cancelled."""
+        ...
+
+
+def check_place(where: str) -> str:
+    """`where` itself if it is a place to compile in; ValueError otherwise."""
+    if where not in ("auto", "process", "thread"):
+        raise ValueError(f"compile_in must be 'auto', 'process' or 'thread', got {where!r}")
+    return where
+
+
+@contextlib.contextmanager
+def compile_cache(directory: str | os.PathLike[str] | None) -> Iterator[None]:
+    """JAX's persistent compilation cache in `directory` for the time of the block; None changes nothing."""
+    if directory is None:
+        yield
+        return
+    wanted = {
+        "jax_compilation_cache_dir": os.fspath(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def make_compiler(where: str) -> Compiler:
+    """A compiler: "process", "thread", or "auto", which is a process on the CPU and a thread elsewhere."""
+    if check_place(where) == "auto":
+        where = "process" if jax.default_backend() == "cpu" else "thread"
+    return ProcessCompiler() if where == "process" else ThreadCompiler()
+
+
+def build_here(job: Job) -> Built:
+    """The program, built in this process."""
+    began = time.perf_counter()
+    try:
+        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.args)
+        traced = time.perf_counter()
+        compiled = lowered.compile()
+    except Exception as error:
+        raise BuildError(f"{job.name}: {type(error).__name__}: {error}") from error
+    return Built(compiled, traced - began, time.perf_counter() - traced, "thread")
+
+
+class _Queued:
+    """One thread that takes jobs in turn; `_build` is what it does with one."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Job, Future[Built]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Nothing to do in a thread."""
+
+    def submit(self, job: Job) -> Future[Built]:
+        """See `Compiler`."""
+        future: Future[Built] = Future()
+        if self._closed:
+            future.cancel()
+            return future
+        self._jobs.put((job, future))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="esper_jax compiler", daemon=True)
+            self._thread.start()
+        return future
+
+    def hurry(self, on: bool) -> None:
+        """Nothing to do in a thread."""
+
+    def close(self) -> None:
+        """See `Compiler`."""
+        self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting = self._jobs.get_nowait()
+                if waiting is not None:
+                    waiting[1].cancel()
+        self._jobs.put(None)
+
+    def _serve(self) -> None:
+        while (taken := self._jobs.get()) is not None:
+            job, future = taken
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(self._build(job))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _build(self, job: Job) -> Built:
+        raise NotImplementedError
+
+
+class ThreadCompiler(_Queued):
+    """Builds in a thread of this process."""
+
+    def _build(self, job: Job) -> Built:
+        return build_here(job)
+
+    def __repr__(self) -> str:
+        return "ThreadCompiler()"
+
+
+class ProcessCompiler(_Queued):
+    """Builds in a child process that runs at idle priority, with this process's sys.path and JAX configuration.
+
+    The model, loss, score and optimizer travel by cloudpickle. What cannot be sent, or an executable that cannot be
+    handed over, is built in a thread instead, and `notice` says so once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notice = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: Any = None
+        self._sent: dict[int, Callable[..., Any]] = {}
+
+    def start(self) -> None:
+        """Start the process now, so that its imports are done when the first job comes."""
+        if self._process is not None:
+            return
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"{_IDLE}\nfrom esper_jax.tolaria.worker import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+        )
+        frames.write(self._process.stdin, pickle.dumps(_configuration()))
+
+    def hurry(self, on: bool) -> None:
+        """Give the process ordinary priority while somebody waits for it."""
+        if self._process is not None:
+            _set_idle(self._process.pid, not on)
+
+    def close(self) -> None:
+        """See `Compiler`."""
+        super().close()
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, self._errors):
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+    def _build(self, job: Job) -> Built:
+        try:
+            return self._remote(job)
+        except WorkerError as error:
+            if self._closed:
+                raise
+            self.notice = self.notice or f"programs are compiled in a thread of this process, because {error}"
+            return build_here(job)
+
+    def _remote(self, job: Job) -> Built:
+        import cloudpickle
+
+        self.start()
+        process = self._process
+        if process is None:
+            raise WorkerError("the compiling process was closed")
+        known = self._sent.get(id(job.function)) is job.function
+        try:
+            function = None if known else cloudpickle.dumps(job.function)
+            text = cloudpickle.dumps(
+                {
+                    "name": job.name,
+                    "key": id(job.function),
+                    "function": function,
+                    "donate": job.donate,
+                    "spec": job.spec,
+                    "args": job.args,
+                    "blueprints": cloudpickle.dumps(job.blueprints),
+                }
+            )
+        except Exception as error:  # pickling runs the user's objects: anything may come
+            raise WorkerError(f"{job.name} cannot be sent to another process: {error}") from error
+        try:
+            frames.write(process.stdin, text)
+            answer = frames.read(process.stdout)
+        except (OSError, EOFError, ValueError) as error:
+            raise WorkerError(f"the compiling process ended: {self._last_words() or error}") from error
+        self._sent[id(job.function)] = job.function
+        found = pickle.loads(answer)
+        if found.get("at fault") == "program":
+            raise BuildError(f"{job.name}: {found['error']}")
+        if "error" in found:
+            raise WorkerError(f"{job.name} cannot be handed over: {found['error']}")
+        try:
+            return _loaded(job, found)
+        except Exception as error:  # unpickling and loading machine code: whatever is wrong, a thread can build it
+            raise WorkerError(f"{job.name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+    def _last_words(self) -> str:
+        if self._errors is None:
+            return ""
+        with contextlib.suppress(OSError, ValueError):
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            return lines[-1] if lines else ""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"ProcessCompiler({'running' if self._process is not None else 'not started'})"
+
+
+def _set_idle(process: int, idle: bool) -> None:
+    """Idle or ordinary priority for every thread of a process, where the system has such a thing."""
+    if not hasattr(os, "SCHED_IDLE"):
+        return
+    policy = os.SCHED_IDLE if idle else os.SCHED_OTHER
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+
+
+def _loaded(job: Job, found: dict[str, Any]) -> Built:
+    """The executable of an answer, ready to be called."""
+    skeleton = frames.Unpickler(found["skeleton"], job.spec).load()
+    in_tree, out_tree = jax.tree.structure((job.args, {})), jax.tree.structure(skeleton)
+    devices = jax.local_devices()[:1]
+    call = serialize_executable.deserialize_and_load(found["payload"], in_tree, out_tree, execution_devices=devices)
+    return Built(call, found["trace"], found["compile"], "process", len(found["payload"]))
+
+
+def _configuration() -> dict[str, Any]:
+    """JAX's settings in this process, as far as they can be sent."""
+    return {name: value for name, value in jax.config.values.items() if isinstance(value, bool | int | float | str)}

@@ -1,0 +1,213 @@
+"""The compiled programs of a run, one for each structure, and those that are built ahead for the next one."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..kasmina.blueprints import get_blueprint
+from ..kasmina.morph import Morph
+from ..kasmina.spec import Spec
+from .compiler import BuildError, Built, Compiler, Job, WorkerError
+from .state import TrainState
+
+Signature = tuple[Any, Hashable]
+
+
+class Program:
+    """A jitted function of a state or morph and further arguments, which may have been built ahead of its first call.
+
+    Args:
+      name: what it does, for messages.
+      function: a pure function whose first argument is a `TrainState` or a `Morph`.
+      donate: as for `jax.jit`.
+      extra: makes from the morph the arguments that follow the first and have its structure. The others are batches
+        and the like, whose shapes are remembered from the calls.
+      extras: how many arguments `extra` gives.
+      late: nobody needs it at once when the structure changes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        donate: tuple[int, ...] = (),
+        extra: Callable[[Morph], tuple[Any, ...]] = lambda morph: (),
+        extras: int = 0,
+        late: bool = False,
+    ) -> None:
+        self.name, self.function, self.donate = name, function, donate
+        self.extra, self.extras, self.late = extra, extras, late
+        self.jitted = jax.jit(function, donate_argnums=donate)
+        self.shapes: dict[Hashable, Any] = {}
+        self.ran: set[Signature] = set()
+        self.ahead: dict[Signature, Future[Built]] = {}
+
+    def __call__(self, first: Any, *rest: Any) -> Any:
+        """The function's result, from a program built ahead where there is one."""
+        shape = _signature(rest[self.extras :])
+        key = (_spec(first), shape)
+        future = self.ahead.get(key)
+        if future is not None:
+            wait([future])
+            if not failed(future):
+                return future.result().call(first, *rest)
+        if key not in self.ran:
+            self.ran.add(key)
+            self.shapes.setdefault(shape, _abstract(rest[self.extras :]))
+        return self.jitted(first, *rest)
+
+    def _cache_size(self) -> int:
+        """How many programs were compiled when they were first called."""
+        return int(self.jitted._cache_size())  # type: ignore[attr-defined]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a structure's programs: seconds waited for, and spent on building, where, and what went wrong."""
+
+    waited: float = 0.0
+    trace: float = 0.0
+    compile: float = 0.0
+    where: str = ""
+    programs: int = 0
+    error: str = ""
+
+
+class Programs:
+    """The store: asks a compiler for the programs of the next structure and hands them over when it is due.
+
+    Args:
+      programs: a run's programs; those named "train" take a `TrainState`, the others a `Morph`.
+      compiler: builds them in the background.
+      budget: bytes that programs built on suspicion (`prefetch`) may take; the oldest are dropped first.
+    """
+
+    def __init__(self, programs: Sequence[Program], compiler: Compiler, budget: int = 256 * 2**20) -> None:
+        self.programs, self.compiler, self.budget = tuple(programs), compiler, budget
+        self._guesses: collections.OrderedDict[Spec, None] = collections.OrderedDict()
+        self._specs: dict[Spec, Spec] = {}
+
+    def same(self, spec: Spec) -> Spec:
+        """The one object that stands for this structure, so that a call need not compare its fields."""
+        return self._specs.setdefault(spec, spec)
+
+    def request(self, state: TrainState) -> int:
+        """Ask for what this structure lacks of programs; how many are being built now.
+
+        Args:
+          state: a state of that structure, concrete or abstract; only shapes and dtypes are read.
+        """
+        spec, asked = self.same(state.morph.spec), 0
+        self._guesses.pop(spec, None)
+        state = state.replace(governor=None, control=None, morph=state.morph.replace(spec=spec))
+        bare = _abstract(state)
+        blueprints = tuple(get_blueprint(name) for name in sorted({plant.blueprint for plant in spec.plants}))
+        for program in self.programs:
+            first = bare if program.name == "train" else bare.morph
+            extra = _abstract(program.extra(bare.morph))
+            for shape, rest in program.shapes.items():
+                key = (spec, shape)
+                if key in program.ran or key in program.ahead and not failed(program.ahead[key]):
+                    continue
+                job = Job(program.name, program.function, program.donate, (first, *extra, *rest), spec, blueprints)
+                program.ahead[key] = self.compiler.submit(job)
+                asked += 1
+        return asked
+
+    def prefetch(self, state: TrainState) -> None:
+        """Ask for the programs of a structure that may come next, within the budget."""
+        spec = self.same(state.morph.spec)
+        guessed = spec in self._guesses
+        if self.request(state) or guessed:
+            self._guesses[spec] = None
+        sizes = {guess: self._size(guess) for guess in self._guesses}
+        while self._guesses and sum(sizes.values()) > self.budget:
+            oldest, _ = self._guesses.popitem(last=False)
+            sizes.pop(oldest)
+            self.forget(oldest)
+
+    def ready(self, spec: Spec) -> bool:
+        """Whether all that `wait` would wait for is built (or has failed)."""
+        return all(future.done() for future in self._futures(spec, late=False))
+
+    def wait(self, spec: Spec) -> Outcome:
+        """Wait until this structure's programs are built; those marked `late` are waited for when they are called."""
+        futures = self._futures(spec, late=False)
+        began = time.perf_counter()
+        hurried = not self.ready(spec)
+        if hurried:
+            self.compiler.hurry(True)
+        built, error = [], ""
+        for future in futures:
+            try:
+                built.append(future.result())
+            except (BuildError, WorkerError, CancelledError) as failure:
+                error = error or str(failure) or "it was cancelled"
+        if hurried:
+            self.compiler.hurry(False)
+        return Outcome(
+            waited=time.perf_counter() - began if hurried else 0.0,
+            trace=sum(b.trace_seconds for b in built),
+            compile=sum(b.compile_seconds for b in built),
+            where=", ".join(sorted({b.where for b in built})),
+            programs=len(built),
+            error=error,
+        )
+
+    def forget(self, spec: Spec) -> None:
+        """Drop what was built for a structure ahead of its use."""
+        for program in self.programs:
+            for key in [key for key in program.ahead if key[0] == spec]:
+                program.ahead.pop(key).cancel()
+
+    def _futures(self, spec: Spec, *, late: bool = True) -> list[Future[Built]]:
+        chosen = [program for program in self.programs if late or not program.late]
+        return [future for p in chosen for (known, _), future in p.ahead.items() if known == spec]
+
+    def _size(self, spec: Spec) -> int:
+        return sum(future.result().size for future in self._futures(spec) if future.done() and not failed(future))
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{p.name}: {len(p.ran)} run, {len(p.ahead)} ahead" for p in self.programs)
+        return f"Programs({names}; {self.compiler!r})"
+
+
+def failed(future: Future[Built]) -> bool:
+    """Whether it is known that no program will come of it; what needs one compiles on its own then."""
+    return future.done() and (future.cancelled() or future.exception() is not None)
+
+
+def _spec(first: Any) -> Spec:
+    return first.spec if isinstance(first, Morph) else first.morph.spec
+
+
+def _signature(tree: Any) -> Hashable:
+    """Structure, shapes and dtypes of a batch."""
+    if isinstance(tree, tuple):
+        return tuple(_signature(part) for part in tree)
+    if isinstance(tree, Mapping):
+        return tuple((name, _signature(part)) for name, part in tree.items())
+    if isinstance(tree, np.ndarray | np.generic | jax.Array):
+        return tree.shape, tree.dtype
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, tuple((np.shape(leaf), jax.dtypes.result_type(leaf)) for leaf in leaves)
+
+
+def _abstract(tree: Any) -> Any:
+    """Shapes, dtypes and weak types as a call of a jitted function sees them."""
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        found = jax.typeof(leaf)
+        return jax.ShapeDtypeStruct(found.shape, found.dtype, weak_type=getattr(found, "weak_type", False))
+
+    return jax.tree.map(one, tree)
