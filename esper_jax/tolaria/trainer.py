@@ -107,6 +107,8 @@ class Tolaria:
             _positive(name, value)
         for name, maybe in (("tick_every", tick_every), ("checkpoint_every", checkpoint_every), ("patience", patience)):
             _positive(name, 1 if maybe is None else maybe)
+        if resident_bytes < 0:
+            raise ValueError(f"resident_bytes must be 0 or more, got {resident_bytes}")
         for name in ("init", "decide") if controller is not None else ():
             if not callable(getattr(controller, name, None)):
                 raise TypeError(f"controller {controller!r} has no {name}(); see esper_jax.protocol.Controller")
