@@ -19,9 +19,8 @@ import numpy as np
 import optax
 from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
 
-from esper_jax import Tolaria, TrainState, growable
+from esper_jax import Tolaria
 from esper_jax.tolaria.data import Batches, shuffled
-from esper_jax.tolaria.dispatch import Dispatch, make_steps
 from esper_jax.tolaria.feed import Feed
 from esper_jax.tolaria.run import Run
 

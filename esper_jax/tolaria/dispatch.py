@@ -12,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Int
 
 from ..kasmina.morph import Morph
+from .data import nbytes
 from .optim import Growable
 from .state import TrainState
 from .step import METRICS, Calls, one_step
@@ -64,7 +65,7 @@ class Dispatch:
             return self.steps
         if not arrays:
             return 1
-        fit = CHUNK_BYTES // max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)))
+        fit = CHUNK_BYTES // max(1, nbytes(batch))
         return max(1, min(SCANNED if mode == "scan" else UNROLLED, fit))
 
 

@@ -21,7 +21,7 @@ from ..protocol import Controller, Decision, Report
 from . import snapshot as _snapshot
 from .apply import apply_decision
 from .data import Data
-from .evaluate import Contributions, Evaluator, measured_plants
+from .evaluate import Contributions, Evaluator, measured_plants, soon
 from .governor import Governor, check
 from .optim import Growable
 from .report import NAN, Measured, make_report, mean_loss
@@ -60,12 +60,13 @@ class Ticker:
         """The state after one tick; the session's record and pending feedback are brought up to date."""
         began = time.perf_counter()
         state = state.replace(ticks=state.ticks + 1)
+        soon((state.ticks, state.step, state.meters, state.morph.state))
+        loss, score = self.evaluator(state.morph, validation)
         self._now = now = (int(state.ticks), int(state.step))
         train_loss, skipped = mean_loss(state.meters), int(state.meters.skipped)
         if skipped:
             text = f"{skipped} batch(es) with a non-finite loss or gradient were skipped"
             sink(events.warning(*now, text, skipped=skipped))
-        loss, score = self.evaluator(state.morph, validation)
         state, rolled = self._govern(state, session, train_loss, loss, sink)
         if rolled:
             loss, score = self.evaluator(state.morph, validation)
@@ -73,6 +74,7 @@ class Ticker:
         state = _with_contributions(state, contributions)
         morph, ticked = self._move(state.morph, jnp.float32(score))
         state = state.replace(morph=morph)
+        soon((morph.state, dict(ticked)))
         report = make_report(state, Measured(train_loss, loss, score, contributions.pairs), ticked)
         self._tell(report, state, ticked, contributions, session, sink)
         state, fossilised = self._control(state, session, report, sink)

@@ -23,7 +23,7 @@ from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
 from ..protocol import Controller
 from . import persist, snapshot
 from .checkpoint import CheckpointError, Checkpoints
-from .data import Batches, Data
+from .data import Batches, Data, held
 from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
 from .feed import Feed
@@ -59,7 +59,8 @@ class Tolaria:
       compute_dtype: as for `make_train_step`; the same holds in evaluation.
       dispatch, steps_per_dispatch: how steps are handed to the device, "auto", "scan", "loop" or "unroll", and how many
         at a time (see `tolaria.dispatch.Dispatch`); Ctrl-C is noticed between two such calls.
-      resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes; 0 never.
+      resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes, and
+        validation data likewise; 0 only if it is there already.
       sinks: further receivers of events.
       progress: show progress (a live display on a terminal, plain lines elsewhere).
 
@@ -188,6 +189,7 @@ class Tolaria:
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
             )
+            validation = held(validation, self._evaluator.batch_size, self._resident_bytes)
             feed = Feed(Batches(train, self.batch_size, state.key), self._calls, self._dispatch, self._resident_bytes)
             now, started = (int(state.ticks), int(state.step)), time.perf_counter()
             if resumed:

@@ -237,11 +237,13 @@ def test_bf16_computes_in_bf16_on_float32_master_weights() -> None:
     products = [line for line in lines if ":f32[]" not in line]  # but for the squared norm of the float32 gradient
     assert products and all(":bf16[" in line.split("=")[0] for line in products)
     state, history = made.fit(state, TRAIN, VALIDATION, epochs=4)
-    floats = [leaf for leaf in jax.tree.leaves((state.morph, state.opt_state)) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    floats = [
+        leaf for leaf in jax.tree.leaves((state.morph, state.opt_state)) if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
     assert floats and all(leaf.dtype == jnp.float32 for leaf in floats)
     assert history["train_loss"][-1] < history["train_loss"][0]
-    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), state.morph.host["params"])
-    assert not all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), rounded, state.morph.host["params"])))
+    kernel = state.morph.host["params"]["Dense_0"]["kernel"]
+    assert (kernel != kernel.astype(jnp.bfloat16).astype(jnp.float32)).any()
 
 
 def test_bf16_trains_a_planted_seed_too() -> None:
@@ -296,19 +298,24 @@ class Layer(nn.Module):
         return x + nn.Dense(8)(nn.tanh(nn.Dense(64)(x)))
 
 
-def test_a_rematerialised_host_stays_so_in_the_step() -> None:
-    """The policy stands in the traced step with sites, seeds and probes, and the compiled one keeps less memory."""
-    policy, kept = jax.checkpoint_policies.nothing_saveable, {}
-    for name, model in (("saved", Deep()), ("recomputed", Deep(policy))):
-        x = jnp.ones((512, 8))
-        morph = esper_jax.morph(model.init(jax.random.key(0), x), where="Dense_0", planted="lora", slots=1)
-        tx = growable(optax.sgd(0.1))
+@pytest.mark.parametrize("policy", ["nothing_saveable", "dots_saveable", None])
+def test_a_rematerialised_host_stays_so_in_the_step(policy: str | None) -> None:
+    """What the host's own gradient recomputes by its policy, the step with probes and a seed in it recomputes too."""
+    policies = jax.checkpoint_policies
+    model, x, y = Deep(getattr(policies, policy) if policy else None), jnp.ones((16, 8)), jnp.zeros(16, jnp.int32)
+    variables = model.init(jax.random.key(0), x)
+    bare = jax.make_jaxpr(jax.grad(lambda v: LOSS(model.apply(v, x), y).mean()))(variables)
+    calls, tx = Calls(esper_jax.graft(model), LOSS), growable(optax.sgd(0.1))
+    batches = jax.tree.map(lambda leaf: leaf[None], (x, y))
+
+    def step(probe_every: int, planted: str | None) -> str:
+        morph = esper_jax.morph(variables, where="layer_3/Dense_0", planted=planted, slots=1)
         state = TrainState.create(morph, tx, key=jax.random.key(0))
-        steps = make_steps(Calls(esper_jax.graft(model), LOSS), tx, 50, Dispatch("scan"))
-        batches = jax.tree.map(lambda leaf: leaf[None], (x, jnp.zeros(512, jnp.int32)))
-        jaxpr = str(jax.make_jaxpr(steps)(state, batches, 1))
-        assert jaxpr.count("policy=nothing_saveable") + jaxpr.count("policy=<function nothing_saveable") == (
-            6 if name == "recomputed" else 0
-        ), jaxpr.count("policy=")
-        kept[name] = steps.lower(state, batches, np.int32(1)).compile().memory_analysis().temp_size_in_bytes
-    assert kept["recomputed"] < kept["saved"]
+        return str(jax.make_jaxpr(make_steps(calls, tx, probe_every, Dispatch("scan")))(state, batches, 1))
+
+    recomputed = 12 if policy else 6
+    assert str(bare).count("= tanh") == recomputed
+    assert step(0, None).count("= tanh") == recomputed
+    assert step(50, "lora").count("= tanh") == recomputed
+    norms = len(jax.tree.leaves(variables))
+    assert step(0, None).count(" dot_general[") == str(bare).count(" dot_general[") + norms
