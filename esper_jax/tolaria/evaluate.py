@@ -56,7 +56,7 @@ class Evaluator:
         found = self._over(data, lambda batch: self._plain(morph, batch))
         if not found:
             raise ValueError("the validation data gave no batch")
-        loss, score = sum(n * values for values, n in found) / sum(n for _, n in found)
+        loss, score = _weighted(found)
         return float(loss), 100 * float(score)
 
     def contributions(self, morph: Morph, data: Data, plants: Sequence[Plant]) -> Contributions:
@@ -91,8 +91,8 @@ class Evaluator:
             for begin in range(0, len(masks), ROWS)
         ]
         found = self._over(data, lambda batch: [self._rows(morph, group, batch) for group in groups])
-        sums = sum(n * np.concatenate(values) for values, n in found)
-        return list(100 * sums[: len(rows)] / sum(n for _, n in found))
+        means = _weighted([(values.ravel(), n) for values, n in found])
+        return list(100 * means[: len(rows)])
 
     def _over(self, data: Data, measure: Callable[[Any], Any]) -> list[tuple[np.ndarray, int]]:
         """What was measured on each batch, float64, and its size; copied to the host while later batches compute."""
@@ -121,6 +121,14 @@ class Evaluator:
             return self._measure(morph.replace(state=state), batch)[1]
 
         return jax.vmap(score)(masks)
+
+
+def _weighted(found: list[tuple[np.ndarray, int]]) -> np.ndarray:
+    """The mean of the values, each batch's counting by its size."""
+    sums = np.zeros_like(found[0][0])
+    for values, n in found:
+        sums += n * values
+    return sums / sum(n for _, n in found)
 
 
 def measured_plants(morph: Morph) -> tuple[Plant, ...]:

@@ -60,7 +60,7 @@ class Feed:
     def _settle(self, morph: Morph, batch: Any) -> None:
         """Choose mode and places by the first batch."""
         if not self.mode:
-            batch = jax.eval_shape(lambda batch: jax.tree.map(jnp.asarray, batch), batch)  # dtypes as jax has them
+            batch = jax.tree.map(_shape, batch)
             self.mode = self.dispatch.chosen(self.calls, morph, batch)
             self.places = self.dispatch.size(self.mode, batch, arrays=self.arrays is not None)
 
@@ -93,7 +93,7 @@ class Epoch:
 class Resident(Epoch):
     """Batches gathered on the device."""
 
-    def __init__(self, feed: Feed, position: int, order: Int[Array, "N B"]) -> None:
+    def __init__(self, feed: Feed, position: int, order: Any) -> None:
         super().__init__(feed, position)
         self.order = order
 
@@ -145,6 +145,11 @@ def gathered(arrays: Any, order: Int[Array, "N B"], position: Any, places: int) 
 def stacked(batches: list[Any]) -> Any:
     """Batches on the device, stacked there."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = leaf.dtype if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf).dtype
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(dtype))
 
 
 def _form(batch: Any) -> Any:

@@ -17,9 +17,9 @@ import pytest
 import esper_jax
 from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria, TrainingInterrupted, TrainState, growable
 from esper_jax.tolaria.data import Batches, shuffled
-from esper_jax.tolaria.dispatch import Dispatch, convolves, make_steps
+from esper_jax.tolaria.dispatch import Dispatch, make_steps
 from esper_jax.tolaria.feed import Feed
-from esper_jax.tolaria.step import Calls, one_step
+from esper_jax.tolaria.step import Calls, convolves, one_step
 from tests.kasmina.hosts import HOSTS, host
 from tests.tolaria import growing
 
