@@ -94,7 +94,9 @@ def observed_states(
     morph: Morph, grads: Mapping[str, Any], faulty: Mapping[str, Array], ok: Bool[Array, ""]
 ) -> dict[str, Any]:
     """The seeds' states after the step: running statistics and faults; a skipped batch measures nothing."""
-    states = {}
+    states: dict[str, Any] = {}
+    if not morph.spec.plants:
+        return states
     n_host, host_norm = count(morph.params["host"]), tree_norm(grads["host"])
     for path, plants in morph.spec.planted_at.items():
         health, ratio, exploding = (jnp.zeros(morph.spec.slots) for _ in range(3))

@@ -62,6 +62,7 @@ def _tap_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
 tap.defvjp(_tap_fwd, _tap_bwd)
 
 
+@jax.named_scope("measure")
 def _measure(source: Array, h: Array, cotangent: Array) -> Float[Array, " P"]:
     rows, gradient = _rows(h), _rows(cotangent)
     variance = jnp.var(rows, axis=0)

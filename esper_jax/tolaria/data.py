@@ -61,6 +61,9 @@ def shuffled(key: jax.Array, epoch: Any, size: int, batch_size: int) -> Int[Arra
 
 def validation_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, int]]:
     """All batches of validation data in order with their sizes; the last one may be smaller."""
+    if isinstance(data, Held):
+        yield from data.batches
+        return
     arrays = as_arrays(data)
     if arrays is None:
         for batch in data(0) if callable(data) else data:
@@ -74,15 +77,35 @@ def validation_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, int]]
         yield jax.tree.map(lambda array, part=part: array[part], arrays), part.stop - begin
 
 
+class Held:
+    """Validation batches that stay on the device, each with its number of examples."""
+
+    def __init__(self, batches: list[tuple[Any, int]]) -> None:
+        self.batches = batches
+
+
+def held(data: Data, batch_size: int, most: int) -> Data:
+    """The data as batches that stay on the device if it is arrays of at most `most` bytes, else the data itself."""
+    arrays = as_arrays(data)
+    if arrays is None or nbytes(arrays) > most:
+        return data
+    return Held([(jax.device_put(batch), size) for batch, size in validation_batches(arrays, batch_size)])
+
+
+def nbytes(tree: Any) -> int:
+    """The bytes that a tree of arrays takes up."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def as_arrays(data: Data) -> Any:
-    """The data as numpy arrays if it is a pair or mapping of arrays with one leading axis, else None."""
+    """The data as arrays if it is a pair or mapping of arrays with one leading axis, else None. Jax arrays stay so."""
     if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in jax.tree.leaves(data)):
         arrays: Any = data
     elif isinstance(data, Mapping) and all(hasattr(part, "shape") for part in jax.tree.leaves(data)):
         arrays = dict(data)
     else:
         return None
-    arrays = jax.tree.map(np.asarray, arrays)
+    arrays = jax.tree.map(lambda part: part if isinstance(part, jax.Array) else np.asarray(part), arrays)
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(arrays)}
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(str(leaf.shape) for leaf in jax.tree.leaves(arrays))

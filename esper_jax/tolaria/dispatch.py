@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Int
 
 from ..kasmina.morph import Morph
+from .data import nbytes
 from .optim import Growable
 from .programs import Program
 from .state import TrainState
-from .step import METRICS, Calls, one_step
+from .step import METRICS, Calls, convolves, one_step
 
 MODES = ("auto", "scan", "loop", "unroll")
 SCANNED, UNROLLED = 32, 4
@@ -64,7 +63,7 @@ class Dispatch:
             return self.steps
         if not arrays:
             return 1
-        fit = CHUNK_BYTES // max(1, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch)))
+        fit = CHUNK_BYTES // max(1, nbytes(batch))
         return max(1, min(SCANNED if mode == "scan" else UNROLLED, fit))
 
 
@@ -90,18 +89,3 @@ def make_steps(calls: Calls, tx: Growable, probe_every: int, dispatch: Dispatch)
         return carry
 
     return Program("train", train_steps, donate=(0,))
-
-
-def convolves(calls: Calls, morph: Morph, batch: Any) -> bool:
-    """Whether the host's own forward pass holds a convolution, wherever it is."""
-    bare = morph.replace(seeds={}, state={}, spec=dataclasses.replace(morph.spec, plants=()))
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (bare, batch))
-    jaxpr = jax.make_jaxpr(lambda morph, batch: calls.evaluate(morph, batch)[0])(*shapes)
-    return any(equation.primitive.name == "conv_general_dilated" for equation in _equations(jaxpr.jaxpr))
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from _equations(inner)

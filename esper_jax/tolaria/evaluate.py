@@ -23,6 +23,8 @@ from .step import Calls
 Score = Callable[[Any, Any], Array]
 ROWS = 4
 MAX_PAIRED = 4
+IN_FLIGHT = 2
+"""Batches that may wait on the device behind the one that computes."""
 
 
 def default_score(outputs: Any, targets: Any) -> Float[Array, "..."]:
@@ -56,13 +58,10 @@ class Evaluator:
 
     def __call__(self, morph: Morph, data: Data) -> tuple[float, float]:
         """Mean loss, and mean score in points (x 100), over the validation data."""
-        sums, size = np.zeros(2), 0
-        for batch, n in validation_batches(data, self.batch_size):
-            sums += n * np.asarray(self.plain(morph, batch), np.float64)
-            size += n
-        if size == 0:
+        found = self._over(data, lambda batch: self.plain(morph, batch))
+        if not found:
             raise ValueError("the validation data gave no batch")
-        loss, score = sums / size
+        loss, score = _weighted(found)
         return float(loss), 100 * float(score)
 
     def contributions(self, morph: Morph, data: Data, plants: Sequence[Plant]) -> Contributions:
@@ -92,13 +91,22 @@ class Evaluator:
         """The score in points of each row, a set of the plants left on; `ROWS` of them a call, the last one padded."""
         masks = [self._mask(morph, plants, row) for row in rows]
         masks += masks[-1:] * (-len(masks) % ROWS)
-        sums, size = np.zeros(len(masks)), 0
+        groups = [
+            jax.tree.map(lambda *rows: np.stack(rows), *masks[begin : begin + ROWS])
+            for begin in range(0, len(masks), ROWS)
+        ]
+        found = self._over(data, lambda batch: [self.rows(morph, group, batch) for group in groups])
+        means = _weighted([(values.ravel(), n) for values, n in found])
+        return list(100 * means[: len(rows)])
+
+    def _over(self, data: Data, measure: Callable[[Any], Any]) -> list[tuple[np.ndarray, int]]:
+        """What was measured on each batch, float64, and its size; copied to the host while later batches compute."""
+        found = []
         for batch, n in validation_batches(data, self.batch_size):
-            size += n
-            for begin in range(0, len(masks), ROWS):
-                stacked = jax.tree.map(lambda *rows: np.stack(rows), *masks[begin : begin + ROWS])
-                sums[begin : begin + ROWS] += n * np.asarray(self.rows(morph, stacked, batch), np.float64)
-        return list(100 * sums[: len(rows)] / size)
+            found.append((soon(measure(batch)), n))
+            if len(found) > IN_FLIGHT:
+                jax.block_until_ready(found[-1 - IN_FLIGHT][0])
+        return [(np.asarray(jax.device_get(values), np.float64), n) for values, n in found]
 
     @staticmethod
     def _mask(morph: Morph, plants: Sequence[Plant], on: frozenset[int]) -> dict[str, np.ndarray]:
@@ -128,7 +136,23 @@ def _all_on(morph: Morph) -> tuple[dict[str, np.ndarray]]:
     return ({path: np.ones((ROWS, morph.spec.slots), bool) for path in morph.state},)
 
 
+def _weighted(found: list[tuple[np.ndarray, int]]) -> np.ndarray:
+    """The mean of the values, each batch's counting by its size."""
+    sums = np.zeros_like(found[0][0])
+    for values, n in found:
+        sums += n * values
+    return sums / sum(n for _, n in found)
+
+
 def measured_plants(morph: Morph) -> tuple[Plant, ...]:
     """The plants whose contribution is measured at a validation: those in BLENDING and HOLDING."""
-    stages = {path: np.asarray(state.stage) for path, state in morph.state.items()}
+    stages = jax.device_get({path: state.stage for path, state in morph.state.items()})
     return tuple(p for p in morph.spec.plants if stages[p.site][p.slot] in (Stage.BLENDING, Stage.HOLDING))
+
+
+def soon(tree: Any) -> Any:
+    """The tree itself; the copies of its arrays to the host begin, and nothing waits for them."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    return tree

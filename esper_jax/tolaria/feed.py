@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ..kasmina.morph import Morph
-from .data import Batches
+from .data import Batches, nbytes
 from .dispatch import Dispatch
 from .step import Calls
 
@@ -23,9 +23,10 @@ Chunk = tuple[Any, int]
 class Feed:
     """Batches in groups of as many as one call of the train program takes.
 
-    Arrays of at most `resident_bytes` are put on the device once, and each group is gathered there by a compiled
-    program; larger ones are gathered on the host, in the same order. How batches are grouped follows from their
-    position in the epoch and the steps until the next tick, so an epoch gone on with is grouped as one gone through.
+    Arrays of at most `resident_bytes`, and those that are there already, stay on the device, and each group is gathered
+    there by a compiled program; larger ones are gathered on the host, in the same order. How batches are grouped
+    follows from their position in the epoch and the steps until the next tick, so an epoch gone on with is grouped as
+    one gone through.
 
     Args:
       batches: the training data.
@@ -36,8 +37,8 @@ class Feed:
     def __init__(self, batches: Batches, calls: Calls, dispatch: Dispatch, resident_bytes: int) -> None:
         self.batches, self.calls, self.dispatch = batches, calls, dispatch
         arrays = batches.arrays
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) if arrays is not None else 0
-        self.resident = arrays is not None and size <= resident_bytes
+        there = arrays is not None and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(arrays))
+        self.resident = there or (arrays is not None and nbytes(arrays) <= resident_bytes)
         self.arrays = jax.device_put(arrays) if self.resident else arrays
         self.mode, self.places = "", 0
 
@@ -49,14 +50,17 @@ class Feed:
             if first is not None:
                 self._settle(morph, first)
             return Streamed(self, start, itertools.chain(() if first is None else (first,), stream))
-        self._settle(morph, jax.tree.map(lambda leaf: leaf[: self.batches.batch_size], self.batches.arrays))
+        n = self.batches.batch_size
+        self._settle(
+            morph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), self.arrays)
+        )
         order = self.batches.order(epoch)
         return Resident(self, start, order) if self.resident else Gathered(self, start, np.asarray(order))
 
     def _settle(self, morph: Morph, batch: Any) -> None:
         """Choose mode and places by the first batch."""
         if not self.mode:
-            batch = jax.eval_shape(lambda batch: jax.tree.map(jnp.asarray, batch), batch)
+            batch = jax.tree.map(_shape, batch)
             self.mode = self.dispatch.chosen(self.calls, morph, batch)
             self.places = self.dispatch.size(self.mode, batch, arrays=self.arrays is not None)
 
@@ -89,7 +93,7 @@ class Epoch:
 class Resident(Epoch):
     """Batches gathered on the device."""
 
-    def __init__(self, feed: Feed, position: int, order: Int[Array, "N B"]) -> None:
+    def __init__(self, feed: Feed, position: int, order: Any) -> None:
         super().__init__(feed, position)
         self.order = order
 
@@ -141,6 +145,11 @@ def gathered(arrays: Any, order: Int[Array, "N B"], position: Any, places: int) 
 def stacked(batches: list[Any]) -> Any:
     """Batches on the device, stacked there."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    dtype = leaf.dtype if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf).dtype
+    return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(dtype))
 
 
 def _form(batch: Any) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float
 
 from ..kasmina.graft import Graft, graft, zero_taps
@@ -157,8 +159,9 @@ def make_train_step(
         return one_step(calls, tx, probe_every, state, batch)
 
     def train_steps(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Array]]:
-        loops = unroll if unroll is not None else _unrolls(state.morph)
-        return jax.lax.scan(train_step, state, batches, unroll=steps if loops else 1)
+        first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
+        slow = jax.default_backend() == "cpu" and convolves(calls, state.morph, first)
+        return jax.lax.scan(train_step, state, batches, unroll=steps if (slow if unroll is None else unroll) else 1)
 
     return jax.jit(train_step if steps == 1 else train_steps, donate_argnums=0 if donate else ())
 
@@ -181,10 +184,10 @@ def one_step(
 
     def learn(params: Any, others: Any, opt_state: Any, grads: Any, collections: Any) -> tuple[Any, Any, Any]:
         updates, after = tx.update(grads, opt_state, morph)
-        return _like((optax.apply_updates(params, updates), collections or others, after), (params, others, opt_state))
+        changed = _collections(morph.with_collections(collections))
+        return _like((optax.apply_updates(params, updates), changed, after), (params, others, opt_state))
 
-    others = {name: part for name, part in morph.variables.items() if name != "params"}
-    old = morph.params, others, tx.grow(state.opt_state, morph)
+    old = morph.params, _collections(morph), tx.grow(state.opt_state, morph)
     params, others, opt_state = _if(ok, learn, old, grads, collections)
     kept = morph.with_params(params).with_collections(others)
     # On a batch that breaks the host itself no seed is to blame: faults count on good batches only.
@@ -226,6 +229,11 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
+def _collections(morph: Morph) -> dict[str, Any]:
+    """The host's mutable collections."""
+    return {name: part for name, part in morph.variables.items() if name != "params"}
+
+
 def _if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> Any:
     """`change(*old, *given)` if `ok`, else `old`.
 
@@ -239,12 +247,23 @@ def _if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> Any:
 
 def _like(new: Any, old: Any) -> Any:
     """The new leaves in the old ones' dtypes."""
-    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), new, old)
+    return jax.tree.map(lambda leaf, like: leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype), new, old)
 
 
 def _is_float(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _unrolls(morph: Morph) -> bool:
-    return jax.default_backend() == "cpu" and any(site.kind == "conv" for site in morph.spec.sites)
+def convolves(calls: Calls, morph: Morph, batch: Any) -> bool:
+    """Whether the host's own forward pass holds a convolution, wherever it is."""
+    bare = morph.replace(seeds={}, state={}, spec=dataclasses.replace(morph.spec, plants=()))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (bare, batch))
+    jaxpr = jax.make_jaxpr(lambda morph, batch: calls.evaluate(morph, batch)[0])(*shapes)
+    return any(equation.primitive.name == "conv_general_dilated" for equation in _equations(jaxpr.jaxpr))
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)

@@ -23,7 +23,7 @@ from . import snapshot as _snapshot
 from . import swap as _swap
 from .apply import apply_decision
 from .data import Data
-from .evaluate import Contributions, Evaluator, measured_plants
+from .evaluate import Contributions, Evaluator, measured_plants, soon
 from .governor import Governor, check
 from .optim import Growable
 from .programs import Program
@@ -66,13 +66,14 @@ class Ticker:
         """The state after one tick; the session's record and pending feedback are brought up to date."""
         began = time.perf_counter()
         state = state.replace(ticks=state.ticks + 1)
+        soon((state.ticks, state.step, state.meters, state.morph.state))
+        view, held = _swap.park(state, session.waiting)
+        loss, score = self.evaluator(view.morph, validation)
         self._now = now = (int(state.ticks), int(state.step))
         train_loss, skipped = mean_loss(state.meters), int(state.meters.skipped)
         if skipped:
             text = f"{skipped} batch(es) with a non-finite loss or gradient were skipped"
             sink(events.warning(*now, text, skipped=skipped))
-        view, held = _swap.park(state, session.waiting)
-        loss, score = self.evaluator(view.morph, validation)
         state, rolled = self._govern(state, session, train_loss, loss, sink)
         if rolled:
             view, held = _swap.park(state, session.waiting)
@@ -81,6 +82,7 @@ class Ticker:
         view = _with_contributions(view, contributions)
         morph, ticked = self.move(view.morph, jnp.float32(score))
         state = _swap.unpark(view.replace(morph=morph), held)
+        soon((morph.state, dict(ticked)))
         before = state.morph.spec
         report = make_report(state, Measured(train_loss, loss, score, contributions.pairs), ticked)
         self._tell(report, state, ticked, contributions, session, sink)

@@ -25,7 +25,7 @@ from . import persist, snapshot
 from .change import Changes
 from .checkpoint import CheckpointError, Checkpoints
 from .compiler import Compiler, check_place, compile_cache, make_compiler
-from .data import Batches, Data
+from .data import Batches, Data, held
 from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
 from .feed import Feed
@@ -63,7 +63,8 @@ class Tolaria:
       compute_dtype: as for `make_train_step`; the same holds in evaluation.
       dispatch, steps_per_dispatch: how steps are handed to the device, "auto", "scan", "loop" or "unroll", and how many
         at a time (see `tolaria.dispatch.Dispatch`); Ctrl-C is noticed between two such calls.
-      resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes; 0 never.
+      resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes, and
+        validation data likewise; 0 only if it is there already.
       swap: when a grown or leaner program takes over. It is compiled in the background while training goes on in the
         old one, and takes over at a boundary that follows from the data: "epoch", the next tick, or a number of train
         steps after the decision. If it is not ready by then, the run waits and says for how long. "asap" takes it as
@@ -124,6 +125,8 @@ class Tolaria:
             _positive(name, value)
         for name, maybe in (("tick_every", tick_every), ("checkpoint_every", checkpoint_every), ("patience", patience)):
             _positive(name, 1 if maybe is None else maybe)
+        if resident_bytes < 0:
+            raise ValueError(f"resident_bytes must be 0 or more, got {resident_bytes}")
         for name in ("init", "decide") if controller is not None else ():
             if not callable(getattr(controller, name, None)):
                 raise TypeError(f"controller {controller!r} has no {name}(); see esper_jax.protocol.Controller")
@@ -219,6 +222,7 @@ class Tolaria:
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
             )
+            validation = held(validation, self._evaluator.batch_size, self._resident_bytes)
             feed = Feed(Batches(train, self.batch_size, state.key), self._calls, self._dispatch, self._resident_bytes)
             now, started = (int(state.ticks), int(state.step)), time.perf_counter()
             if resumed:

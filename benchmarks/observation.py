@@ -1,0 +1,173 @@
+"""What Foundation's probes cost in a train step, at the default interval and while they measure.
+
+Variants take turns in one process: steps without probes (twice, for the noise floor), with probes at the default
+interval, and with probes on every step; each call makes a number of steps that holds sampled steps at exactly that
+interval. Beside the time stand XLA's own counts for the compiled step and, with `--instructions`, the instructions that
+the processor executed (counted by valgrind's callgrind, where it is installed), which no other load on the machine
+disturbs. The compiled program is read too: every measurement must sit behind a conditional.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
+
+from esper_jax import TrainState, graft, growable
+from esper_jax.kasmina.summary import flops
+from esper_jax.tolaria.dispatch import Dispatch, make_steps
+from esper_jax.tolaria.step import Calls
+
+EVERY = 50
+LIMITS = {"transformer": 1.01, "mlp": 1.02, "cnn": 1.02}
+VARIANTS = {"no probes": 0, "no probes again": 0, f"probes every {EVERY}": EVERY, "probes every step": 1}
+MARK = "observation: counting"
+
+
+class Steps:
+    """`EVERY` steps of one variant, in as many calls as the platform's own way of dispatch takes."""
+
+    def __init__(self, work: Any, probe_every: int, sites: str = "planted") -> None:
+        calls, tx = Calls(graft(work.model), work.loss), growable(work.optimizer())
+        morph = work.morph(planted=sites == "planted")
+        self.state = TrainState.create(morph, tx, key=jax.random.key(0))
+        alone = Dispatch().chosen(calls, morph, work.batches[0]) != "scan"
+        places = 1 if alone else EVERY
+        rows = [work.batches[i % len(work.batches)] for i in range(EVERY)]
+        groups = [rows[i : i + places] for i in range(0, EVERY, places)]
+        self.batches = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *group) for group in groups]
+        self.places = np.int32(places)
+        self.steps = make_steps(calls, tx, probe_every, Dispatch("loop" if alone else "scan"))
+
+    def __call__(self, number: int = 0) -> Any:
+        for batches in self.batches:
+            self.state, metrics = self.steps(self.state, batches, self.places)
+        return metrics["loss"]
+
+    def compiled(self) -> Any:
+        return self.steps.lower(self.state, self.batches[0], self.places).compile()
+
+
+def hidden(text: str) -> tuple[int, int]:
+    """How many operations of the probes the compiled program holds, and how many of them outside a conditional."""
+    bodies: dict[str, list[str]] = {}
+    name = ""
+    for line in text.splitlines():
+        if found := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
+            bodies[name := found.group(1)] = []
+        elif name:
+            bodies[name].append(line)
+    marked = {name: [line for line in body if "/measure/" in line] for name, body in bodies.items()}
+    inside: set[str] = set()
+    todo = [
+        callee
+        for body in bodies.values()
+        for line in body
+        if " conditional(" in line
+        for callee in re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line)
+        + [n.strip(" %") for group in re.findall(r"branch_computations=\{([^}]*)\}", line) for n in group.split(",")]
+    ]
+    while todo:
+        callee = todo.pop()
+        if callee in inside or callee not in bodies:
+            continue
+        inside.add(callee)
+        for line in bodies[callee]:
+            todo += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line)
+    total = sum(len(lines) for lines in marked.values())
+    return total, sum(len(lines) for name, lines in marked.items() if name not in inside)
+
+
+def count(name: str, args: argparse.Namespace, probe_every: int) -> float | None:
+    """Instructions a step, by callgrind in a process of its own; None where they could not be counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *("valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"),
+            *(sys.executable, __file__, "--models", name, "--counted", str(probe_every)),
+            *("--dtype", args.dtype, "--scale", str(args.scale), "--seed", str(args.seed), "--platform", "cpu"),
+        ]
+        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
+    found = re.search(r"Collected : (\d+)", done.stderr)
+    if MARK not in done.stdout or found is None or int(found.group(1)) == 0:
+        return None
+    return int(found.group(1)) / EVERY
+
+
+def counted(args: argparse.Namespace) -> None:
+    """In the process that callgrind watches: warm up, then `EVERY` steps with counting on."""
+    steps = Steps(workload(args.models[0], scale=args.scale, dtype=args.dtype, seed=args.seed), args.counted)
+    for _ in range(2):
+        jax.block_until_ready(steps())
+    print(MARK, flush=True)
+    switch = lambda *what: subprocess.run(["callgrind_control", *what, str(os.getpid())], capture_output=True)  # noqa: E731
+    switch("-i", "on")
+    switch("-z")
+    jax.block_until_ready(steps())
+    switch("-i", "off")
+
+
+def main() -> None:
+    made = parser(__doc__ or "", rounds=40, budget=25.0)
+    made.add_argument("--instructions", action="store_true", help="count instructions too; minutes for each model")
+    made.add_argument("--counted", type=int, help=argparse.SUPPRESS)
+    args = begin(made)
+    if args.counted is not None:
+        return counted(args)
+    report = Report("observation", __doc__ or "", args)
+    counting = args.instructions and shutil.which("valgrind") is not None and jax.default_backend() == "cpu"
+    if args.instructions and not counting:
+        report.note("Instructions are not counted: that needs valgrind and --platform cpu.")
+    for name in args.models:
+        measure(name, args, report, counting)
+    report.finish()
+    return None
+
+
+def measure(name: str, args: argparse.Namespace, report: Report, counting: bool) -> None:
+    work = workload(name, scale=args.scale, dtype=args.dtype, seed=args.seed)
+    variants = {n: Steps(work, every) for n, every in VARIANTS.items()}
+    timed = interleave(variants, rounds=args.rounds, warmup=2, budget=args.budget, least=6, seed=args.seed)
+    base, counts, rows = timed["no probes"], {}, []
+    for n, timing in timed.items():
+        compiled = variants[n].compiled()
+        total, outside = hidden(compiled.as_text())
+        row = {"variant": n, **time_columns(timing), **ratio_columns(ratio(timing, base))}
+        row |= {"step": timing.median / EVERY, "least": float(timing.samples.min() / base.samples.min())}
+        row |= {"flops": flops(compiled), "probing": total, "outside": outside}
+        if counting and not n.endswith("again"):
+            counts[n] = count(name, args, VARIANTS[n])
+            row["instructions"] = counts[n]
+            if counts[n] and counts["no probes"]:
+                row["instruction_ratio"] = counts[n] / counts["no probes"]
+        rows.append(row)
+    floor = noise_floor([ratio(timed["no probes again"], base)])
+    columns = (
+        Column("variant", "train step"),
+        Column("step", "a step", "time"),
+        Column("ratio", "time", "ratio"),
+        Column("interval", "95%", "interval"),
+        Column("least", "fastest", "ratio"),
+        Column("instructions", "instructions", "count"),
+        Column("instruction_ratio", "ratio", "ratio"),
+        Column("probing", "probe operations", "count"),
+        Column("outside", "outside a conditional", "count"),
+        Column("samples", "samples", "count"),
+    )
+    title = f"{name}: {EVERY} steps of {work.batch}, a dormant seed planted at each site"
+    note = f"Noise floor, from a second copy without probes: {floor:.3f}. To be reached: {LIMITS[name]:.2f}."
+    report.table(title, columns, rows, note)
+
+
+if __name__ == "__main__":
+    main()
