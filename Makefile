@@ -38,7 +38,7 @@ bench: $(VENV)/.dev ## run the small set of benchmarks (under 10 minutes) and wr
 
 gromo: ## install GroMo and torch into .venv-gromo, for one row of a benchmark
 	@$(PYTHON) -m venv .venv-gromo
-	@.venv-gromo/bin/python -m pip install --quiet --disable-pip-version-check numpy torch==2.13.0 torchmetrics
+	@.venv-gromo/bin/python -m pip install --quiet --disable-pip-version-check numpy torch==2.13.0
 	@.venv-gromo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gromo==0.1.0
 
 clean: ## remove what was built and cached; keeps .venv and runs/

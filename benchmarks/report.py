@@ -27,6 +27,7 @@ No GPU was available when these were made. On a machine with one, and a jax that
 make bench BENCH_PLATFORM=gpu BENCH_ARGS="--scale 8 --dtype bfloat16"
 ```
 """
+NEEDED = ("benchmark", "about", "date", "machine", "versions", "options", "tables", "notes")
 TITLES = {"cpu": "CPU", "gpu": "GPU", "tpu": "TPU"}
 
 
@@ -44,15 +45,17 @@ def main() -> None:
 
 
 def read(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """The results by platform, in order; files that are none raise a ValueError that names them."""
+    """The results by platform, in order; a file that is none raises a ValueError that names it."""
     found: dict[str, list[dict[str, Any]]] = {}
     for platform in TITLES:
         for path in sorted((folder / platform).glob("*.json")):
             try:
                 result = json.loads(path.read_text())
-                result["benchmark"], result["machine"], result["tables"]  # noqa: B018
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path.name} is no benchmark result ({error}); remove it or measure again") from error
+                missing = [key for key in NEEDED if key not in result]
+            except ValueError as error:
+                raise ValueError(f"{path.name} is not JSON ({error}): remove it or measure again") from error
+            if missing:
+                raise ValueError(f"{path.name} is no benchmark result, it has no {missing[0]}: remove or rename it")
             found.setdefault(platform, []).append(result)
     place = {name: i for i, name in enumerate(ORDER)}
     return {p: sorted(rs, key=lambda r: place.get(r["benchmark"], len(place))) for p, rs in found.items()}
@@ -78,7 +81,7 @@ def section(result: dict[str, Any]) -> str:
     lines = [f"### {result['benchmark']}", "", result["about"], ""]
     lines += [f"{result['date']}. {describe(result['machine'])}. {versions}. `{told}`", ""]
     if result.get("roofline"):
-        lines += [roofline_line(result["roofline"], options["dtype"]).capitalize() + ".", ""]
+        lines += [roofline_line(result["roofline"], options["dtype"]) + ".", ""]
     for table in result["tables"]:
         lines += [markdown(table), ""]
     for note in result["notes"]:
