@@ -65,8 +65,9 @@ def measure(event: Event, *, warm: int = 5, settle: int = 3) -> dict[str, float 
 
     Returns:
       `idle_median`, `idle_p95`, `idle_p99`: seconds a step before the event. `during_median`, `during_p95`,
-      `during_p99`, `during_worst`: the same between decision and swap, over the idle median; None where nothing lies
-      between. `worst`: the slowest step of the event, seconds, and `worst_steps`, in idle medians. `extra`: all time
+      `during_p99`, `during_worst`: the same of the steps after that of the decision and before that of the swap, over
+      the idle median; None where nothing lies between. `decision_steps`: what the decision's own step took above an
+      idle one, in idle steps, where it is another than the swap's. `worst`: the slowest step of the event, seconds, and `worst_steps`, in idle medians. `extra`: all time
       from the decision to the settled swap above what as many undisturbed steps take, seconds, and `extra_steps`.
       `noise_steps`: how much an idle window of that length differs from its own median, in idle steps (the median of
       its absolute value over all windows). `swap_steps`: the part of `extra_steps` that falls on the swap and the
@@ -87,13 +88,14 @@ def measure(event: Event, *, warm: int = 5, settle: int = 3) -> dict[str, float 
     before, swap = taken[event.decided : event.swapped], taken[event.swapped : settled]
     swap_extra = float(np.sum(swap - grown))
     extra = float(np.sum(before - median)) + swap_extra
-    quiet, during = summarise(idle), (summarise(before / median) if before.size else {})
+    quiet, during = summarise(idle), (summarise(before[1:] / median) if before.size > 1 else {})
     worst = float(np.max(taken[event.decided : settled]))
     return {
         "idle_median": median,
         "idle_p95": quiet["p95"],
         "idle_p99": quiet["p99"],
         **{f"during_{key}": during.get(key) for key in ("median", "p95", "p99", "worst")},
+        "decision_steps": float(before[0] / median - 1) if before.size else None,
         "worst": worst,
         "worst_steps": worst / median,
         "extra": extra,

@@ -28,9 +28,10 @@ def test_a_stall_in_the_foreground_costs_its_step_above_an_idle_one() -> None:
 
 
 def test_a_slower_grown_program_is_no_extra_time_but_slow_steps_while_waiting_are() -> None:
-    found = measure(Event(steps((2.0, 30), (3.0, 10), (8.0, 1), (4.0, 20)), decided=30, swapped=40))
-    assert found["during_median"] == found["during_p99"] == 1.5 and found["waited"] == 10
-    assert found["extra"] == pytest.approx(10 * 1 + 4) and found["swap_steps"] == pytest.approx(2)
+    found = measure(Event(steps((2.0, 30), (6.0, 1), (3.0, 10), (8.0, 1), (4.0, 20)), decided=30, swapped=41))
+    assert found["during_median"] == found["during_p99"] == 1.5 and found["waited"] == 11
+    assert found["decision_steps"] == 2
+    assert found["extra"] == pytest.approx(4 + 10 * 1 + 4) and found["swap_steps"] == pytest.approx(2)
     assert found["worst"] == 8
 
 
