@@ -67,11 +67,11 @@ def measure(event: Event, *, warm: int = 5, settle: int = 3) -> dict[str, float 
       `idle_median`, `idle_p95`, `idle_p99`: seconds a step before the event. `during_median`, `during_p95`,
       `during_p99`, `during_worst`: the same of the steps after that of the decision and before that of the swap, over
       the idle median; None where nothing lies between. `decision_steps`: what the decision's own step took above an
-      idle one, in idle steps, where it is another than the swap's. `worst`: the slowest step of the event, seconds, and `worst_steps`, in idle medians. `extra`: all time
-      from the decision to the settled swap above what as many undisturbed steps take, seconds, and `extra_steps`.
-      `noise_steps`: how much an idle window of that length differs from its own median, in idle steps (the median of
-      its absolute value over all windows). `swap_steps`: the part of `extra_steps` that falls on the swap and the
-      steps in which it settles. `waited`: steps from decision to swap.
+      idle one, in idle steps, where it is another than the swap's. `worst`: the slowest step of the event, seconds,
+      and `worst_steps`, in idle medians. `extra`: all time from the decision to the settled swap above what as many
+      undisturbed steps take, seconds, and `extra_steps`. `noise_steps`: how much an idle window of that length differs
+      from its own median, in idle steps (the median of its absolute value over all windows). `swap_steps`: the part of
+      `extra_steps` that falls on the swap and the steps in which it settles. `waited`: steps from decision to swap.
 
     Raises:
       ValueError: too few steps before the event or after the swap.
