@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 Data = Any
 
@@ -40,14 +43,20 @@ class Batches:
             source = self.data(epoch) if callable(self.data) else self.data
             yield from itertools.islice(iter(source), start, None)
             return
-        order = self._order(epoch)
-        for begin in range(start * self.batch_size, self.size - self.batch_size + 1, self.batch_size):
-            chosen = order[begin : begin + self.batch_size]
+        for chosen in np.asarray(self.order(epoch))[start:]:
             yield jax.tree.map(lambda array, chosen=chosen: array[chosen], self.arrays)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        words = np.asarray(jax.random.key_data(jax.random.fold_in(self.key, epoch))).astype(np.uint64)
-        return np.random.Generator(np.random.Philox(key=words[-2:])).permutation(self.size)
+    def order(self, epoch: int) -> Int[Array, "N B"]:
+        """Which examples make up each batch of an epoch, where the data is arrays; computed on the device."""
+        return shuffled(self.key, np.uint32(epoch), self.size, self.batch_size)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def shuffled(key: jax.Array, epoch: Any, size: int, batch_size: int) -> Int[Array, "N B"]:
+    """`size` examples in the order that key and epoch give, in whole batches; the examples left over are left out."""
+    bits = jax.random.bits(jax.random.fold_in(key, epoch), (size,), jnp.uint32)
+    whole = size // batch_size
+    return jnp.argsort(bits)[: whole * batch_size].astype(jnp.int32).reshape(whole, batch_size)
 
 
 def validation_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, int]]:

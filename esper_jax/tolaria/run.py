@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import pathlib
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..nissa import events
 from . import persist
 from .checkpoint import Checkpoints
-from .data import Batches, Data
+from .data import Data
+from .dispatch import Steps
+from .feed import Feed
 from .session import Session
 from .state import TrainState
 from .ticker import Sink, Ticker
+
+IN_FLIGHT = 2
+"""Calls of the train program that may wait on the device at once."""
 
 
 class TrainingInterrupted(KeyboardInterrupt):
@@ -33,7 +41,7 @@ class Run:
     """The state on its way, and what is due when.
 
     Args:
-      step, ticker: the compiled train step, and the tick.
+      steps, ticker: the train program of `make_steps`, and the tick.
       state: where the run begins; its arrays are copied, since steps donate theirs.
       session: the run's memory, brought up to date at each tick.
       sink, checkpoints: receivers of events and of states (None keeps none).
@@ -42,7 +50,7 @@ class Run:
 
     def __init__(
         self,
-        step: Callable[[TrainState, Any], Any],
+        steps: Steps,
         ticker: Ticker,
         state: TrainState,
         session: Session,
@@ -53,13 +61,14 @@ class Run:
         checkpoint_every: int,
         patience: int | None,
     ) -> None:
-        self.step, self.ticker, self.session, self.sink, self.checkpoints = step, ticker, session, sink, checkpoints
+        self.steps, self.ticker, self.session, self.sink, self.checkpoints = steps, ticker, session, sink, checkpoints
         self.tick_every, self.checkpoint_every, self.patience = tick_every, checkpoint_every, patience
         self.epoch, self.batch = int(state.epoch), int(state.batch)
         self.control = (state.governor, state.control)
         self.state = jax.tree.map(jnp.array, state.replace(governor=None, control=None))
         self.saved: int | None = None
         self.unticked = int(state.meters.batches)
+        self.running: collections.deque[jax.Array] = collections.deque()
 
     def whole(self) -> TrainState:
         """The full state, with the host-side counts and the controllers' states in their places."""
@@ -68,24 +77,42 @@ class Run:
             epoch=jnp.int32(self.epoch), batch=jnp.int32(self.batch), governor=governor, control=control
         )
 
-    def until(self, epochs: int, batches: Batches, validation: Data, stop: threading.Event) -> str:
+    def until(self, epochs: int, feed: Feed, validation: Data, stop: threading.Event) -> str:
         """Train; why it ended."""
         while self.epoch < epochs:
-            for batch in batches.epoch(self.epoch, self.batch):
-                self.state, _ = self.step(self.state, batch)
-                self.batch += 1
-                self.unticked += 1
-                due = self.tick_every is not None and self.unticked >= self.tick_every
-                if due and self.tick(validation):
-                    return "stopped early"
-                if stop.is_set():
-                    self.interrupt()
+            if self.through(feed, validation, stop):
+                return "stopped early"
             if self.batch == 0:
                 raise ValueError(f"epoch {self.epoch} of the training data gave no batch")
             self.epoch, self.batch = self.epoch + 1, 0
             if self.tick_every is None and self.tick(validation):
                 return "stopped early"
         return "finished"
+
+    def through(self, feed: Feed, validation: Data, stop: threading.Event) -> bool:
+        """Train on the rest of this epoch, with the ticks that fall into it; whether to stop early."""
+        batches = feed.epoch(self.state.morph, self.epoch, self.batch)
+        while (chunk := batches.take(self.room())) is not None:
+            self.dispatch(*chunk)
+            due = self.tick_every is not None and self.unticked >= self.tick_every
+            if due and self.tick(validation):
+                return True
+            if stop.is_set():
+                self.interrupt()
+        return False
+
+    def room(self) -> int:
+        """How many steps may be made before something else is due: a number that follows from the state alone."""
+        return sys.maxsize if self.tick_every is None else max(1, self.tick_every - self.unticked)
+
+    def dispatch(self, batches: Any, count: int) -> None:
+        """Hand `count` steps to the device, and wait for the last call but one so that the queue stays short."""
+        self.state, metrics = self.steps(self.state, batches, np.int32(count))
+        self.batch += count
+        self.unticked += count
+        self.running.append(metrics["loss"])
+        if len(self.running) > IN_FLIGHT:
+            self.running.popleft().block_until_ready()
 
     def tick(self, validation: Data) -> bool:
         """One tick, and a checkpoint where it is due; whether to stop early."""

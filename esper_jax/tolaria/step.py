@@ -12,13 +12,14 @@ from jaxtyping import Array, Float
 
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
-from ..kasmina.observe import find_faults, observed_states
+from ..kasmina.observe import find_faults, observed_states, tree_norm
 from ..kasmina.sites import split_path
 from ..kasmina.state import computes
 from .optim import Growable, growable
 from .state import Meters, TrainState
 
 Loss = Callable[[Any, Any], Array]
+METRICS = ("loss", "grad_norm", "skipped", "faults")
 _PAIRS = (("x", "y"), ("inputs", "targets"), ("image", "label"), ("images", "labels"))
 
 
@@ -56,7 +57,7 @@ def _checked(unpack: Callable[[Any], tuple[tuple[Any, ...], Any]]) -> Callable[[
 
 
 class Calls:
-    """How the model is called in training and evaluation: its mode keyword, rngs and mutable collections."""
+    """How the model is called in training and evaluation: its mode keyword, rngs, collections and compute dtype."""
 
     def __init__(
         self,
@@ -66,8 +67,12 @@ class Calls:
         train_kwargs: Mapping[str, Any] | None = None,
         eval_kwargs: Mapping[str, Any] | None = None,
         rngs: Sequence[str] | None = None,
+        compute_dtype: Any = None,
     ) -> None:
         self.forward, self.loss = forward, loss
+        self.dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise ValueError(f"compute_dtype must be a floating dtype such as jnp.bfloat16, got {self.dtype}")
         self.unpack = _checked(unpack) if unpack else unpack_batch
         self.train_kwargs = dict(forward.mode(True) if train_kwargs is None else train_kwargs)
         self.eval_kwargs = dict(forward.mode(False) if eval_kwargs is None else eval_kwargs)
@@ -76,6 +81,7 @@ class Calls:
     def train(self, morph: Morph, taps: Any, sample: Any, batch: Any, key: jax.Array) -> tuple[Array, dict[str, Any]]:
         """The mean loss of a batch in training mode, and the host's updated collections."""
         args, targets = self.unpack(batch)
+        morph, args = self.cast(morph, args)
         kwargs = dict(self.train_kwargs)
         if self.rngs:
             kwargs["rngs"] = {name: jax.random.fold_in(key, i) for i, name in enumerate(self.rngs)}
@@ -88,10 +94,20 @@ class Calls:
     def evaluate(self, morph: Morph, batch: Any) -> tuple[Any, Any]:
         """Outputs and targets of a batch in evaluation mode."""
         args, targets = self.unpack(batch)
+        morph, args = self.cast(morph, args)
         return self.forward(morph, *args, **self.eval_kwargs), targets
 
+    def cast(self, morph: Morph, args: tuple[Any, ...]) -> tuple[Morph, tuple[Any, ...]]:
+        """Parameters and inputs in the compute dtype; collections such as batch statistics stay as they are."""
+        if self.dtype is None:
+            return morph, args
+        lower = lambda leaf: leaf.astype(self.dtype) if _is_float(leaf) else leaf  # noqa: E731
+        return morph.with_params(jax.tree.map(lower, morph.params)), jax.tree.map(lower, args)
+
     def mean_loss(self, outputs: Any, targets: Any) -> Float[Array, ""]:
-        """The loss function's result averaged to a float32 scalar."""
+        """The loss function's result averaged to a float32 scalar; outputs in a compute dtype go in as float32."""
+        if self.dtype is not None:
+            outputs = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _is_float(leaf) else leaf, outputs)
         return jnp.mean(self.loss(outputs, targets).astype(jnp.float32))
 
 
@@ -107,6 +123,7 @@ def make_train_step(
     unpack: Callable[[Any], tuple[tuple[Any, ...], Any]] | None = None,
     train_kwargs: Mapping[str, Any] | None = None,
     rngs: Sequence[str] | None = None,
+    compute_dtype: Any = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """Build the jitted train step `step(state, batch) -> (state, metrics)`.
 
@@ -124,13 +141,15 @@ def make_train_step(
       unpack: `batch -> (model arguments, targets)`, for batches that are no pair.
       train_kwargs: keyword arguments of the model in training; None finds `train=True` and the like.
       rngs: names of the streams the model draws from; None gives "dropout".
+      compute_dtype: cast parameters and floating inputs to this dtype, e.g. `jnp.bfloat16`, for the forward and
+        backward pass; master weights, gradients, optimizer state and loss keep their own. None casts nothing.
 
     Returns:
       The step. `metrics` has float32 scalars (with a leading axis when `steps` > 1): `loss`, `grad_norm` (of the
       host), `skipped` (1 for a batch whose loss or gradient was not finite: it changed nothing), `faults`.
     """
     forward, tx = graft(forward), growable(tx)
-    calls = Calls(forward, loss, unpack, train_kwargs, None, rngs)
+    calls = Calls(forward, loss, unpack, train_kwargs, None, rngs, compute_dtype)
     if steps < 1 or probe_every < 0:
         raise ValueError(f"steps must be 1 or more and probe_every 0 or more, got {steps} and {probe_every}")
 
@@ -157,11 +176,17 @@ def one_step(
         return calls.train(morph.with_params(params), taps, sample, batch, key)
 
     (loss, collections), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(morph.params, taps)
-    norm = optax.tree.norm(grads["host"]).astype(jnp.float32)
+    norm = tree_norm(grads["host"])
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, morph)
-    grown = morph.with_params(optax.apply_updates(morph.params, updates)).with_collections(collections)
-    kept, opt_state = _where(ok, (grown, opt_state), (morph, tx.grow(state.opt_state, morph)))
+
+    def learn(params: Any, others: Any, opt_state: Any, grads: Any, collections: Any) -> tuple[Any, Any, Any]:
+        updates, after = tx.update(grads, opt_state, morph)
+        return _like((optax.apply_updates(params, updates), collections or others, after), (params, others, opt_state))
+
+    others = {name: part for name, part in morph.variables.items() if name != "params"}
+    old = morph.params, others, tx.grow(state.opt_state, morph)
+    params, others, opt_state = _if(ok, learn, old, grads, collections)
+    kept = morph.with_params(params).with_collections(others)
     # On a batch that breaks the host itself no seed is to blame: faults count on good batches only.
     faulty = {path: ok & found for path, found in find_faults(morph, grads, tapped).items()}
     new = state.replace(
@@ -185,7 +210,7 @@ def _measured(meters: Meters, loss: Array, ok: Array, sample: Any, tapped: Any, 
     paths = list(meters.gradients)
     norms = jax.lax.cond(
         sample & ok,
-        lambda g: {path: optax.tree.norm(_at(g, path)).astype(jnp.float32) for path in paths},
+        lambda g: {path: tree_norm(_at(g, path)) for path in paths},
         lambda g: {path: jnp.zeros((), jnp.float32) for path in paths},
         host,
     )
@@ -201,8 +226,24 @@ def _at(tree: Any, path: str) -> Any:
     return tree
 
 
-def _where(ok: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+def _if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> Any:
+    """`change(*old, *given)` if `ok`, else `old`.
+
+    On the CPU a branch: a select beside the update makes XLA copy the whole optimizer state in each step. On other
+    platforms a select: there a branch waits for the host.
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(ok, change, lambda *args: args[: len(old)], *old, *given)
+    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), change(*old, *given), old)
+
+
+def _like(new: Any, old: Any) -> Any:
+    """The new leaves in the old ones' dtypes."""
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), new, old)
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _unrolls(morph: Morph) -> bool:

@@ -24,13 +24,15 @@ from ..protocol import Controller
 from . import persist, snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .data import Batches, Data
+from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
+from .feed import Feed
 from .governor import Governor
 from .optim import growable
 from .run import Run, interrupts
 from .session import History, Session
 from .state import TrainState
-from .step import Calls, Loss, make_train_step
+from .step import Calls, Loss
 from .ticker import Ticker
 from .veto import Limits
 
@@ -54,6 +56,10 @@ class Tolaria:
       lifecycle, governor, limits: thresholds of gates and ramps, of rollbacks, and of what a controller may do.
       max_rollbacks: more than these end the run with `TrainingDiverged`.
       probe_every, unpack, train_kwargs, eval_kwargs, rngs: as for `make_train_step`.
+      compute_dtype: as for `make_train_step`; the same holds in evaluation.
+      dispatch, steps_per_dispatch: how steps are handed to the device, "auto", "scan", "loop" or "unroll", and how many
+        at a time (see `tolaria.dispatch.Dispatch`); Ctrl-C is noticed between two such calls.
+      resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes; 0 never.
       sinks: further receivers of events.
       progress: show progress (a live display on a terminal, plain lines elsewhere).
 
@@ -90,6 +96,10 @@ class Tolaria:
         train_kwargs: Mapping[str, Any] | None = None,
         eval_kwargs: Mapping[str, Any] | None = None,
         rngs: Sequence[str] | None = None,
+        compute_dtype: Any = None,
+        dispatch: str = "auto",
+        steps_per_dispatch: int | None = None,
+        resident_bytes: int = 1 << 30,
         sinks: Sequence[Sink] = (),
         progress: bool = True,
     ) -> None:
@@ -107,11 +117,10 @@ class Tolaria:
         self.tick_every, self.checkpoint_every, self.patience = tick_every, checkpoint_every, patience
         self.sinks, self.progress = tuple(sinks), progress
         self._morph_options = {"where": where, "slots": slots, "planted": planted, "blend": blend}
-        calls = Calls(self.forward, loss, unpack, train_kwargs, eval_kwargs, rngs)
-        self._evaluator = Evaluator(calls, score, eval_batch_size)
-        self._step = make_train_step(
-            self.forward, loss, self.tx, probe_every=probe_every, unpack=unpack, train_kwargs=train_kwargs, rngs=rngs
-        )
+        self._calls = Calls(self.forward, loss, unpack, train_kwargs, eval_kwargs, rngs, compute_dtype)
+        self._evaluator = Evaluator(self._calls, score, eval_batch_size)
+        self._dispatch, self._resident_bytes = Dispatch(dispatch, steps_per_dispatch), resident_bytes
+        self._step = make_steps(self._calls, self.tx, probe_every, self._dispatch)
         self._ticker = Ticker(
             self._evaluator,
             self.tx,
@@ -177,14 +186,14 @@ class Tolaria:
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
             )
-            batches = Batches(train, self.batch_size, state.key)
+            feed = Feed(Batches(train, self.batch_size, state.key), self._calls, self._dispatch, self._resident_bytes)
             now, started = (int(state.ticks), int(state.step)), time.perf_counter()
             if resumed:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
             with interrupts() as stop:
-                outcome = run.until(epochs, batches, validation, stop)
+                outcome = run.until(epochs, feed, validation, stop)
             run.save()
             final = run.whole()
             took = time.perf_counter() - started

@@ -1,0 +1,153 @@
+"""What Tolaria's loop costs beside the best loop that can be written by hand for the same model.
+
+By hand: one epoch as a `lax.scan` in one program, as a Python loop of jitted steps, and as such a loop with four steps
+written out in each call; the bare model, optax alone, donated buffers, shuffled and gathered in the program. Tolaria:
+the loop that `fit` runs between ticks, probes at the default interval included, in the mode it chooses by itself and in
+each mode by name, from data on the device and from data on the host. XLA's CPU backend is slow at convolutions inside
+control flow: the rows of the CNN are where a wrong choice shows.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
+
+from esper_jax import Tolaria, TrainState, growable
+from esper_jax.tolaria.data import Batches, shuffled
+from esper_jax.tolaria.dispatch import Dispatch, make_steps
+from esper_jax.tolaria.feed import Feed
+from esper_jax.tolaria.run import Run
+
+HAND = ("hand scan", "hand loop", "hand unrolled")
+WRITTEN_OUT = 4
+
+
+class Hand:
+    """Loops that someone would write for the bare model: an epoch from arrays on the device."""
+
+    def __init__(self, work: Any, data: Any, steps: int) -> None:
+        self.work, self.data, self.steps, self.tx = work, data, steps, work.optimizer()
+        params, rest = work.variables["params"], {k: work.variables[k] for k in work.collections}
+        self.first = lambda: jax.tree.map(jnp.array, (params, rest, self.tx.init(params)))
+        self.state = {name: self.first() for name in (*HAND, "hand scan again")}
+        self.scan = jax.jit(self._scan, donate_argnums=0)
+        self.one = jax.jit(functools.partial(self._several, 1), donate_argnums=0)
+        self.four = jax.jit(functools.partial(self._several, WRITTEN_OUT), donate_argnums=0)
+
+    def step(self, state: Any, rows: Any, data: Any) -> Any:
+        params, rest, opt_state = state
+        batch = jax.tree.map(lambda leaf: leaf[rows], data)
+
+        def loss(params: Any) -> Any:
+            return self.work.mean_loss(self.work.model.apply, {"params": params, **rest}, batch)
+
+        (_, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = self.tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), rest, opt_state
+
+    def _scan(self, state: Any, key: Any, data: Any) -> Any:
+        order = shuffled(key, 0, self.steps * self.work.batch, self.work.batch)
+        return jax.lax.scan(lambda state, rows: (self.step(state, rows, data), None), state, order)[0]
+
+    def _several(self, count: int, state: Any, order: Any, start: Any, data: Any) -> Any:
+        for i in range(count):
+            state = self.step(state, order[start + i], data)
+        return state
+
+    def epoch(self, name: str, number: int) -> Any:
+        """One epoch; the state after it."""
+        key, state = jax.random.key(number), self.state[name]
+        if name.startswith("hand scan"):
+            state = self.scan(state, key, self.data)
+        else:
+            size, call = (1, self.one) if name == "hand loop" else (WRITTEN_OUT, self.four)
+            order = shuffled(key, 0, self.steps * self.work.batch, self.work.batch)
+            for start in range(0, self.steps, size):
+                state = call(state, order, start, self.data)
+        self.state[name] = state
+        return state
+
+
+class Ours:
+    """Epochs of Tolaria's own loop, without its ticks."""
+
+    def __init__(self, work: Any, data: Any, mode: str, resident: bool = True, probe_every: int = 50) -> None:
+        trainer = Tolaria(
+            work.model,
+            work.loss,
+            work.optimizer(),
+            batch_size=work.batch,
+            dispatch=mode,
+            resident_bytes=1 << 30 if resident else 0,
+            probe_every=probe_every,
+            progress=False,
+        )
+        state = trainer.init(work.morph(), key=jax.random.key(0))
+        options: dict[str, Any] = {"tick_every": None, "checkpoint_every": 1, "patience": None}
+        self.run = Run(trainer._step, None, state, None, None, None, **options)  # type: ignore[arg-type]
+        batches = Batches(jax.tree.map(np.asarray, data), work.batch, jax.random.key(0))
+        self.feed = Feed(batches, trainer._calls, trainer._dispatch, trainer._resident_bytes)
+        self.stop = threading.Event()
+
+    def epoch(self, number: int) -> Any:
+        """One epoch; the state after it."""
+        self.run.epoch, self.run.batch = number, 0
+        self.run.through(self.feed, None, self.stop)
+        return self.run.state
+
+
+def main() -> None:
+    made = parser(__doc__ or "", rounds=30, budget=20.0)
+    made.add_argument("--steps", type=int, default=64, help="steps of an epoch")
+    args = begin(made)
+    report = Report("loop", __doc__ or "", args)
+    for name in args.models:
+        measure(name, args, report)
+    report.finish()
+
+
+def measure(name: str, args: Any, report: Report) -> None:
+    work = workload(name, scale=args.scale, dtype=args.dtype, sets=args.steps, seed=args.seed)
+    steps = args.steps
+    data = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *work.batches)
+    hand = Hand(work, data, steps)
+    variants = {n: functools.partial(hand.epoch, n) for n in hand.state}
+    ours = {"tolaria": Ours(work, data, "auto"), "tolaria, data on the host": Ours(work, data, "auto", resident=False)}
+    ours |= {f"tolaria, {mode}": Ours(work, data, mode) for mode in ("scan", "loop", "unroll")}
+    ours["tolaria, auto, no probes"] = Ours(work, data, "auto", probe_every=0)
+    variants |= {n: o.epoch for n, o in ours.items()}
+    timed = interleave(variants, rounds=args.rounds, sets=4, warmup=1, budget=args.budget, least=5, seed=args.seed)
+    best = min(HAND, key=lambda n: timed[n].median)
+    rows = []
+    for n, timing in timed.items():
+        row = {"variant": n, **time_columns(timing), **ratio_columns(ratio(timing, timed[best]))}
+        row["step"] = timing.median / steps
+        row["least"] = float(timing.samples.min() / timed[best].samples.min())
+        rows.append(row)
+    floor = noise_floor([ratio(timed["hand scan again"], timed["hand scan"])])
+    columns = (
+        Column("variant", "loop"),
+        Column("median", "epoch", "time"),
+        Column("step", "a step", "time"),
+        Column("ratio", "over the best by hand", "ratio"),
+        Column("interval", "95%", "interval"),
+        Column("least", "of the fastest epochs", "ratio"),
+        Column("samples", "epochs", "count"),
+    )
+    report.table(
+        f"{name}: an epoch of {steps} steps of {work.batch}; tolaria chose {ours['tolaria'].feed.mode}",
+        columns,
+        rows,
+        f"The best by hand is the {best}. Noise floor, from a second copy of the hand scan: {floor:.3f}.",
+    )
+
+
+if __name__ == "__main__":
+    main()

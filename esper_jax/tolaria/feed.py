@@ -1,0 +1,148 @@
+"""Training batches on their way to the device: several at a time, from arrays that stay there or from the host."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from ..kasmina.morph import Morph
+from .data import Batches
+from .dispatch import Dispatch
+from .step import Calls
+
+Chunk = tuple[Any, int]
+
+
+class Feed:
+    """Batches in groups of as many as one call of the train program takes.
+
+    Arrays of at most `resident_bytes` are put on the device once, and each group is gathered there by a compiled
+    program; larger ones are gathered on the host, in the same order. How batches are grouped follows from their
+    position in the epoch and the steps until the next tick, so an epoch gone on with is grouped as one gone through.
+
+    Args:
+      batches: the training data.
+      calls, dispatch: how the model is called, and how steps are to be grouped.
+      resident_bytes: the most that arrays may take up on the device.
+    """
+
+    def __init__(self, batches: Batches, calls: Calls, dispatch: Dispatch, resident_bytes: int) -> None:
+        self.batches, self.calls, self.dispatch = batches, calls, dispatch
+        arrays = batches.arrays
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) if arrays is not None else 0
+        self.resident = arrays is not None and size <= resident_bytes
+        self.arrays = jax.device_put(arrays) if self.resident else arrays
+        self.mode, self.places = "", 0
+
+    def epoch(self, morph: Morph, epoch: int, start: int) -> Epoch:
+        """The rest of an epoch from position `start` on. `morph` tells, the first time, which mode suits its host."""
+        if self.arrays is None:
+            stream = self.batches.epoch(epoch, start)
+            first = next(stream, None)
+            if first is not None:
+                self._settle(morph, first)
+            return Streamed(self, start, itertools.chain(() if first is None else (first,), stream))
+        self._settle(morph, jax.tree.map(lambda leaf: leaf[: self.batches.batch_size], self.batches.arrays))
+        order = self.batches.order(epoch)
+        return Resident(self, start, order) if self.resident else Gathered(self, start, np.asarray(order))
+
+    def _settle(self, morph: Morph, batch: Any) -> None:
+        """Choose mode and places by the first batch."""
+        if not self.mode:
+            batch = jax.eval_shape(lambda batch: jax.tree.map(jnp.asarray, batch), batch)
+            self.mode = self.dispatch.chosen(self.calls, morph, batch)
+            self.places = self.dispatch.size(self.mode, batch, arrays=self.arrays is not None)
+
+
+class Epoch:
+    """What is left of one epoch; `position` is that of the next batch."""
+
+    def __init__(self, feed: Feed, position: int) -> None:
+        self.feed, self.position = feed, position
+
+    def take(self, most: int) -> Chunk | None:
+        """The next batches, stacked, and how many of them are to be trained on: at most `most`; None at the end."""
+        count = min(most, self._left())
+        if count == 0:
+            return None
+        places = self.feed.places
+        if self.feed.mode != "scan":  # all of them, from a multiple of their number on, or one
+            places = places if count >= places and self.position % places == 0 else 1
+        chunk = self._stacked(places, min(count, places))
+        self.position += chunk[1]
+        return chunk
+
+    def _left(self) -> int:
+        raise NotImplementedError
+
+    def _stacked(self, places: int, count: int) -> Chunk:
+        raise NotImplementedError
+
+
+class Resident(Epoch):
+    """Batches gathered on the device."""
+
+    def __init__(self, feed: Feed, position: int, order: Int[Array, "N B"]) -> None:
+        super().__init__(feed, position)
+        self.order = order
+
+    def _left(self) -> int:
+        return len(self.order) - self.position
+
+    def _stacked(self, places: int, count: int) -> Chunk:
+        return gathered(self.feed.arrays, self.order, np.int32(self.position), places), count
+
+
+class Gathered(Resident):
+    """Batches of arrays that do not fit on the device, gathered on the host."""
+
+    def _stacked(self, places: int, count: int) -> Chunk:
+        chosen = self.order[np.minimum(self.position + np.arange(places), self.position + count - 1)]
+        return jax.tree.map(lambda array: array[chosen], self.feed.arrays), count
+
+
+class Streamed(Epoch):
+    """Batches of an iterable. One of another shape than the one before it starts a group of its own."""
+
+    def __init__(self, feed: Feed, position: int, source: Iterator[Any]) -> None:
+        super().__init__(feed, position)
+        self.source = source
+        self.ahead: list[Any] = []
+
+    def _left(self) -> int:
+        while len(self.ahead) < self.feed.places and (batch := next(self.source, None)) is not None:
+            self.ahead.append(batch)
+        alike = itertools.takewhile(lambda batch: _form(batch) == _form(self.ahead[0]), self.ahead)
+        return sum(1 for _ in alike)
+
+    def _stacked(self, places: int, count: int) -> Chunk:
+        taken, self.ahead = self.ahead[:count], self.ahead[count:]
+        padded = taken + taken[-1:] * (places - count)
+        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(padded)):
+            return stacked(padded), count
+        return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *padded), count
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def gathered(arrays: Any, order: Int[Array, "N B"], position: Any, places: int) -> Any:
+    """`places` batches from `position` on, stacked; past the end of the order the last one is repeated."""
+    rows = order[jnp.minimum(position + jnp.arange(places), order.shape[0] - 1)]
+    return jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), arrays)
+
+
+@jax.jit
+def stacked(batches: list[Any]) -> Any:
+    """Batches on the device, stacked there."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+
+def _form(batch: Any) -> Any:
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
