@@ -121,11 +121,17 @@ def programs(work: Workload, morph: esper_jax.Morph | None) -> dict[str, Callabl
         function, state = library_step(work, morph)
         return function, (state, batch)
 
-    found = {"step": library, "eval": lambda: (evaluator()._plain, (morph, batch))}
+    found = {"step": library, "eval": lambda: (jitted(evaluator(), "plain"), (morph, batch))}
     if morph.spec.plants:
         masks = {path: np.ones((4, morph.spec.slots), bool) for path in morph.state}
-        found["contribution"] = lambda: (evaluator()._rows, (morph, masks, batch))
+        found["contribution"] = lambda: (jitted(evaluator(), "rows"), (morph, masks, batch))
     return found
+
+
+def jitted(evaluator: Evaluator, name: str) -> Any:
+    """One of an evaluator's jitted functions."""
+    found = getattr(evaluator, name, None) or getattr(evaluator, f"_{name}")
+    return getattr(found, "jitted", found)
 
 
 def make(function: Any, given: tuple[Any, ...]) -> dict[str, float]:

@@ -141,7 +141,7 @@ def show(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
         made.add_column(column.heading, justify="left" if column.form in ("text", "yes") else "right")
     for row in cells:
         made.add_row(*row)
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else 200
     rich.console.Console(width=width, highlight=False, markup=False).print(made)
 
 
