@@ -6,11 +6,13 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-# Scripts under benchmarks/ that `make bench` runs, in this order.
-BENCHMARKS :=
+# What `make bench` runs, in this order, and where: make bench BENCH_PLATFORM=gpu BENCH_ARGS="--scale 8"
+BENCHMARKS := $(wildcard $(patsubst %,benchmarks/%.py,dormant seed_cost loop observation telemetry compile_time growth_stall))
+BENCH_PLATFORM ?= cpu
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gromo clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -26,9 +28,18 @@ lint: $(VENV)/.dev ## check style and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(VENV)/.dev ## run the benchmarks
-	@if [ -z "$(strip $(BENCHMARKS))" ]; then echo "no benchmarks yet: name scripts in BENCHMARKS in the Makefile"; fi
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(VENV)/.dev ## run the small set of benchmarks (under 10 minutes) and write benchmarks/RESULTS.md
+	@set -e; for script in $(BENCHMARKS); do \
+		echo "== $$script"; \
+		$(BIN)/python "$$script" --platform $(BENCH_PLATFORM) $(BENCH_ARGS) \
+			--json "benchmarks/results/$(BENCH_PLATFORM)/$$(basename "$$script" .py).json"; \
+	done
+	@$(BIN)/python benchmarks/report.py
+
+gromo: ## install GroMo and torch into .venv-gromo, for one row of a benchmark
+	@$(PYTHON) -m venv .venv-gromo
+	@.venv-gromo/bin/python -m pip install --quiet --disable-pip-version-check numpy torch==2.13.0
+	@.venv-gromo/bin/python -m pip install --quiet --disable-pip-version-check --no-deps gromo==0.1.0
 
 clean: ## remove what was built and cached; keeps .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -115,7 +116,9 @@ class Workload:
         """A morph of the model: all slots empty, or a dormant seed of the blueprint planted at each site of `where`."""
         if planted:
             options = {"where": self.where, "planted": {self.blueprint: self.config}, **options}
-        return esper_jax.morph(self.variables, slots=slots, model=self.model, example=self.batches[0][0], **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"morph\(\) skipped")  # an embedding carries no seeds
+            return esper_jax.morph(self.variables, slots=slots, model=self.model, example=self.batches[0][0], **options)
 
     def mean_loss(self, apply: Callable[..., Any], variables: Any, batch: Any) -> tuple[jax.Array, Any]:
         """The batch's mean loss in training mode and the updated collections, by `model.apply` or a grafted forward."""

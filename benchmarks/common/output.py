@@ -121,7 +121,7 @@ class Report:
 def roofline_line(ceilings: Mapping[str, float], dtype: str) -> str:
     """Measured ceilings in a line."""
     return (
-        f"measured ceilings: {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s in a {ceilings['size']:.0f}-square "
+        f"Measured ceilings: {ceilings['matmul_flops'] / 1e12:.3g} TFLOP/s in a {ceilings['size']:.0f}-square "
         f"{dtype} matrix product, {ceilings['copy_bytes'] / 1e9:.3g} GB/s in a copy"
     )
 
@@ -141,7 +141,7 @@ def show(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
         made.add_column(column.heading, justify="left" if column.form in ("text", "yes") else "right")
     for row in cells:
         made.add_row(*row)
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else 200
     rich.console.Console(width=width, highlight=False, markup=False).print(made)
 
 

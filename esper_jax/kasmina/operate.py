@@ -6,6 +6,7 @@ With concrete arrays an illegal call raises and changes nothing. Under a trace i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from .blend import check_blend
 from .blueprints import get_blueprint, make_plant, seed_init, seed_shapes
 from .lifecycle import Moved
 from .morph import Morph, check_morph, with_spec
-from .spec import Plant, freeze_config
+from .spec import Plant, Site, freeze_config
 from .stages import EDGES, NEXT, Stage
 from .state import SeedState, live
 
@@ -81,14 +82,11 @@ def germinate(
         chosen = free[0] if slot is None else slot
         plant = make_plant(place, chosen, blueprint, config, blend or "add", resident=False)
         grown = with_spec(morph, morph.spec.with_plant(plant))
+    old, life, now = grown.seeds[site][plant.key], grown.state[site], jnp.asarray(score, jnp.float32)
     if params is not None:
-        fresh = _check_params(plant, place, params)
+        placed, state, ok = _placed(plant.slot, _check_params(plant, place, params), life, old, now)
     else:
-        assert key is not None
-        fresh = seed_init(plant, place, key)
-    state, ok = _move(grown.state[site], plant.slot, lambda s, m: lifecycle.transition(s, m, Stage.GERMINATED, score))
-    old = grown.seeds[site][plant.key]
-    placed = jax.tree.map(lambda new, kept: jnp.where(ok, new, kept), fresh, old)
+        placed, state, ok = _born(get_blueprint(blueprint).init, plant, place, key, life, old, now)
     seeds = {**grown.seeds, site: {**grown.seeds[site], plant.key: placed}}
     return _answer(grown.replace(seeds=seeds, state={**grown.state, site: state}), ok, with_ok)
 
@@ -196,6 +194,21 @@ def live_seeds(morph: Morph) -> tuple[Plant, ...]:
     """The plants on trial (GERMINATED to HOLDING); needs concrete arrays."""
     stages = {path: np.asarray(live(state.stage)) for path, state in morph.state.items()}
     return tuple(plant for plant in morph.spec.plants if stages[plant.site][plant.slot])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _born(
+    init: Callable[..., Any], plant: Plant, site: Site, key: jax.Array, life: SeedState, old: Any, score: jax.Array
+) -> tuple[Any, SeedState, jax.Array]:
+    """A germination as one program, which is compiled once; `init` tells a blueprint from its replacement."""
+    return _placed(plant.slot, seed_init(plant, site, key), life, old, score)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _placed(slot: int, fresh: Any, life: SeedState, old: Any, score: jax.Array) -> tuple[Any, SeedState, jax.Array]:
+    """The seed's parameters and its site's state after germination in that slot, and whether that was legal."""
+    state, ok = _move(life, slot, lambda s, m: lifecycle.transition(s, m, Stage.GERMINATED, score))
+    return jax.tree.map(lambda new, kept: jnp.where(ok, new, kept), fresh, old), state, ok
 
 
 def _apply(

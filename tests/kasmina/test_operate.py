@@ -244,3 +244,32 @@ def test_a_wrong_argument_is_answered_in_one_sentence(call, error, word):
     """Contract 4 and rule 4 of the design."""
     with pytest.raises(error, match=word):
         call()
+
+
+def test_a_second_germination_of_its_kind_compiles_nothing_and_its_parameters_are_the_blueprints_own(mlp, caplog):
+    """Planted growth without a stall: a germination is one small program a plant, made once."""
+    from esper_jax.kasmina.blueprints import seed_init
+
+    planted = esper_jax.morph(mlp.variables, planted={"lora": {"rank": 3}}, slots=1)
+    esper_jax.germinate(planted, "Dense_0", "lora", key=jax.random.key(0))
+    with jax.log_compiles():
+        grown = esper_jax.germinate(planted, "Dense_0", "lora", key=jax.random.key(1), score=2.0)
+        assert [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")] == []
+    plant = grown.spec.planted_at["Dense_0"][0]
+    expected = seed_init(plant, grown.spec.by_path["Dense_0"], jax.random.key(1))
+    assert equal_bits(grown.seeds["Dense_0"]["slot_0"], expected)
+    assert float(grown.state["Dense_0"].stage_score[0]) == 2.0
+
+
+def test_a_blueprint_that_replaces_another_is_the_one_that_germinates(mlp):
+    for value in (1.0, 2.0):
+        esper_jax.register_blueprint(
+            "test-replaced",
+            init=lambda key, site, value=value: {"w": jnp.full((site.in_features, site.out_features), value)},
+            apply=lambda params, u: u @ params["w"],
+            reads="input",
+            config={},
+            replace=True,
+        )
+        grown = esper_jax.germinate(esper_jax.morph(mlp.variables), "Dense_0", "test-replaced", key=jax.random.key(0))
+        assert float(grown.seeds["Dense_0"]["slot_0"]["w"][0, 0]) == value

@@ -1,0 +1,160 @@
+"""What seeds cost that do nothing: bare host, empty slots, planted dormant seeds; forward pass and train step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from common import (
+    Column,
+    Report,
+    begin,
+    interleave,
+    noise_floor,
+    parser,
+    ratio,
+    ratio_columns,
+    time_columns,
+    within,
+    workload,
+)
+from common.steps import Stepper, bare_step, library_step, morph_step, own, same_program
+
+import esper_jax
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("batch", "batch", "count"),
+    Column("variant", "variant"),
+    Column("program", "program"),
+    Column("median", "median", "time"),
+    Column("p95", "p95", "time"),
+    Column("ratio", "ratio", "ratio"),
+    Column("interval", "95% interval", "interval"),
+    Column("spread", "spread", "ratio"),
+    Column("floor", "floor", "percent"),
+    Column("verdict", "1.00 within floor", "yes"),
+)
+IDENTICAL, COPY = "jaxpr identical", "the same once more"
+
+
+def main() -> None:
+    """Measure and print."""
+    made = parser(__doc__ or "", rounds=200, budget=2.0)
+    made.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes")
+    args = begin(made)
+    report = Report("dormant", __doc__ or "", args)
+    rows: dict[str, list[dict[str, Any]]] = {"forward": [], "step": [], "library": []}
+    for name in args.models:
+        for batch in args.batch:
+            work = workload(name, scale=args.scale, dtype=args.dtype, batch=batch, seed=args.seed)
+            empty, planted = work.morph(), work.morph(planted=True)
+            for kind, measure in (("forward", forward), ("step", own_loop), ("library", library)):
+                variants, programs = measure(work, empty, planted)
+                rows[kind] += compared(args, work, variants, programs)
+    report.table("Forward pass", COLUMNS, rows["forward"], explained(rows["forward"]))
+    report.table("Train step, a loop of one's own", COLUMNS, rows["step"], explained(rows["step"]))
+    note = "Base: an empty morph in make_train_step. The hand-written step of the bare host has no guard and no meters."
+    report.table("Train step, make_train_step without probes", COLUMNS, rows["library"], note)
+    planted_sites = {name: len(workload(name, batch=1, sets=1).morph(planted=True).spec.plants) for name in args.models}
+    report.note("Seeds planted: " + ", ".join(f"{name} {n}" for name, n in planted_sites.items()) + ".")
+    report.finish()
+
+
+def forward(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The forward pass in evaluation mode."""
+    grafted = esper_jax.graft(work.model.apply)
+    xs = [x for x, _ in work.batches]
+
+    def variant(apply: Any, variables: Any) -> Any:
+        # A function object each, or jit would hand one program to all.
+        jitted, given = jax.jit(lambda v, x: apply(v, x)), own(variables)
+        return lambda i: jitted(given, xs[i])
+
+    variants = {
+        "bare host": variant(work.model.apply, work.variables),
+        "copy of it": variant(work.model.apply, work.variables),
+        "empty": variant(grafted, empty),
+        "planted dormant": variant(grafted, planted),
+    }
+    identical = same_program(work.model.apply, work.variables, grafted, empty, xs[0])
+    same_bits = all(
+        np.array_equal(variants["bare host"](i), variants[other](i))
+        for i in range(len(xs))
+        for other in ("empty", "planted dormant")
+    )
+    found = programs(identical, planted, f"outputs {'equal' if same_bits else 'NOT equal'} to the bit")
+    return variants, found
+
+
+def own_loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The hand-written train step, and the same with a morph."""
+    variants = {
+        "bare host": Stepper(*bare_step(work), work.batches),
+        "copy of it": Stepper(*bare_step(work), work.batches),
+        "empty": Stepper(*morph_step(work, empty), work.batches),
+        "planted dormant": Stepper(*morph_step(work, planted), work.batches),
+    }
+    identical = same_program(*bare_step(work), *morph_step(work, empty), work.batches[0])
+    return variants, programs(identical, planted)
+
+
+def library(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """`make_train_step`, whose base is itself with an empty morph."""
+
+    def variant(morph: Any) -> Stepper:
+        return Stepper(*library_step(work, morph, probe_every=0), work.batches, jitted=True)
+
+    variants = {
+        "empty": variant(empty),
+        "copy of it": variant(empty),
+        "planted dormant": variant(planted),
+        "hand-written, bare": Stepper(*bare_step(work), work.batches),
+    }
+    text = f"{len(planted.spec.plants)} seeds behind lax.cond"
+    return variants, {"empty": "base", "copy of it": COPY, "planted dormant": text, "hand-written, bare": "no guard"}
+
+
+def programs(identical: bool, planted: Any, more: str = "") -> dict[str, str]:
+    """What to say of each variant's program."""
+    text = f"{len(planted.spec.plants)} seeds behind lax.cond"
+    return {
+        "bare host": "base",
+        "copy of it": COPY,
+        "empty": IDENTICAL if identical else "jaxpr DIFFERENT",
+        "planted dormant": f"{text}; {more}" if more else text,
+    }
+
+
+def compared(args: Any, work: Any, variants: dict[str, Any], programs: dict[str, str]) -> list[dict[str, Any]]:
+    """Time the variants against the first, whose copy is the noise floor."""
+    timed = interleave(variants, rounds=args.rounds, budget=args.budget, sets=len(work.batches), seed=args.seed)
+    names = list(variants)
+    base = timed[names[0]]
+    floor = noise_floor([ratio(timed["copy of it"], base)])
+    rows = []
+    for name in names:
+        row = {"model": work.name, "batch": work.batch, "variant": name, "program": programs[name]}
+        row |= time_columns(timed[name])
+        if name != names[0]:
+            against = ratio(timed[name], base)
+            row |= ratio_columns(against)
+            row |= {"floor": floor} if name == "copy of it" else {"verdict": within(against, floor)}
+        rows.append(row)
+    return rows
+
+
+def explained(rows: list[dict[str, Any]]) -> str:
+    """Below each table: how many variants cannot be told from the bare host."""
+    judged = [row for row in rows if "verdict" in row]
+    good = sum(row["verdict"] for row in judged)
+    same = sum(row["program"] == IDENTICAL for row in judged if row["variant"] == "empty")
+    return (
+        f"{good} of {len(judged)} ratios are 1.00 within the noise floor that the copy of the bare host shows; "
+        f"{same} of {sum(row['variant'] == 'empty' for row in judged)} empty morphs trace to the host's own jaxpr."
+    )
+
+
+if __name__ == "__main__":
+    main()
