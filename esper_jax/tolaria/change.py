@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -127,7 +128,7 @@ class Changes:
         for site, slot in waiting.parked:
             plant = state.morph.spec.plant(site, slot)
             assert plant is not None
-            at = {"site": site, "slot": slot, "blueprint": plant.blueprint}
+            at: dict[str, Any] = {"site": site, "slot": slot, "blueprint": plant.blueprint}
             self.sink(events.stage(*now, **at, before=Stage.GERMINATED, after="PRUNED", reason=reason, alpha=0.0))
         self.session.pending = [
             dataclasses.replace(pending, outcome="refused", reason=reason)

@@ -243,8 +243,9 @@ class ProcessCompiler(_Queued):
             process.kill()
             process.wait()
             for stream in (process.stdin, process.stdout, self._errors):
-                with contextlib.suppress(OSError):
-                    stream.close()
+                if stream is not None:
+                    with contextlib.suppress(OSError):
+                        stream.close()
 
     def _build(self, job: Job) -> Built:
         try:
