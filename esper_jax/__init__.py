@@ -41,7 +41,7 @@ from .kasmina import (
     with_seeds_of,
 )
 from .protocol import Controller, Decision, Feedback, Report
-from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo
+from .tamiyo import FixedSchedule, RandomSchedule, ReplayController, Tamiyo, TamiyoClient
 from .tolaria import (
     CheckpointError,
     Governor,
@@ -78,6 +78,7 @@ __all__ = [
     "Limits",
     "Morph",
     "RandomSchedule",
+    "ReplayController",
     "Report",
     "SeedState",
     "Site",
@@ -85,6 +86,7 @@ __all__ = [
     "Stage",
     "Table",
     "Tamiyo",
+    "TamiyoClient",
     "Tolaria",
     "TrainState",
     "TrainingDiverged",

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .experiment import Train, read_config, run
 from .kasmina.summary import blueprints
@@ -21,11 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError:
         _fail('the command line needs the package tyro: pip install "esper_jax[cli]"')
+    from .tamiyo.command import TamiyoCommand
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             command = tyro.extras.subcommand_cli_from_dict(
-                {"train": Train, "tasks": Tasks, "blueprints": Blueprints},
+                {"train": Train, "tasks": Tasks, "blueprints": Blueprints, "tamiyo": TamiyoCommand},
                 prog="esper-jax",
                 description="esper_jax: networks that grow while they train.",
                 args=arguments,
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif isinstance(command, Tasks):
         for name, build in TASKS.items():
             print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
+    elif isinstance(command, TamiyoCommand):
+        _run(command)
     else:
         print(blueprints())
 
@@ -52,6 +56,14 @@ class Tasks:
 @dataclasses.dataclass(frozen=True)
 class Blueprints:
     """List the blueprints: what can grow, and where."""
+
+
+def _run(command: Any) -> None:
+    """Run a command that has a `run` of its own; a wrong value is one sentence and exit status 2."""
+    try:
+        command.run()
+    except (ValueError, KeyError, TypeError, ImportError, OSError) as error:
+        _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
 
 
 def _train(options: Train) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -18,7 +19,8 @@ from .kasmina import Gates, Lifecycle, Morph, get_blueprint, morph
 from .kasmina.morph import count
 from .kasmina.summary import compare
 from .protocol import Controller
-from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo
+from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
+from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
 from .tolaria import History, Tolaria, TrainState, growable
 
@@ -45,6 +47,8 @@ class Train:
     """Shapes everything random: initial weights, data order, seeds' weights."""
     controller: Literal["tamiyo", "fixed", "random", "none"] = "tamiyo"
     """Who decides when and where to grow: the heuristic, one seed every ten epochs, chance, or nobody."""
+    service: str | None = None
+    """Ask the controller behind this URL instead (esper-jax tamiyo serve), with the token in ESPER_TAMIYO_TOKEN."""
     growth: Literal["lean", "planted"] = "lean"
     """lean: an empty slot costs nothing and a germination compiles a new program; planted: nothing recompiles."""
     blueprints: tuple[str, ...] = ()
@@ -154,6 +158,8 @@ def make_controller(options: Train, task: Task, sites: Sequence[str], epochs: in
     """The controller an experiment asks for; none germinates so late that the trial could not end within the run."""
     blueprints = options.blueprints or task.blueprints
     gates = Gates(strict=options.strict, min_training_ticks=options.training_ticks)
+    if options.service is not None:
+        return TamiyoClient(options.service, token=os.environ.get(TOKEN))
     if options.controller == "none":
         return None
     last = epochs - (options.training_ticks + options.tempo + LEAST_REST)

@@ -14,6 +14,8 @@ from .kasmina.spec import Spec
 from .kasmina.stages import Stage
 
 ACTIONS = ("germinate", "fossilize", "prune", "set_alpha", "advance")
+NOTICES = ("answer", "outage", "recovered")
+"""Kinds of notice that a remote controller gives: an answer was used, answers stay away, they come again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,19 @@ class Feedback:
     score_after: float
     contribution: float
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """Something a controller has to say for the run's log: an event's kind, a sentence and JSON-able data.
+
+    A controller with a method `notices()` is asked for them after each `decide`; they become events of that tick,
+    before the decisions are applied.
+    """
+
+    kind: str
+    message: str
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable

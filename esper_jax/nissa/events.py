@@ -51,6 +51,9 @@ class Kind(enum.StrEnum):
     EARLY_STOP = "early_stop"
     RUN_ENDED = "run_ended"
     WARNING = "warning"
+    ANSWER = "answer"  # these three are a remote controller's notices, see `protocol.Notice`
+    OUTAGE = "outage"
+    RECOVERED = "recovered"
 
 
 ENDINGS = (Kind.EARLY_STOP, Kind.RUN_ENDED)

@@ -31,6 +31,7 @@ def save(checkpoints: Checkpoints, state: TrainState, session: Session, score: f
         "host": _shapes(state.morph.host),
         "fossils": _snapshot.fossil_names(session.snapshot),
         "session": session.to_json(),
+        "control_bytes": _byte_counts(state.control),
     }
     tree = {"state": state, "snapshot": session.snapshot}
     known = score if np.isfinite(score) else None
@@ -46,6 +47,7 @@ def restore(
         morph = morph_template(meta)
         state = TrainState.create(morph, tx, key=jax.random.key(0))
         governor, control = make_control(morph.spec, state.key)
+        control = _with_byte_counts(control, meta.get("control_bytes", {}))
         state = state.replace(governor=governor, control=control)
         return {"state": state, "snapshot": _snapshot.template(state, meta["fossils"])}
 
@@ -83,6 +85,26 @@ def morph_template(meta: Mapping[str, Any]) -> Morph:
     spec = Spec.from_json(json.dumps(meta["spec"]))
     bare = Spec(spec.sites, spec.slots)
     return with_spec(Morph(_zeros(meta["host"]), {}, {}, bare), spec)
+
+
+def _byte_counts(control: Any) -> dict[str, int]:
+    """The lengths of a controller's byte strings (1-D uint8 arrays), by path: they alone may change as it goes on."""
+    leaves = jax.tree_util.tree_leaves_with_path(control)
+    return {jax.tree_util.keystr(path): leaf.size for path, leaf in leaves if _is_bytes(leaf)}
+
+
+def _with_byte_counts(control: Any, counts: Mapping[str, int]) -> Any:
+    """A controller's first state with its byte strings as long as a checkpoint's."""
+
+    def sized(path: Any, leaf: Any) -> Any:
+        known = counts.get(jax.tree_util.keystr(path))
+        return np.zeros(known, np.uint8) if known is not None and _is_bytes(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(sized, control)
+
+
+def _is_bytes(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and leaf.dtype == np.uint8 and leaf.ndim == 1
 
 
 def _shapes(tree: Any) -> Any:

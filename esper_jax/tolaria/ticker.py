@@ -163,6 +163,8 @@ class Ticker:
             sink(events.feedback(*self._now, feedback[-1]))
         decisions, control = self.controller.decide(state.control, report, tuple(feedback))
         state = state.replace(control=control)
+        for notice in getattr(self.controller, "notices", tuple)():
+            sink(Event(notice.kind, *self._now, notice.message, dict(notice.data)))
         session.pending = []
         applied: list[Decision] = []
         for index, decision in enumerate(decisions):
