@@ -347,7 +347,7 @@ def run_ended(epoch: int, step: int, *, outcome: str = "finished", score: float 
 
 def outage(epoch: int, step: int, *, service: str, error: str, then: str = "training goes on", **data: Any) -> Event:
     """A service went away; told once for each outage. `then` says what happens meanwhile."""
-    message = f"{service} is not there ({error}); {then}"
+    message = f"{service} fails ({error}); {then}"
     return Event(Kind.OUTAGE, epoch, step, message, {"service": service, "error": error, **data})
 
 

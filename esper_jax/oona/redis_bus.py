@@ -123,7 +123,7 @@ class RedisBus:
             self._client = self.address.client()
             self._greet()
         except BaseException:
-            self._release(remove=self._spool_at is None)
+            self._release(remove=self._spool_at is None or spool.last == 0)
             raise
         self._thread = threading.Thread(target=self._work, args=(spool,), name="oona", daemon=True)
         self._thread.start()
@@ -220,6 +220,8 @@ class RedisBus:
                     transient=trouble.transient,
                 ) from error
             self._breaker.failed(error)
+        else:
+            self._breaker.succeeded()
 
     def _work(self, spool: Spool) -> None:
         """Deliver until closed."""

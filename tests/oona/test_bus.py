@@ -89,7 +89,7 @@ def test_a_server_killed_in_the_middle_gets_everything_when_it_is_back(durable, 
         fanout.emit(warned(300))
         fanout.close()
         assert len(said) == 1
-        assert re.search(r"redis://.* is not there \(.*\); events wait on disk", str(said[0].message))
+        assert re.search(r"redis://.* fails \(.*\); events wait on disk", str(said[0].message))
         assert [event.kind for event in kept.events if event.kind in (Kind.OUTAGE, Kind.RECOVERY)] == [
             "outage",
             "recovery",
