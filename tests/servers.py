@@ -20,7 +20,7 @@ needs_redis = pytest.mark.skipif(
     shutil.which("redis-server") is None and not os.environ.get("REQUIRE_REDIS"),
     reason="redis-server is not installed (apt-get install redis-server)",
 )
-"""Skips where there is no redis-server, but not where `REQUIRE_REDIS` is set, as in continuous integration: there it fails."""
+"""Skips where there is no redis-server; where `REQUIRE_REDIS` is set, as in CI, it fails instead."""
 
 
 def free_port() -> int:

@@ -121,6 +121,9 @@ def test_each_kind_has_a_constructor_whose_data_hold_its_fields():
         events.resumed(1, 2, path="runs/2", skipped=("runs/3: a checksum differs",)),
         events.early_stop(1, 2, reason="10 epochs without gain"),
         events.run_ended(1, 2, score=50.0),
+        events.outage(1, 2, service="redis", error="refused"),
+        events.recovery(1, 2, service="redis", seconds=1.5, replayed=3),
+        events.dropped(1, 2, service="TensorBoardSink", dropped=2, total=5),
         events.warning(1, 2, "careful"),
     ]
     assert [event.kind for event in made] == [str(kind) for kind in Kind]

@@ -50,6 +50,9 @@ class Kind(enum.StrEnum):
     RESUMED = "resumed"
     EARLY_STOP = "early_stop"
     RUN_ENDED = "run_ended"
+    OUTAGE = "outage"
+    RECOVERY = "recovery"
+    DROPPED = "dropped"
     WARNING = "warning"
     ANSWER = "answer"  # these three are a remote controller's notices, see `protocol.Notice`
     OUTAGE = "outage"
@@ -59,8 +62,19 @@ class Kind(enum.StrEnum):
 ENDINGS = (Kind.EARLY_STOP, Kind.RUN_ENDED)
 """Kinds that say a run is over: `JsonlSink.rewind` drops them, since the run goes on."""
 
-BOOKKEEPING = (Kind.RUN_STARTED, Kind.CHECKPOINT, Kind.RESUMED, Kind.WARNING)
-"""Kinds that tell of files and sessions rather than of the training itself: `course` leaves them out."""
+BOOKKEEPING = (
+    Kind.RUN_STARTED,
+    Kind.CHECKPOINT,
+    Kind.RESUMED,
+    Kind.OUTAGE,
+    Kind.RECOVERY,
+    Kind.DROPPED,
+    Kind.WARNING,
+)
+"""Kinds that tell of files, sessions and services rather than of the training itself: `course` leaves them out."""
+
+DROPPABLE = (Kind.EPOCH, Kind.CONTRIBUTION, Kind.INTERACTION)
+"""Kinds that are measurements: a sink that is too slow may miss some, counted. All others reach it, sooner or later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,6 +346,25 @@ def run_ended(epoch: int, step: int, *, outcome: str = "finished", score: float 
     """The run is over: `outcome` is "finished", "stopped", "interrupted" or "failed", with the last or best score."""
     message = f"run {outcome} after {epoch} epochs, score {points(score)}"
     return Event(Kind.RUN_ENDED, epoch, step, message, {"outcome": outcome, "score": score, **data})
+
+
+def outage(epoch: int, step: int, *, service: str, error: str, then: str = "training goes on", **data: Any) -> Event:
+    """A service went away; told once for each outage. `then` says what happens meanwhile."""
+    message = f"{service} fails ({error}); {then}"
+    return Event(Kind.OUTAGE, epoch, step, message, {"service": service, "error": error, **data})
+
+
+def recovery(epoch: int, step: int, *, service: str, seconds: float, **data: Any) -> Event:
+    """The service is back, `seconds` after it was missed."""
+    waited = f", {data['replayed']} events were waiting" if data.get("replayed") else ""
+    message = f"{service} is back after {seconds:.1f} s{waited}"
+    return Event(Kind.RECOVERY, epoch, step, message, {"service": service, "seconds": seconds, **data})
+
+
+def dropped(epoch: int, step: int, *, service: str, dropped: int, total: int) -> Event:
+    """A sink was too slow for `dropped` metrics since the last report, and for `total` in all."""
+    message = f"{service} was too slow for {dropped} metrics ({total} in all); they were dropped, nothing else was"
+    return Event(Kind.DROPPED, epoch, step, message, {"service": service, "dropped": dropped, "total": total})
 
 
 def warning(epoch: int, step: int, message: str, **data: Any) -> Event:

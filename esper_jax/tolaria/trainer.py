@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,9 +18,11 @@ from ..kasmina.lifecycle import Lifecycle
 from ..kasmina.morph import Morph, morph
 from ..kasmina.spec import Spec
 from ..nissa import events
+from ..nissa.background import behind_slow
 from ..nissa.console import Console
 from ..nissa.events import Event
 from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
+from ..oona import Address, MemoryBus, RedisBus
 from ..protocol import Controller
 from . import persist, snapshot
 from .checkpoint import CheckpointError, Checkpoints
@@ -54,7 +57,10 @@ class Tolaria:
       lifecycle, governor, limits: thresholds of gates and ramps, of rollbacks, and of what a controller may do.
       max_rollbacks: more than these end the run with `TrainingDiverged`.
       probe_every, unpack, train_kwargs, eval_kwargs, rngs: as for `make_train_step`.
-      sinks: further receivers of events.
+      sinks: further receivers of events; slow ones (TensorBoard, ...) get a thread and a queue before them.
+      oona: the URL of a Redis server that the events are published on as well, e.g. `redis://localhost:6379/0`; None
+        keeps the bus inside the process. `trainer.bus` is it either way.
+      oona_optional: train without that server, with one warning, where it cannot be reached at the start.
       progress: show progress (a live display on a terminal, plain lines elsewhere).
 
     >>> trainer = Tolaria(model, loss, optax.adamw(1e-3), controller=Tamiyo())   # doctest: +SKIP
@@ -91,6 +97,8 @@ class Tolaria:
         eval_kwargs: Mapping[str, Any] | None = None,
         rngs: Sequence[str] | None = None,
         sinks: Sequence[Sink] = (),
+        oona: str | Address | None = None,
+        oona_optional: bool = False,
         progress: bool = True,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("keep", keep)):
@@ -123,6 +131,10 @@ class Tolaria:
             max_rollbacks,
         )
         self._resumed: tuple[Morph, Session] | None = None
+        self.bus: MemoryBus | RedisBus = MemoryBus()
+        if oona is not None:
+            spool = None if self.checkpoint_dir is None else self.checkpoint_dir / "oona"
+            self.bus = RedisBus(oona, spool=spool, name=_run_name(self.checkpoint_dir), optional=oona_optional)
 
     def init(self, params: Any, *, key: jax.Array, model: Any = None, example: Any = None) -> TrainState:
         """The state before the first step.
@@ -154,6 +166,7 @@ class Tolaria:
         Raises:
           TrainingInterrupted: on Ctrl-C, after a checkpoint was saved. TrainingDiverged: too many rollbacks.
           CheckpointError: a new run in a directory that holds another run's checkpoints.
+          OonaError: the bus that was asked for cannot be reached, before the first step.
         """
         if not isinstance(state, TrainState):
             raise TypeError(f"fit() needs the TrainState of init() or restore(), got {type(state).__name__}")
@@ -237,7 +250,8 @@ class Tolaria:
 
     @contextlib.contextmanager
     def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:
-        sinks: list[Sink] = [log, *self.sinks]
+        spools = None if self.checkpoint_dir is None else self.checkpoint_dir / "spool"
+        sinks: list[Sink] = [log, *(behind_slow(sink, spools) for sink in self.sinks), self.bus]
         if self.checkpoint_dir is not None:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             file = JsonlSink(self.checkpoint_dir / "events.jsonl")
@@ -247,6 +261,7 @@ class Tolaria:
             sinks.append(Console(epochs))
         fanout = Fanout(sinks)
         try:
+            fanout.open()
             yield fanout.emit
         finally:
             fanout.close()
@@ -269,6 +284,11 @@ class Tolaria:
 def _positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+
+
+def _run_name(directory: pathlib.Path | None) -> str:
+    """The directory's name in letters that a run's name may have."""
+    return "run" if directory is None else re.sub(r"[^A-Za-z0-9_.-]+", "-", directory.name).strip("-")[:100] or "run"
 
 
 def _plain(params: Any) -> Any:
