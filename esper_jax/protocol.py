@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from .kasmina.spec import Spec
 from .kasmina.stages import Stage
+from .kasmina.stored import Stored
 
 ACTIONS = ("germinate", "fossilize", "prune", "set_alpha", "advance")
 
@@ -76,7 +77,11 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One proposed action. Tolaria applies it only when confidence > 0.7 and urgency > 0.6 and nothing vetoes it."""
+    """One proposed action. Tolaria applies it only when confidence > 0.7 and urgency > 0.6 and nothing vetoes it.
+
+    `stored` is the id of a seed in the run's library (`Tolaria(urza=...)`): it is germinated with its own parameters,
+    and `blueprint` and `config` may be left out.
+    """
 
     action: str
     site: str
@@ -88,9 +93,11 @@ class Decision:
     confidence: float = 1.0
     urgency: float = 1.0
     reason: str = ""
+    stored: str | None = None
 
     def __str__(self) -> str:
         what = f" {self.blueprint}" if self.blueprint else ""
+        what += f" (stored {self.stored[:12]})" if self.stored else ""
         slot = "" if self.slot is None else f" slot {self.slot}"
         return f"{self.action}{what} at {self.site}{slot}"
 
@@ -110,6 +117,17 @@ class Feedback:
     score_after: float
     contribution: float
     seconds: float
+
+
+class Library(Protocol):
+    """Gives stored seeds by their ids, as `Urza` does."""
+
+    def get(self, seed: str, /, *, program: bool = False) -> Stored:
+        """The seed of that id, ready to germinate. Whatever it raises refuses the decision that named it.
+
+        `program` asks for its stored forward pass, registered as a blueprint of its own.
+        """
+        ...
 
 
 @runtime_checkable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import time
@@ -16,9 +15,9 @@ import numpy as np
 
 from ..kasmina.blend import check_blend
 from ..kasmina.blueprints import registered
-from ..kasmina.spec import Site, freeze_config
-from ..kasmina.stored import misfit
+from ..kasmina.spec import Site
 from .cache import Cache, CacheStats
+from .checks import check_finite, fits, known, measured, versions
 from .encode import rebuild, structure
 from .errors import DamagedSeed, UnknownSeed, UrzaError, needed
 from .measure import cost
@@ -26,11 +25,10 @@ from .program import (
     export_forward,
     pack_programs,
     register_program,
-    signature,
     stored_forward,
     unpack_programs,
 )
-from .record import NAN, Entry, File, Note, Program, StoredSeed, read_record, record_bytes, sha256, with_notes
+from .record import Entry, File, Note, Program, StoredSeed, read_record, record_bytes, sha256, with_notes
 from .store import Store
 from .sweep import Swept, sweep
 from .tensors import ArraySpec, describe, pack, unpack
@@ -118,19 +116,17 @@ class Urza:
             raise TypeError(f"put() takes a seed from seed_of(morph, site, slot), got {type(seed).__name__}")
         check_blend(seed.blend)
         layout, arrays = structure(seed.params)
-        _check_finite(seed.blueprint, arrays)
+        check_finite(seed.blueprint, arrays)
         programs = dict(seed.programs)
         blueprint = next((b for b in registered() if b.name == seed.blueprint), None)
         if program and not programs:
             if blueprint is None:
                 raise ValueError(f"put(program=True): blueprint {seed.blueprint!r} is not registered here")
             programs = export_forward(blueprint, seed)
-        found = {"flops": seed.flops, "latency_ms": seed.latency_ms, "measured_on": dict(seed.measured_on)}
-        if measure and blueprint is not None and math.isnan(seed.latency_ms) and (flops is None or latency_ms is None):
-            found = cost(seed, example)
-        given = {"contribution": seed.contribution if contribution is None else contribution, **found}
-        given.update({k: v for k, v in (("flops", flops), ("latency_ms", latency_ms)) if v is not None})
-        known = {name: _measured(name, value) if name != "measured_on" else value for name, value in given.items()}
+        counted, timed, on = seed.flops, seed.latency_ms, dict(seed.measured_on)
+        if measure and blueprint is not None and math.isnan(timed) and (flops is None or latency_ms is None):
+            counted, timed, on = cost(seed, example)
+        gain = seed.contribution if contribution is None else contribution
         history = {**seed.provenance, **(provenance or {})}
         packed = pack(arrays)
         if blueprint is not None and (forward := stored_forward(blueprint.apply)) is not None:
@@ -144,7 +140,17 @@ class Urza:
             data = pack(as_arrays)
             written = Program(File(sha256(data), len(data)), describe(as_arrays), jax.__version__)
             files[written.file.name] = data
-        note = Note(seed_id, time.time(), provenance=history, versions=_versions(), program=written, **known).to_bytes()
+        note = Note(
+            seed_id,
+            time.time(),
+            contribution=measured("contribution", gain),
+            flops=measured("flops", counted if flops is None else flops),
+            latency_ms=measured("latency_ms", timed if latency_ms is None else latency_ms),
+            measured_on=on,
+            provenance=history,
+            versions=versions(),
+            program=written,
+        ).to_bytes()
         with self.store.locked(alone=False):
             for name, data in files.items():
                 self.store.write(name, data)
@@ -178,7 +184,7 @@ class Urza:
         stored = StoredSeed(**fields, params=rebuild(entry.layout, arrays), programs=programs)
         if program and not programs:
             raise UrzaError(f"seed {seed_id[:12]} has no stored program; it was put without program=True")
-        if programs and (program or not _known(entry.blueprint)):
+        if programs and (program or not known(entry.blueprint)):
             stored = dataclasses.replace(stored, blueprint=register_program(stored))
         return stored
 
@@ -219,7 +225,7 @@ class Urza:
             for entry in entries
             if (blueprint is None or entry.blueprint == blueprint)
             and (max_params is None or entry.parameters <= max_params)
-            and (compatible_with is None or _fits(entry, compatible_with, answers))
+            and (compatible_with is None or fits(entry, compatible_with, answers))
         ]
         key = ORDERS[order]
         chosen.sort(key=lambda entry: (*((math.isnan(v), v) for v in key(entry)), entry.id))
@@ -291,9 +297,8 @@ class Urza:
     def verify(self, seed: str | Entry) -> None:
         """Read every file of a seed anew, cache or not; DamagedSeed names the first that is not what was written."""
         entry = self.entry(seed)
-        for file in (entry.file, None if entry.program is None else entry.program.file):
-            if file is not None:
-                self._read(file, entry.id)
+        for file in entry.files:
+            self._read(file, entry.id)
 
     def __repr__(self) -> str:
         return f"Urza({self.store.url!r})"
@@ -340,66 +345,3 @@ class Urza:
                 f"{file.digest[:12]}..."
             )
         return data
-
-
-def _fits(entry: Entry, site: Site, answers: dict[Any, bool]) -> bool:
-    """Whether `germinate` would take the seed at the site; each kind of seed is traced once."""
-    if not _known(entry.blueprint):
-        return entry.program is not None and signature(entry.site) == signature(site)
-    question = (entry.blueprint, freeze_config(entry.config), entry.blend, entry.arrays)
-    if question not in answers:
-        shapes = {spec.name: jax.ShapeDtypeStruct(spec.shape, np.dtype(_dtype(spec))) for spec in entry.arrays}
-        seed = _Shapes(entry.id, entry.blueprint, entry.config, entry.blend, rebuild(entry.layout, shapes))
-        answers[question] = misfit(seed, site) is None
-    return answers[question]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shapes:
-    """A stored seed of shapes only."""
-
-    id: str
-    blueprint: str
-    config: Mapping[str, Any]
-    blend: str
-    params: Any
-
-
-def _dtype(spec: ArraySpec) -> Any:
-    return jax.numpy.dtype(spec.dtype)
-
-
-def _known(blueprint: str) -> bool:
-    return any(b.name == blueprint for b in registered())
-
-
-def _check_finite(blueprint: str, arrays: Mapping[str, Any]) -> None:
-    if not arrays:
-        raise ValueError(f"a seed of {blueprint!r} without parameters cannot be stored")
-    for name, array in arrays.items():
-        if isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct):
-            raise TypeError(f"{name} of {blueprint!r} is {type(array).__name__}; put() stores concrete arrays")
-        if not np.all(np.isfinite(np.asarray(array, np.float64))):
-            raise ValueError(f"{name} of {blueprint!r} is not finite; such a seed is not worth keeping")
-
-
-def _measured(name: str, value: Any) -> float | None:
-    """A measured number, None for NaN; TypeError or ValueError for anything that cannot have been measured."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
-    if math.isinf(float(value)):
-        raise ValueError(f"{name} must be finite, or NaN where it was not measured, got {value!r}")
-    return None if math.isnan(float(value)) else float(value)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("esper_jax", "jax", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-__all__ = ["NAN", "ORDERS", "Urza"]

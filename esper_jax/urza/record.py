@@ -74,6 +74,12 @@ class Entry:
         """How many numbers its parameters hold."""
         return sum(math.prod(spec.shape) for spec in self.arrays)
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The files it is made of, its record and notes aside; none before it is stored."""
+        found = (self.file, None if self.program is None else self.program.file)
+        return tuple(file for file in found if file is not None)
+
     def __str__(self) -> str:
         known = "contribution not measured" if math.isnan(self.contribution) else f"{self.contribution:+.2f} points"
         name = f"{self.id[:12] or 'not stored'}: {self.blueprint} {dict(self.config)}"

@@ -59,7 +59,7 @@ def sweep(urza: Urza, *, keep: int | None, damaged: bool, grace: float, dry_run:
             if not dry_run:
                 store.remove(name)
         files += [name for name in names if name not in files]
-    used = {file.name for e in staying for file in (e.file, e.program and e.program.file) if file is not None}
+    used = {file.name for entry in staying for file in entry.files}
     held = {entry.id for entry in staying} | set(unread)
     spare = [name for name in store.names("files") if name not in used] if not unread else []
     spare += [name for name in store.names("notes") if name.split("/")[1] not in held and name not in files]
