@@ -37,6 +37,7 @@ from .kasmina import (
     sites,
     summary,
     tick,
+    unload,
     unmorph,
     with_seeds_of,
 )
@@ -55,6 +56,7 @@ from .tolaria import (
     make_train_step,
     restore_morph,
 )
+from .urza import Urza, UrzaError, seed_of
 
 __version__ = "0.1.0"
 
@@ -91,6 +93,8 @@ __all__ = [
     "TrainState",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "Urza",
+    "UrzaError",
     "advance",
     "blueprints",
     "compare",
@@ -105,12 +109,14 @@ __all__ = [
     "prune",
     "register_blueprint",
     "restore_morph",
+    "seed_of",
     "set_alpha",
     "shed",
     "silence",
     "sites",
     "summary",
     "tick",
+    "unload",
     "unmorph",
     "with_seeds_of",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `esper-jax train`, `esper-jax tasks`, `esper-jax blueprints`."""
+"""The command line: `esper-jax train`, `esper-jax tasks`, `esper-jax blueprints`, `esper-jax urza`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from .experiment import Train, read_config, run
 from .kasmina.summary import blueprints
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted
+from .urza import UrzaError
+from .urza import cli as urza
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,7 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with contextlib.redirect_stderr(complaint):
             command = tyro.extras.subcommand_cli_from_dict(
-                {"train": Train, "tasks": Tasks, "blueprints": Blueprints, "tamiyo": TamiyoCommand},
+                {
+                    "train": Train,
+                    "tasks": Tasks,
+                    "blueprints": Blueprints,
+                    "tamiyo": TamiyoCommand,
+                    "urza": urza.command(),
+                },
                 prog="esper-jax",
                 description="esper_jax: networks that grow while they train.",
                 args=arguments,
@@ -35,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except SystemExit as stop:
         if stop.code:
-            _fail(_first_sentence(complaint.getvalue()))
+            _fail(_first_sentence(complaint.getvalue(), sys.argv[1:] if arguments is None else arguments))
         raise
     if isinstance(command, Train):
         _train(command)
@@ -44,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
     elif isinstance(command, TamiyoCommand):
         _run(command)
+    elif isinstance(command, urza.Command):
+        _urza(command)
     else:
         print(blueprints())
 
@@ -87,14 +97,22 @@ def _train(options: Train) -> None:
         print(f"figure: {outcome.figure}")
 
 
-def _first_sentence(box: str) -> str:
-    """What tyro's boxed error says first, on one line."""
+def _urza(command: urza.Command) -> None:
+    try:
+        print(urza.run(command))
+    except (ValueError, ImportError, UrzaError) as error:
+        _fail(str(error))
+
+
+def _first_sentence(box: str, arguments: Sequence[str]) -> str:
+    """What tyro's boxed error says first, on one line, and which help to read."""
+    command = next((word for word in arguments if word in ("tasks", "blueprints", "urza")), "train")
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
     text = [line for line in lines[1:] if line]
     ends = [
         i for i, line in enumerate(text) if line.startswith(("Got errors", "For full helptext", "Argument helptext"))
     ]
-    return " ".join(text[: min(ends, default=len(text))]) + " See esper-jax train --help."
+    return " ".join(text[: min(ends, default=len(text))]) + f" See esper-jax {command} --help."
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -12,10 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from .kasmina.spec import Spec
 from .kasmina.stages import Stage
+from .kasmina.stored import Stored
 
 ACTIONS = ("germinate", "fossilize", "prune", "set_alpha", "advance")
-NOTICES = ("answer", "outage", "recovered")
+NOTICES = ("answer", "outage", "recovery")
 """Kinds of notice that a remote controller gives: an answer was used, answers stay away, they come again."""
+REMOTE = "the controller at "
+"""How the `service` in the data of such a notice begins; its URL follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,11 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One proposed action. Tolaria applies it only when confidence > 0.7 and urgency > 0.6 and nothing vetoes it."""
+    """One proposed action. Tolaria applies it only when confidence > 0.7 and urgency > 0.6 and nothing vetoes it.
+
+    `stored` is the id of a seed in the run's library (`Tolaria(urza=...)`): it is germinated with its own parameters,
+    and `blueprint` and `config` may be left out.
+    """
 
     action: str
     site: str
@@ -90,9 +97,11 @@ class Decision:
     confidence: float = 1.0
     urgency: float = 1.0
     reason: str = ""
+    stored: str | None = None
 
     def __str__(self) -> str:
         what = f" {self.blueprint}" if self.blueprint else ""
+        what += f" (stored {self.stored[:12]})" if self.stored else ""
         slot = "" if self.slot is None else f" slot {self.slot}"
         return f"{self.action}{what} at {self.site}{slot}"
 
@@ -125,6 +134,17 @@ class Notice:
     kind: str
     message: str
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Library(Protocol):
+    """Gives stored seeds by their ids, as `Urza` does."""
+
+    def get(self, seed: str, /, *, program: bool = False) -> Stored:
+        """The seed of that id, ready to germinate. Whatever it raises refuses the decision that named it.
+
+        `program` asks for its stored forward pass, registered as a blueprint of its own.
+        """
+        ...
 
 
 @runtime_checkable

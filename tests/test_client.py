@@ -112,7 +112,7 @@ def test_whatever_a_service_does_there_are_no_decisions_and_one_notice(how: str)
         client = TamiyoClient(url, timeout=0.6, attempts=1, max_bytes=4096)
         decisions, state, notices = ticks(client, 4, wait=5)
     assert decisions == [] and [notice.kind for notice in notices] == ["outage"]
-    assert reason in notices[0].data["reason"], notices[0].data["reason"]
+    assert reason in notices[0].data["error"], notices[0].data["error"]
     assert state.remote.size == 0 and int(state.missed) == 3
 
 
@@ -203,7 +203,7 @@ def test_feedback_that_could_not_be_delivered_is_delivered_after_the_outage() ->
         _, state, notices = ticks(client, 3, state)
         down = False
         _, state, more = ticks(client, 3, state)
-    assert [notice.kind for notice in notices + more] == ["outage", "recovered", "answer", "answer"]
+    assert [notice.kind for notice in notices + more] == ["outage", "recovery", "answer", "answer"]
     assert [len(question["feedback"]) for question in asked[-3:]] == [1, 0, 0] and state.owed.size == 0
 
 
@@ -309,7 +309,7 @@ def bits(state: Any, *, control: bool = True) -> list[bytes]:
 
 
 def kinds(events: list[Event]) -> list[str]:
-    return [event.kind for event in events if event.kind in ("outage", "recovered")]
+    return [event.kind for event in events if event.kind in ("outage", "recovery")]
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ def test_a_remote_controller_without_lag_decides_exactly_as_at_home(made, hosted
 def test_a_run_with_an_outage_is_repeated_from_its_log_to_the_bit(made, hosted, tmp_path) -> None:
     client = TamiyoClient(hosted.url, timeout=60, cooldown=0)
     first, story = run(made, client, tmp_path / "first", e6=hosted.kill, e10=hosted.start)
-    assert kinds(story) == ["outage", "recovered"]
+    assert kinds(story) == ["outage", "recovery"]
     assert {event.epoch for event in story if event.kind == "answer"}.isdisjoint(range(8, 12))
     assert sum(event.kind == "germinated" for event in story) == 2
     replayed = ReplayController(story)

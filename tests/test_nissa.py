@@ -109,6 +109,7 @@ def test_each_kind_has_a_constructor_whose_data_hold_its_fields():
         events.run_started(3, task="digits"),
         events.epoch(1, 2, train_loss=1.0, loss=1.0, score=50.0, seconds=0.1, learning_rate=1e-3),
         events.stage(1, 2, **where, before=Stage.TRAINING, after=3, reason="health 0.97", alpha=0.0),
+        events.answer(1, 2, service="s", controller="c", asked_epoch=0, asked_step=1, decisions=[choice]),
         events.decision(1, 2, choice, outcome="refused", why="budget: 900 > 800"),
         events.feedback(1, 2, answer),
         events.germinated(1, 2, **where, parameters=640),

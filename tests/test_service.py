@@ -173,7 +173,7 @@ def test_a_killed_service_that_comes_back_goes_on_where_the_state_is(hosted: Ser
     hosted.start()
     decisions, state = client.decide(state, report(epoch=6), ())
     assert decisions == ()  # the plan's one germination was answered before the kill
-    assert [notice.kind for notice in client.notices()] == ["answer", "outage", "recovered", "answer"]
+    assert [notice.kind for notice in client.notices()] == ["answer", "outage", "recovery", "answer"]
 
 
 class Broken:

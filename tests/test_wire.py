@@ -21,7 +21,7 @@ import esper_jax
 from esper_jax import Decision, Feedback, FixedSchedule, Spec, Stage, Tamiyo, TamiyoClient
 from esper_jax.protocol import Report
 from esper_jax.tamiyo import packing, wire
-from esper_jax.tolaria.apply import apply_decision
+from esper_jax.tolaria.apply import apply_decision, resolve
 from esper_jax.tolaria.veto import Limits, veto
 
 from .control_world import SITES, report, seed_report
@@ -163,6 +163,7 @@ VALID = [
         "config": {"rank": 2},
         "reason": "a reason " * 40,
     },
+    {"action": "germinate", "site": "c", "stored": "0123abcd"},
     {"action": "prune", "site": "a", "slot": 0, "steps": 0},
     {"action": "set_alpha", "site": "a", "slot": 0, "alpha": 0.5, "steps": 3},
     {"action": "advance", "site": "a", "slot": 0, "confidence": 0.9, "urgency": 0.9},
@@ -207,7 +208,8 @@ def harmless(decisions: tuple[Decision, ...]) -> None:
     """Each decision is refused in a sentence, or carried out, as a trainer would: nothing else may be raised."""
     for decision in decisions:
         assert decision.site in MORPH.spec.by_path
-        if veto(decision, REPORT, MORPH.spec, limits=Limits()) is not None:
+        decision, _, reason = resolve(decision, None)
+        if reason or veto(decision, REPORT, MORPH.spec, limits=Limits()) is not None:
             continue
         try:
             morph, _ = apply_decision(MORPH, decision, key=jax.random.key(1), score=50.0)
@@ -297,6 +299,7 @@ def test_an_answer_with_a_wrong_value_anywhere_is_refused_or_harmless(data) -> N
         ({"steps": 10**12}, "Expected `int` <= 1000"),
         ({"action": "explode"}, "Invalid enum value"),
         ({"sudo": True}, "unknown field"),
+        ({"stored": "../../etc/passwd"}, "Expected `str` matching regex"),
     ],
 )
 def test_a_decision_that_cannot_be_is_refused_with_its_reason(change, reason) -> None:
@@ -308,4 +311,4 @@ def test_a_decision_that_cannot_be_is_refused_with_its_reason(change, reason) ->
     CLIENT.make = make
     decisions, _ = CLIENT.decide(CLIENT.init(MORPH.spec, KEY), REPORT, ())
     (notice,) = CLIENT.notices()
-    assert decisions == () and notice.kind == "outage" and reason in notice.data["reason"]
+    assert decisions == () and notice.kind == "outage" and reason in notice.data["error"]

@@ -64,7 +64,7 @@ def summary(morph: Morph) -> Table:
         f"{count(morph.params['host']):,} host parameters, {grown:,} seed parameters, {len(morph.spec.sites)} sites "
         f"x {morph.spec.slots} slots; seeds: {by_stage}"
     )
-    return Table(f"{_align(heads, rows)}\n{last}")
+    return Table(f"{align(heads, rows)}\n{last}")
 
 
 def blueprints() -> Table:
@@ -82,7 +82,7 @@ def blueprints() -> Table:
         )
         for b in registered()
     ]
-    return Table(_align(heads, rows))
+    return Table(align(heads, rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Comparison:
         ]
         equal = "equal to the bit" if self.equal_bits else f"differ by up to {self.difference:.3g}"
         program = "the same program" if self.same_program else "another program"
-        return f"{_align(('', 'host', 'grown'), rows)}\noutputs {equal}; the grown model is {program}"
+        return f"{align(('', 'host', 'grown'), rows)}\noutputs {equal}; the grown model is {program}"
 
     __str__ = __repr__
 
@@ -259,7 +259,8 @@ def _number(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:,.0f}"
 
 
-def _align(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def align(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text in columns under their heads."""
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
     return "\n".join(line.rstrip() for line in lines)

@@ -38,6 +38,7 @@ class Kind(enum.StrEnum):
     RUN_STARTED = "run_started"
     EPOCH = "epoch"
     STAGE = "stage"
+    ANSWER = "answer"
     DECISION = "decision"
     FEEDBACK = "feedback"
     GERMINATED = "germinated"
@@ -54,9 +55,6 @@ class Kind(enum.StrEnum):
     RECOVERY = "recovery"
     DROPPED = "dropped"
     WARNING = "warning"
-    ANSWER = "answer"  # these three are a remote controller's notices, see `protocol.Notice`
-    OUTAGE = "outage"
-    RECOVERED = "recovered"
 
 
 ENDINGS = (Kind.EARLY_STOP, Kind.RUN_ENDED)
@@ -266,6 +264,25 @@ def stage(
     fields = {"site": site, "slot": slot, "blueprint": blueprint, "before": before, "after": after}
     message = f"{blueprint} at {place(site, slot)}: {before} > {after}{because(reason)}"
     return Event(Kind.STAGE, epoch, step, message, {**fields, "reason": reason, "alpha": alpha, **data})
+
+
+def answer(
+    epoch: int,
+    step: int,
+    *,
+    service: str,
+    controller: str,
+    asked_epoch: int,
+    asked_step: int,
+    decisions: Sequence[Decision | Mapping[str, Any]],
+    mock: bool = False,
+    seconds: float = math.nan,
+) -> Event:
+    """A remote controller's answer to what it was asked at an earlier tick is used, with all that it decided."""
+    fields = {"service": service, "controller": controller, "mock": mock}
+    fields |= {"asked_epoch": asked_epoch, "asked_step": asked_step, "decisions": decisions, "seconds": seconds}
+    what = f"{len(decisions)} decision(s)" if decisions else "no decisions"
+    return Event(Kind.ANSWER, epoch, step, f"{service} answered: {what}", fields)
 
 
 def decision(epoch: int, step: int, decision: Decision, *, outcome: str, why: str = "", **data: Any) -> Event:

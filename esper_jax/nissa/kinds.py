@@ -99,6 +99,18 @@ class Stage(Where):
     alpha: float
 
 
+class Answer(TypedDict):
+    """A remote controller's answer is used: what it was asked about, and all that it decided, before the veto."""
+
+    service: str
+    controller: str
+    mock: bool
+    asked_epoch: int
+    asked_step: int
+    decisions: list[dict[str, Any]]
+    seconds: float
+
+
 class Decision(TypedDict):
     """A controller's decision, carried out or refused; `why` names the rule that refused it."""
 
@@ -112,6 +124,7 @@ class Decision(TypedDict):
     confidence: float
     urgency: float
     reason: str
+    stored: NotRequired[str | None]
     outcome: Literal["applied", "refused"]
     why: str
     seconds: NotRequired[float]
@@ -208,14 +221,17 @@ class Outage(TypedDict):
 
     service: str
     error: str
+    asked_epoch: NotRequired[int]
+    asked_step: NotRequired[int]
 
 
 class Recovery(TypedDict):
-    """It came back, `seconds` after it was missed; `replayed` events waited on disk."""
+    """It came back, `seconds` after it was missed; `replayed` events waited on disk, `missed` answers never came."""
 
     service: str
     seconds: float
     replayed: NotRequired[int]
+    missed: NotRequired[int]
 
 
 class Dropped(TypedDict):

@@ -14,6 +14,7 @@ DATA: dict[Kind, type] = {
     Kind.RUN_STARTED: kinds.RunStarted,
     Kind.EPOCH: kinds.Epoch,
     Kind.STAGE: kinds.Stage,
+    Kind.ANSWER: kinds.Answer,
     Kind.DECISION: kinds.Decision,
     Kind.FEEDBACK: kinds.Feedback,
     Kind.GERMINATED: kinds.Germinated,

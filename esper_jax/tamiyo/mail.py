@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import http.client
+import math
 import re
 import socket
 import threading
@@ -72,6 +73,7 @@ class Mail:
         self._asking: str | None = None
         self._replies: collections.OrderedDict[str, Reply] = collections.OrderedDict()
         self._thread: threading.Thread | None = None
+        self._lost = math.nan
 
     def post(self, name: str, body: bytes, check: Check) -> None:
         """Ask a question in the background; returns at once. `check` turns the bytes that come into an answer."""
@@ -90,6 +92,15 @@ class Mail:
             self._changed.wait_for(lambda: name in self._replies or not self._knows(name), wait)
             reply = self._replies.pop(name, None)
         return reply or Reply(None, "it had not answered by then", wait)
+
+    def lose(self) -> None:
+        """Note that answers stay away from now on."""
+        self._lost = time.monotonic()
+
+    def since_lost(self) -> float:
+        """Seconds since `lose`, for people; NaN where another process noted it."""
+        lost, self._lost = self._lost, math.nan
+        return time.monotonic() - lost
 
     def settle(self, seconds: float) -> bool:
         """Wait until nothing is under way, so many seconds at most; whether that is so."""

@@ -200,6 +200,8 @@ def _check_decision(line: DecisionLine, spec: Spec, max_parameters: int) -> None
         if line.slot is None:
             raise WireError("it names no slot")
         return
+    if line.stored is not None and line.blueprint is None:
+        return  # what it is, the run's own library knows
     config = dict(line.config)
     blend = config.pop("blend", None) or "add"
     try:  # a blueprint's own code meets settings from outside here: whatever it raises, the answer is refused

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..kasmina.spec import Spec
-from ..protocol import NOTICES, Decision, Feedback, Notice, Report
+from ..protocol import NOTICES, REMOTE, Decision, Feedback, Notice, Report
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Decision))
 
@@ -41,7 +41,7 @@ class ReplayController:
             when = (event.epoch, event.step)
             if event.kind == "decision":
                 self._decisions.setdefault(when, []).append(_decision(event))
-            elif event.kind in NOTICES:
+            elif event.kind in NOTICES and str(event.data.get("service", "")).startswith(REMOTE):
                 self._said.setdefault(when, []).append(Notice(event.kind, event.message, dict(event.data)))
             elif event.kind == "epoch":
                 self._scores[when] = (event.data["loss"], event.data["score"])
@@ -87,10 +87,10 @@ class ReplayController:
 
 
 def _decision(event: Any) -> Decision:
-    missing = [name for name in _FIELDS if name not in event.data]
-    if missing:
-        raise ValueError(f"the decision at step {event.step} lacks {', '.join(missing)} and cannot be replayed")
-    return Decision(**{name: event.data[name] for name in _FIELDS})
+    try:
+        return Decision(**{name: event.data[name] for name in _FIELDS if name in event.data})
+    except TypeError as error:
+        raise ValueError(f"the decision at step {event.step} cannot be replayed: {error}") from None
 
 
 def _same(now: float, then: float) -> bool:

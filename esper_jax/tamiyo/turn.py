@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from ..kasmina.spec import Spec
-from ..protocol import Decision, Feedback, Notice, Report
+from ..protocol import REMOTE, Decision, Feedback, Notice, Report
 from . import packing, wire
 from .mail import Mail, Reply
 from .remote import RemoteState, pack, unpack
@@ -79,8 +79,8 @@ class Turn:
         self.remote = wire.encode(reply.answer.state)
         self.owed = self.owed[len(asked.feedback) :]
         if self.missed:
-            text = f"the controller at {self.setting.url} answers again; {self.missed} answer(s) were missed"
-            self._say("recovered", text, missed=self.missed)
+            text = f"{self._service} answers again; {self.missed} answer(s) were missed"
+            self._say("recovery", text, missed=self.missed, seconds=self.mail.since_lost())
         self.missed = 0
         what = "; ".join(map(str, self.decisions)) or "no decisions"
         told = {"controller": wire.printable(reply.answer.controller), "mock": reply.answer.mock}
@@ -102,15 +102,21 @@ class Turn:
     def _go_without(self, reply: Reply, when: dict[str, Any]) -> None:
         self.missed += 1
         if self.missed == 1:
-            where = f"the controller at {self.setting.url} gave no answer that can be used"
-            text = f"{where}: {reply.reason}. Training goes on without decisions."
-            self._say("outage", text, **when, reason=reply.reason)
+            self.mail.lose()
+            text = (
+                f"{self._service} gave no answer that can be used: {reply.reason}. Training goes on without decisions."
+            )
+            self._say("outage", text, **when, error=reply.reason)
 
     def _post(self, name: str) -> None:
         self.mail.post(name, self.question, functools.partial(_check, self.setting, name, self.spec))
 
     def _say(self, kind: str, message: str, **data: Any) -> None:
-        self.notices.append(Notice(kind, message, data))
+        self.notices.append(Notice(kind, message, {"service": self._service, **data}))
+
+    @property
+    def _service(self) -> str:
+        return f"{REMOTE}{self.setting.url}"
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Decision))

@@ -142,6 +142,7 @@ class DecisionLine(Line, frozen=True):
     confidence: Share = 1.0
     urgency: Share = 1.0
     reason: Text = ""
+    stored: Annotated[str, Meta(pattern="^[0-9a-f]{4,64}$")] | None = None
 
 
 class FeedbackLine(Line, frozen=True):

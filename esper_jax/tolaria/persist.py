@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..kasmina.blueprints import registered
 from ..kasmina.morph import Morph, with_spec
 from ..kasmina.spec import Spec
+from ..protocol import Library
 from . import snapshot as _snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .optim import Growable
@@ -39,11 +41,19 @@ def save(checkpoints: Checkpoints, state: TrainState, session: Session, score: f
 
 
 def restore(
-    checkpoints: Checkpoints, tx: Growable, make_control: MakeControl, step: int | None
+    checkpoints: Checkpoints,
+    tx: Growable,
+    make_control: MakeControl,
+    step: int | None,
+    library: Library | None = None,
 ) -> tuple[TrainState, Session]:
-    """The newest whole step (or the named one), rebuilt from its own description."""
+    """The newest whole step (or the named one), rebuilt from its own description.
+
+    Seeds that grew from a stored program find their blueprint in the `library`, where one is given.
+    """
 
     def template(meta: dict[str, Any]) -> Any:
+        _known(meta, library)
         morph = morph_template(meta)
         state = TrainState.create(morph, tx, key=jax.random.key(0))
         governor, control = make_control(morph.spec, state.key)
@@ -56,12 +66,13 @@ def restore(
     return restored.tree["state"], session
 
 
-def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None) -> Morph:
+def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None, urza: Library | None = None) -> Morph:
     """The morph of a checkpoint alone, without the trainer or the model it came from.
 
     Args:
       directory: a run directory (what `Tolaria(checkpoint_dir=...)` was given).
       step: a step; None takes the newest whole one.
+      urza: the library of stored seeds, for a morph with seeds that run a stored program.
 
     Returns:
       The `Morph`, with the host's variables as nested dicts.
@@ -71,6 +82,7 @@ def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None)
     """
     with Checkpoints(pathlib.Path(directory) / FOLDER) as checkpoints:
         found = checkpoints.read(step)
+    _known(found.meta, urza)
     template = morph_template(found.meta)
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     names = ["['state'].morph" + jax.tree_util.keystr(path) for path, _ in paths]
@@ -105,6 +117,14 @@ def _with_byte_counts(control: Any, counts: Mapping[str, int]) -> Any:
 
 def _is_bytes(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray) and leaf.dtype == np.uint8 and leaf.ndim == 1
+
+
+def _known(meta: Mapping[str, Any], library: Library | None) -> None:
+    """Have the library register the programs that a spec names as `blueprint@id` and this process does not know."""
+    have = {blueprint.name for blueprint in registered()}
+    for plant in meta["spec"]["plants"]:
+        if library is not None and "@" in plant["blueprint"] and plant["blueprint"] not in have:
+            library.get(plant["blueprint"].rsplit("@", 1)[1], program=True)
 
 
 def _shapes(tree: Any) -> Any:

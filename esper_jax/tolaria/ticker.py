@@ -15,11 +15,12 @@ from ..kasmina.lifecycle import Lifecycle, Ticked
 from ..kasmina.morph import count
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
+from ..kasmina.stored import Stored
 from ..nissa import events
 from ..nissa.events import Event
 from ..protocol import Controller, Decision, Report
 from . import snapshot as _snapshot
-from .apply import apply_decision
+from .apply import apply_decision, resolve
 from .data import Data
 from .evaluate import Contributions, Evaluator, measured_plants
 from .governor import Governor, check
@@ -52,6 +53,7 @@ class Ticker:
     limits: Limits
     classes: int | None
     max_rollbacks: int
+    library: Any = None
 
     def __post_init__(self) -> None:
         self._move = jax.jit(lambda morph, score: operate.tick(morph, score=score, config=self.lifecycle))
@@ -168,11 +170,12 @@ class Ticker:
         session.pending = []
         applied: list[Decision] = []
         for index, decision in enumerate(decisions):
-            reason = self._refusal(decision, report, state, session, applied)
+            decision, stored, reason = resolve(decision, self.library)
+            reason = reason or self._refusal(decision, report, state, session, applied)
             began = time.perf_counter()
             slot = decision.slot
             if reason is None:
-                state, slot, reason = self._apply(state, decision, index, report, seeds, sink)
+                state, slot, reason = self._apply(state, decision, stored, index, report, seeds, sink)
             seconds = time.perf_counter() - began
             outcome = "applied" if reason is None else "refused"
             sink(events.decision(*self._now, decision, outcome=outcome, why=reason or "", seconds=seconds))
@@ -197,12 +200,20 @@ class Ticker:
         )
 
     def _apply(
-        self, state: TrainState, decision: Decision, index: int, report: Report, seeds: Mapping[Any, Any], sink: Sink
+        self,
+        state: TrainState,
+        decision: Decision,
+        stored: Stored | None,
+        index: int,
+        report: Report,
+        seeds: Mapping[Any, Any],
+        sink: Sink,
     ) -> tuple[TrainState, int | None, str | None]:
         """The state with the decision carried out; on an error the state is unchanged and the error is the reason."""
         key = jax.random.fold_in(jax.random.fold_in(state.key, _GERMINATION), state.ticks)
         try:
-            morph, slot = apply_decision(state.morph, decision, key=jax.random.fold_in(key, index), score=report.score)
+            key = jax.random.fold_in(key, index)
+            morph, slot = apply_decision(state.morph, decision, key=key, score=report.score, seed=stored)
         except (ValueError, KeyError, TypeError) as error:
             return state, decision.slot, f"{type(error).__name__}: {error}"
         state = state.replace(morph=morph, opt_state=self.tx.grow(state.opt_state, morph))

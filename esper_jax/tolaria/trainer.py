@@ -23,7 +23,7 @@ from ..nissa.console import Console
 from ..nissa.events import Event
 from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
 from ..oona import Address, MemoryBus, RedisBus
-from ..protocol import Controller
+from ..protocol import Controller, Library
 from . import persist, snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .data import Batches, Data
@@ -57,6 +57,7 @@ class Tolaria:
       lifecycle, governor, limits: thresholds of gates and ramps, of rollbacks, and of what a controller may do.
       max_rollbacks: more than these end the run with `TrainingDiverged`.
       probe_every, unpack, train_kwargs, eval_kwargs, rngs: as for `make_train_step`.
+      urza: a library of stored seeds (`Urza(url)`), for decisions that name one by its id.
       sinks: further receivers of events; slow ones (TensorBoard, ...) get a thread and a queue before them.
       oona: the URL of a Redis server that the events are published on as well, e.g. `redis://localhost:6379/0`; None
         keeps the bus inside the process. `trainer.bus` is it either way.
@@ -96,6 +97,7 @@ class Tolaria:
         train_kwargs: Mapping[str, Any] | None = None,
         eval_kwargs: Mapping[str, Any] | None = None,
         rngs: Sequence[str] | None = None,
+        urza: Library | None = None,
         sinks: Sequence[Sink] = (),
         oona: str | Address | None = None,
         oona_optional: bool = False,
@@ -108,6 +110,8 @@ class Tolaria:
         for name in ("init", "decide") if controller is not None else ():
             if not callable(getattr(controller, name, None)):
                 raise TypeError(f"controller {controller!r} has no {name}(); see esper_jax.protocol.Controller")
+        if urza is not None and not callable(getattr(urza, "get", None)):
+            raise TypeError(f"urza takes a library such as Urza(url), got {type(urza).__name__}")
         self.forward, self.tx, self.loss = graft(model), growable(tx), loss
         self.controller = controller
         self.checkpoint_dir = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
@@ -129,6 +133,7 @@ class Tolaria:
             limits or Limits(),
             classes,
             max_rollbacks,
+            urza,
         )
         self._resumed: tuple[Morph, Session] | None = None
         self.bus: MemoryBus | RedisBus = MemoryBus()
@@ -227,7 +232,7 @@ class Tolaria:
         if not where.is_dir():
             raise CheckpointError(f"there is no directory {where} to restore from")
         with Checkpoints(where / persist.FOLDER, keep=self.keep) as checkpoints:
-            state, session = persist.restore(checkpoints, self.tx, self._first_control, step)
+            state, session = persist.restore(checkpoints, self.tx, self._first_control, step, self._ticker.library)
         self._resumed = (state.morph, session)
         return state
 
