@@ -1,4 +1,4 @@
-"""The command line: `esper-jax train`, `esper-jax tasks`, `esper-jax blueprints`."""
+"""The command line: `esper-jax train`, `watch`, `schema`, `tasks` and `blueprints`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .experiment import Train, read_config, run
 from .kasmina.summary import blueprints
+from .oona import OonaError
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted
 
@@ -21,11 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError:
         _fail('the command line needs the package tyro: pip install "esper_jax[cli]"')
+    from .watching import Schema, Watch
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             command = tyro.extras.subcommand_cli_from_dict(
-                {"train": Train, "tasks": Tasks, "blueprints": Blueprints},
+                {"train": Train, "watch": Watch, "schema": Schema, "tasks": Tasks, "blueprints": Blueprints},
                 prog="esper-jax",
                 description="esper_jax: networks that grow while they train.",
                 args=arguments,
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     if isinstance(command, Train):
         _train(command)
+    elif isinstance(command, Watch | Schema):
+        _run(command)
     elif isinstance(command, Tasks):
         for name, build in TASKS.items():
             print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
@@ -54,6 +59,14 @@ class Blueprints:
     """List the blueprints: what can grow, and where."""
 
 
+def _run(command: Any) -> None:
+    """Run a command that has a `run` of its own; a wrong value is one sentence and exit status 2."""
+    try:
+        command.run()
+    except (ValueError, KeyError, TypeError, ImportError, OSError, OonaError) as error:
+        _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
+
+
 def _train(options: Train) -> None:
     try:
         if options.resume is not None:
@@ -68,7 +81,7 @@ def _train(options: Train) -> None:
     except TrainingDiverged as diverged:
         print(f"esper-jax: {diverged}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, CheckpointError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, CheckpointError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
     print(f"\n{outcome.table()}\n\nrun directory: {outcome.run_dir}")
     if outcome.figure is not None:
