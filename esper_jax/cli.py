@@ -1,4 +1,4 @@
-"""The command line: `esper-jax train`, `esper-jax tasks`, `esper-jax blueprints`, `esper-jax urza`."""
+"""The command line: `esper-jax train`, `watch`, `tamiyo serve`, `urza`, `schema`, `tasks` and `blueprints`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from .experiment import Train, read_config, run
 from .kasmina.summary import blueprints
+from .oona import OonaError
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted
 from .urza import UrzaError
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ImportError:
         _fail('the command line needs the package tyro: pip install "esper_jax[cli]"')
     from .tamiyo.command import TamiyoCommand
+    from .watching import Schema, Watch
 
     complaint = io.StringIO()
     try:
@@ -31,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command = tyro.extras.subcommand_cli_from_dict(
                 {
                     "train": Train,
+                    "watch": Watch,
+                    "schema": Schema,
                     "tasks": Tasks,
                     "blueprints": Blueprints,
                     "tamiyo": TamiyoCommand,
@@ -47,11 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     if isinstance(command, Train):
         _train(command)
+    elif isinstance(command, Watch | Schema | TamiyoCommand):
+        _run(command)
     elif isinstance(command, Tasks):
         for name, build in TASKS.items():
             print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
-    elif isinstance(command, TamiyoCommand):
-        _run(command)
     elif isinstance(command, urza.Command):
         _urza(command)
     else:
@@ -72,7 +76,7 @@ def _run(command: Any) -> None:
     """Run a command that has a `run` of its own; a wrong value is one sentence and exit status 2."""
     try:
         command.run()
-    except (ValueError, KeyError, TypeError, ImportError, OSError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, OSError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
 
 
@@ -90,7 +94,7 @@ def _train(options: Train) -> None:
     except TrainingDiverged as diverged:
         print(f"esper-jax: {diverged}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, CheckpointError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, CheckpointError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
     print(f"\n{outcome.table()}\n\nrun directory: {outcome.run_dir}")
     if outcome.figure is not None:
@@ -106,7 +110,7 @@ def _urza(command: urza.Command) -> None:
 
 def _first_sentence(box: str, arguments: Sequence[str]) -> str:
     """What tyro's boxed error says first, on one line, and which help to read."""
-    command = next((word for word in arguments if word in ("tasks", "blueprints", "urza")), "train")
+    command = next((word for word in arguments if word in ("tasks", "blueprints", "urza", "tamiyo", "watch", "schema")), "train")
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
     text = [line for line in lines[1:] if line]
     ends = [

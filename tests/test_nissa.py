@@ -129,12 +129,12 @@ def test_each_kind_has_a_constructor_whose_data_hold_its_fields():
     ]
     assert [event.kind for event in made] == [str(kind) for kind in Kind]
     assert all(event.message for event in made)
-    decision, feedback = made[3].data, made[4].data
+    decision, feedback = made[4].data, made[5].data
     wanted = {"action": "germinate", "outcome": "refused", "why": "budget: 900 > 800", "confidence": 0.9}
     assert wanted.items() <= decision.items()
     assert {"action": "germinate", "site": SITE, "outcome": "refused", "score_before": 88.0}.items() <= feedback.items()
     assert (made[2].data["before"], made[2].data["after"]) == ("TRAINING", "BLENDING")
-    assert "budget: 900 > 800" in made[3].message
+    assert "budget: 900 > 800" in made[4].message
 
 
 def test_a_log_is_valid_after_each_event_and_appends_to_what_is_there(tmp_path):

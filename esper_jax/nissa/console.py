@@ -12,8 +12,8 @@ from typing import IO, Any
 from .events import Event, Kind, points
 
 WIDTH = 80
-_LOUD = (Kind.ROLLBACK, Kind.FAULT, Kind.OUTAGE, Kind.WARNING)
-_TOLD = (Kind.RUN_STARTED, Kind.GERMINATED, Kind.RESUMED, Kind.EARLY_STOP, Kind.RUN_ENDED, Kind.RECOVERY, *_LOUD)
+_LOUD = (Kind.ROLLBACK, Kind.FAULT, Kind.OUTAGE, Kind.RECOVERY, Kind.DROPPED, Kind.WARNING)
+_TOLD = (Kind.RUN_STARTED, Kind.GERMINATED, Kind.RESUMED, Kind.EARLY_STOP, Kind.RUN_ENDED, *_LOUD)
 _SILENT_STAGES = ("EMBARGOED", "RESETTING", "DORMANT")
 _PATIENCE = 10  # epochs before a refusal of the same action at the same place is told again
 

@@ -6,7 +6,7 @@ server `Tolaria.bus` is a `MemoryBus`. The package `redis` is needed only where 
 
 from .address import Address, OonaError, runs
 from .memory import MemoryBus, Message
-from .reader import Reader
+from .reader import BusSource, Reader
 from .redis_bus import RedisBus, deliver
 
-__all__ = ["Address", "MemoryBus", "Message", "OonaError", "Reader", "RedisBus", "deliver", "runs"]
+__all__ = ["Address", "BusSource", "MemoryBus", "Message", "OonaError", "Reader", "RedisBus", "deliver", "runs"]

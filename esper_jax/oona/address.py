@@ -83,6 +83,18 @@ class Address:
         return _hidden(self.url)
 
     @property
+    def bare(self) -> str:
+        """The URL without the password, as a configuration file may hold it."""
+        parts = urllib.parse.urlsplit(self.url)
+        user, at, host = parts.netloc.rpartition("@")
+        name = user.partition(":")[0]
+        url = urllib.parse.urlunsplit(parts._replace(netloc=f"{name}@{host}" if at and name else host))
+        own = {"run": self.run, "maxlen": self.maxlen, "timeout": self.timeout}
+        default = {"run": None, "maxlen": 100_000, "timeout": 5.0}
+        query = urllib.parse.urlencode({key: value for key, value in own.items() if value != default[key]})
+        return url + ("&" if parts.query else "?") * bool(query) + query
+
+    @property
     def stream(self) -> str:
         """The key of the run's stream."""
         return f"esper:run:{self.run}"
@@ -117,9 +129,10 @@ class Address:
         what = (
             "refuses" if kind in ("AuthenticationError", "AuthorizationError", "NoPermissionError") else "cannot serve"
         )
+        hint = " (a password may also stand in the variable REDISCLI_AUTH)" if kind == "AuthenticationError" else ""
         if classify(error) == "transient" and kind != "OutOfMemoryError":
             what = "does not answer"
-        return OonaError(f"{self.shown} {what}: {describe(error)}", transient=classify(error) == "transient")
+        return OonaError(f"{self.shown} {what}: {describe(error)}{hint}", transient=classify(error) == "transient")
 
     def __repr__(self) -> str:
         return f"Address({self.shown!r}, run={self.run!r})"

@@ -217,6 +217,48 @@ class Reader:
         self.close()
 
 
+class BusSource:
+    """A run's events for `esper-jax watch`; while the server is away it says so and asks again.
+
+    Raises:
+      OonaError: lasting trouble at the start: a missing package, a wrong password.
+    """
+
+    def __init__(self, address: str | Address) -> None:
+        self._address = Address.of(address)
+        package()
+        self._reader: Reader | None = None
+        self._breaker = Breaker(self._address.shown, failures=1, cooldown=0.2, max_cooldown=5.0)
+        self.name = self._address.run or self._address.shown
+        self.trouble = ""
+        try:
+            self._connect()
+        except OonaError as error:
+            if not error.transient:
+                raise
+            self.trouble = str(error)
+
+    def poll(self) -> tuple[bool, list[Event]]:
+        """New events since the last call."""
+        if not self._breaker.allows():
+            return False, []
+        try:
+            found = self._connect().read(1000)
+        except OonaError as error:
+            self._breaker.failed(error)
+            self.trouble = str(error)
+            return False, []
+        self._breaker.succeeded()
+        self.trouble = ""
+        return False, [message.event for message in found]
+
+    def _connect(self) -> Reader:
+        if self._reader is None:
+            self._reader = Reader(self._address)
+            self.name = self._reader.address.run or self.name
+        return self._reader
+
+
 def _order(place: bytes) -> tuple[int, int]:
     first, _, second = place.partition(b"-")
     return int(first), int(second or 0)

@@ -292,6 +292,8 @@ def test_a_url_carries_the_settings_and_hides_the_password():
     assert (address.run, address.maxlen, address.timeout) == ("a", 5, 0.5)
     assert address.shown == "rediss://me:***@h:1/2?ssl_cert_reqs=none"
     assert "secret" not in repr(address)
+    assert address.bare == "rediss://me@h:1/2?ssl_cert_reqs=none&run=a&maxlen=5&timeout=0.5"
+    assert Address.of("redis://:secret@h/0").bare == "redis://h/0"
     with pytest.raises(ValueError, match="letters, digits"):
         Address.of("redis://h/0?run=a%20b")
     with pytest.raises(ValueError, match="must be numbers") as refused:
