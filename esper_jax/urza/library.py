@@ -33,12 +33,12 @@ from .store import Store
 from .sweep import Swept, sweep
 from .tensors import ArraySpec, describe, pack, unpack
 
-ORDERS: dict[str, Callable[[Entry], tuple[float, ...]]] = {
-    "contribution": lambda entry: (-entry.contribution,),
-    "parameters": lambda entry: (entry.parameters,),
-    "flops": lambda entry: (entry.flops,),
-    "latency": lambda entry: (entry.latency_ms,),
-    "newest": lambda entry: (-entry.created,),
+ORDERS: dict[str, Callable[[Entry], float]] = {
+    "contribution": lambda entry: -entry.contribution,
+    "parameters": lambda entry: entry.parameters,
+    "flops": lambda entry: entry.flops,
+    "latency": lambda entry: entry.latency_ms,
+    "newest": lambda entry: -entry.created,
 }
 SHORTEST_PREFIX = 4
 
@@ -227,9 +227,9 @@ class Urza:
             and (max_params is None or entry.parameters <= max_params)
             and (compatible_with is None or fits(entry, compatible_with, answers))
         ]
-        key = ORDERS[order]
-        chosen.sort(key=lambda entry: (*((math.isnan(v), v) for v in key(entry)), entry.id))
-        return chosen[:limit]
+        value = ORDERS[order]
+        measured_first = lambda v: (1, 0.0) if math.isnan(v) else (0, v)  # noqa: E731
+        return sorted(chosen, key=lambda entry: (measured_first(value(entry)), entry.id))[:limit]
 
     def remove(self, seed: str | Entry) -> str:
         """Take a seed out of the library, and its id; `gc` frees what only it used. UnknownSeed where there is none."""
@@ -296,7 +296,10 @@ class Urza:
 
     def verify(self, seed: str | Entry) -> None:
         """Read every file of a seed anew, cache or not; DamagedSeed names the first that is not what was written."""
-        entry = self.entry(seed)
+        self.verify_files(self.entry(seed))
+
+    def verify_files(self, entry: Entry) -> None:
+        """`verify` for an entry that was read already: its parameters and program only."""
         for file in entry.files:
             self._read(file, entry.id)
 

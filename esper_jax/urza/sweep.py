@@ -43,7 +43,7 @@ def sweep(urza: Urza, *, keep: int | None, damaged: bool, grace: float, dry_run:
     if damaged:
         broken |= _torn(urza, entries)
         entries = [entry for entry in entries if entry.id not in broken]
-    ranked = sorted(entries, key=lambda e: (math.isnan(e.contribution), -e.contribution, -e.created, e.id))
+    ranked = sorted(entries, key=_worth)
     leaving = [entry.id for entry in ranked[keep:]] if keep is not None else []
     leaving += [seed_id for seed_id, error in broken.items() if damaged and isinstance(error, DamagedSeed)]
     staying = [entry for entry in ranked if entry.id not in leaving]
@@ -75,12 +75,18 @@ def sweep(urza: Urza, *, keep: int | None, damaged: bool, grace: float, dry_run:
     return Swept(tuple(leaving), tuple(files), {seed_id: str(broken[seed_id]) for seed_id in unread}, young)
 
 
+def _worth(entry: Entry) -> tuple[float, ...]:
+    """The order in which seeds are kept: by contribution, unmeasured ones last, newer ones first."""
+    unmeasured, undated = math.isnan(entry.contribution), math.isnan(entry.created)
+    return unmeasured, 0 if unmeasured else -entry.contribution, undated, 0 if undated else -entry.created
+
+
 def _torn(urza: Urza, entries: list[Entry]) -> dict[str, UrzaError]:
     """The seeds one of whose files is not what was written."""
     found: dict[str, UrzaError] = {}
     for entry in entries:
         try:
-            urza.verify(entry)
+            urza.verify_files(entry)
         except DamagedSeed as error:
             found[entry.id] = error
     return found
