@@ -110,7 +110,9 @@ def _urza(command: urza.Command) -> None:
 
 def _first_sentence(box: str, arguments: Sequence[str]) -> str:
     """What tyro's boxed error says first, on one line, and which help to read."""
-    command = next((word for word in arguments if word in ("tasks", "blueprints", "urza", "tamiyo", "watch", "schema")), "train")
+    command = next(
+        (word for word in arguments if word in ("tasks", "blueprints", "urza", "tamiyo", "watch", "schema")), "train"
+    )
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
     text = [line for line in lines[1:] if line]
     ends = [
