@@ -50,6 +50,8 @@ class Train:
     """Who decides when and where to grow: the heuristic, one seed every ten epochs, chance, or nobody."""
     service: str | None = None
     """Ask the controller behind this URL instead (esper-jax tamiyo serve), with the token in ESPER_TAMIYO_TOKEN."""
+    service_lag: int = 1
+    """Epochs from a question to the use of its answer; where epochs are short, a service may need several."""
     growth: Literal["lean", "planted"] = "lean"
     """lean: an empty slot costs nothing and a germination compiles a new program; planted: nothing recompiles."""
     blueprints: tuple[str, ...] = ()
@@ -174,7 +176,7 @@ def make_controller(options: Train, task: Task, sites: Sequence[str], epochs: in
     blueprints = options.blueprints or task.blueprints
     gates = Gates(strict=options.strict, min_training_ticks=options.training_ticks)
     if options.service is not None:
-        return TamiyoClient(options.service, token=os.environ.get(TOKEN))
+        return TamiyoClient(options.service, token=os.environ.get(TOKEN), lag=options.service_lag)
     if options.controller == "none":
         return None
     last = epochs - (options.training_ticks + options.tempo + LEAST_REST)

@@ -70,7 +70,7 @@ class TamiyoClient:
         if not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
             raise ValueError(f"timeout must be seconds above 0, got {timeout!r}")
         self.url, self.lag = url, lag
-        self.setting = turn.Setting(url, lag == 0, max_parameters, allow_mock)
+        self.setting = turn.Setting(url, lag, max_parameters, allow_mock)
         self._turn = turn.Turn
         self._breaker = Breaker(
             "the service", failures=failures, cooldown=cooldown, max_cooldown=max(cooldown, max_cooldown)

@@ -41,7 +41,7 @@ class Superseded(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What became of a question: its checked answer, or the reason why there is none; `seconds` it took."""
+    """What became of a question: its checked answer, or the reason why there is none ("" where it is not there yet)."""
 
     answer: Answer | None
     reason: str
@@ -91,7 +91,7 @@ class Mail:
                 return None
             self._changed.wait_for(lambda: name in self._replies or not self._knows(name), wait)
             reply = self._replies.pop(name, None)
-        return reply or Reply(None, "it had not answered by then", wait)
+        return reply or Reply(None, "", wait)
 
     def lose(self) -> None:
         """Note that answers stay away from now on."""

@@ -21,10 +21,10 @@ MAX_OWED = 256
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What does not change from turn to turn; `waits` says that answers are waited for at the tick itself."""
+    """What does not change from turn to turn; see `TamiyoClient`."""
 
     url: str
-    waits: bool
+    lag: int
     max_parameters: int
     allow_mock: bool
 
@@ -65,7 +65,7 @@ class Turn:
     def settle(self) -> None:
         """Use the answer to the question, or do without one."""
         asked = msgspec.json.decode(self.question, type=_Asked)
-        reply = self.mail.take(asked.id, self.mail.timeout if self.setting.waits else 0.0)
+        reply = self.mail.take(asked.id, 0.0 if self.setting.lag else self.mail.timeout)
         if reply is None:  # asked before a resume: the answer went to a process that is gone
             self._post(asked.id)
             reply = self.mail.take(asked.id, self.mail.timeout)
@@ -103,16 +103,20 @@ class Turn:
         self.missed += 1
         if self.missed == 1:
             self.mail.lose()
-            text = (
-                f"{self._service} gave no answer that can be used: {reply.reason}. Training goes on without decisions."
-            )
-            self._say("outage", text, **when, error=reply.reason)
+            why = reply.reason or f"none had come after {self._deadline}, and a larger one gives it more time"
+            text = f"{self._service} gave no answer that can be used: {why}. Training goes on without decisions."
+            self._say("outage", text, **when, error=why)
 
     def _post(self, name: str) -> None:
         self.mail.post(name, self.question, functools.partial(_check, self.setting, name, self.spec))
 
     def _say(self, kind: str, message: str, **data: Any) -> None:
         self.notices.append(Notice(kind, message, {"service": self._service, **data}))
+
+    @property
+    def _deadline(self) -> str:
+        lag = self.setting.lag
+        return f"a lag of {lag} tick(s)" if lag else f"a timeout of {self.mail.timeout:g} s"
 
     @property
     def _service(self) -> str:
