@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from esper_jax import Decision, Gates, Lifecycle, Stage, Tolaria, Urza, growable, restore_morph, seed_of
+from esper_jax import Decision, Gates, Lifecycle, Stage, Tolaria, Urza, cli, growable, restore_morph, seed_of
 from esper_jax.nissa import Event, read_events
 from esper_jax.nissa.events import DROPPABLE
 from esper_jax.oona import Reader
@@ -32,14 +32,10 @@ from .services import ROOT, Service
 pytestmark = [pytest.mark.slow, needs_redis]
 
 TOKEN = "a-token-for-this-test"
-EPOCHS = 90
+EPOCHS = 70
 SITE, SLOT = "Dense_0", 0
 PLAN = {4: [(SITE, "mlp", {"hidden": 8})]}
 GATES = ["gates.min_training_ticks=2", "keep=always", "tempo=3"]
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "esper_jax", *words]
 
 
 class Training:
@@ -53,7 +49,12 @@ class Training:
         environment = {**os.environ, "ESPER_TAMIYO_TOKEN": TOKEN, "JAX_PLATFORMS": "cpu"}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command("train", *options), cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe
+            [sys.executable, "-m", "esper_jax", "train", *options],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=pipe,
+            stderr=pipe,
         )
 
     def until(self, reached: Callable[[list[Event]], bool], seconds: float = 300) -> list[Event]:
@@ -92,18 +93,22 @@ def services(events: list[Event], kind: str) -> list[str]:
     return ["controller" if name.startswith("the controller at") else "bus" for name in told]
 
 
-def watched(source: str) -> str:
-    """What `esper-jax watch --once` shows, 80 columns wide."""
-    environment = {**os.environ, "COLUMNS": "80", "JAX_PLATFORMS": "cpu"}
-    shown = subprocess.run(
-        command("watch", source, "--once"), cwd=ROOT, env=environment, text=True, capture_output=True, timeout=120
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert max(map(len, shown.stdout.splitlines())) <= 80, shown.stdout
-    return shown.stdout
+@pytest.fixture
+def esper(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`esper-jax` with these words, on a terminal of 80 columns: what it prints."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def call(*words: str) -> str:
+        capsys.readouterr()
+        cli.main(words)
+        return capsys.readouterr().out
+
+    return call
 
 
-def test_a_run_outlives_its_services_and_what_it_grew_grows_again_in_another(tmp_path: pathlib.Path) -> None:
+def test_a_run_outlives_its_services_and_what_it_grew_grows_again_in_another(
+    tmp_path: pathlib.Path, esper: Callable[..., str]
+) -> None:
     directory = tmp_path / "first"
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(RedisServer(durable=True))
@@ -114,7 +119,8 @@ def test_a_run_outlives_its_services_and_what_it_grew_grows_again_in_another(tmp
 
         training.until(_sprouted)
         with training.held():  # in the middle of the run: look at it, and take both services away
-            seen = watched(redis.url)
+            seen = esper("watch", redis.url, "--once")
+            assert max(map(len, seen.splitlines())) <= 80, seen
             for shown in (SITE, "mlp", "TRAINING", "decisions", "the plan germinates mlp", "running"):
                 assert shown.lower() in seen.lower(), seen
             service.kill()
@@ -132,11 +138,13 @@ def test_a_run_outlives_its_services_and_what_it_grew_grows_again_in_another(tmp
         assert stages == ["GERMINATED", "TRAINING", "BLENDING", "HOLDING", "FOSSILIZED"]
         assert [event.epoch for event in events if event.kind == "epoch"] == list(range(1, EPOCHS + 1))
         _nothing_was_lost(events, redis)
-        assert "FOSSILIZED" in watched(redis.url).upper()
-    assert "FOSSILIZED" in watched(str(directory)).upper()  # and when it is all over, from the directory alone
+        assert "FOSSILIZED" in esper("watch", redis.url, "--once").upper()
+    assert "FOSSILIZED" in esper("watch", str(directory), "--once").upper()  # from the directory alone
 
     library = tmp_path / "library"
     seed = _stored(directory, library)
+    listed = esper("urza", "list", str(library))
+    assert seed[:8] in listed and "mlp" in listed
     _grows_again(tmp_path / "second", library, seed)
 
 
@@ -168,14 +176,9 @@ def _nothing_was_lost(events: list[Event], redis: RedisServer) -> None:
 
 
 def _stored(directory: pathlib.Path, library: pathlib.Path) -> str:
-    """The fossil's id in a library that has nothing else, as the command line lists it."""
+    """The fossil's id in a library that has nothing else."""
     fossil = seed_of(restore_morph(directory), SITE, SLOT)
-    seed = Urza(str(library)).put(fossil, provenance={"run": "first"}, measure=False)
-    listed = subprocess.run(
-        command("urza", "list", str(library)), cwd=ROOT, text=True, capture_output=True, timeout=120, check=True
-    )
-    assert seed[:8] in listed.stdout and "mlp" in listed.stdout
-    return seed
+    return Urza(str(library)).put(fossil, provenance={"run": "first"}, measure=False)
 
 
 def _grows_again(directory: pathlib.Path, library: pathlib.Path, seed: str) -> None:
