@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -115,10 +116,7 @@ class RedisBus:
         except BlockingIOError as error:
             raise OonaError(str(error), transient=False) from error
         try:
-            if self.address.run is None:
-                self.address = Address(
-                    self.address.url, f"{self.name}-{spool.token}", self.address.maxlen, self.address.timeout
-                )
+            self._take_name(spool)
             self._acked, self._last, self._token, self._closing = spool.noted(), spool.last, spool.token, False
             self._client = self.address.client()
             self._greet()
@@ -127,6 +125,15 @@ class RedisBus:
             raise
         self._thread = threading.Thread(target=self._work, args=(spool,), name="oona", daemon=True)
         self._thread.start()
+
+    def _take_name(self, spool: Spool) -> None:
+        """The run's name: the address's, or the one it had before, or a new one; kept beside the events."""
+        path = spool.directory / "run"
+        run = self.address.run
+        if run is None:
+            run = path.read_text().strip() if path.is_file() else f"{self.name}-{spool.token}"
+            self.address = dataclasses.replace(self.address, run=run)
+        path.write_text(run + "\n")
 
     def emit(self, event: Event) -> None:
         """Publish the event: it is on disk when this returns, and on the stream soon."""
