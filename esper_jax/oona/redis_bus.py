@@ -61,6 +61,8 @@ class RedisBus:
         self._token = ""
         self._closing = False
         self._held: list[str] = []  # lines that found no room on the disk
+        self.sent = 0
+        """Events written to the stream by this object, those that the server lost and was sent again counted twice."""
         self.lost = 0
         """Events that neither disk nor memory had room for."""
         self._notices: list[Event] = []
@@ -274,6 +276,7 @@ class RedisBus:
                 pipe.execute()
         with self._ready:
             self._acked = batch[-1][0] if batch else min(ours, spool.last)
+            self.sent += len(batch)
             spool.forget(self._acked - self.address.maxlen)
 
     def _end_of(self, pipe: Any, spool: Spool) -> tuple[int, int]:
@@ -324,7 +327,6 @@ def deliver(spool: str | os.PathLike[str], address: str | Address, *, timeout: f
     if not (where / "token").is_file():
         raise FileNotFoundError(f"{where} is no spool of a bus; give the directory that the warning named")
     with RedisBus(address, spool=where) as bus:
-        before = bus.delivered
         if not bus.flush(timeout):
             raise OonaError(f"{bus.address.shown} took {bus.delivered} of {bus.published} events", transient=True)
-        return bus.published - before
+    return bus.sent

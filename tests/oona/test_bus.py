@@ -214,6 +214,9 @@ def test_what_a_run_could_not_deliver_is_delivered_later(tmp_path):
         assert deliver(tmp_path / "oona", url) == 40
         assert stored(server, bus) == bus.ids() and runs(url) == [bus.run]
         assert deliver(tmp_path / "oona", url) == 0
+        server.restart()  # and it has lost everything
+        assert deliver(tmp_path / "oona", url) == 40
+        assert stored(server, bus) == bus.ids()
 
 
 def test_a_run_that_was_killed_goes_on_in_the_same_stream(server, tmp_path):
