@@ -103,9 +103,14 @@ class Event:
             object.__setattr__(self, name, value)
 
     def to_json(self) -> str:
-        """One line of valid JSON, without the line end."""
+        """One line of valid JSON, without the line end. It is made once: every sink is given the same."""
+        known = self.__dict__.get("_json")
+        if known is not None:
+            return known
         record = {"v": SCHEMA} | {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(_mark(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+        line = json.dumps(_mark(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+        object.__setattr__(self, "_json", line)
+        return line
 
     @staticmethod
     def from_json(line: str | bytes) -> Event:

@@ -105,10 +105,10 @@ class Picture:
         elif kind == Kind.RESUMED:
             self._rewind(event.step)
         elif kind == Kind.EPOCH:
-            clean = _clean(data)
+            clean, score = _clean(data), float(data["score"])
             _check(clean)
             self._epochs.append(Event(kind, event.epoch, event.step, "", clean, event.time))
-            self.points.append(Point(event.epoch, event.step, float(data["score"])))
+            self.points.append(Point(event.epoch, event.step, score))
         elif kind == Kind.RUN_ENDED:
             self.ended = _clean(str(data["outcome"]))
         elif kind == Kind.DECISION:

@@ -37,7 +37,7 @@ class Spool:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._segment = segment
         self._lock = threading.Lock()
-        self._held = _hold(self.directory)
+        self._held: IO[Any] | None = _hold(self.directory)
         try:
             self.token = self._token()
             self._starts = sorted(int(path.stem) for path in self.directory.glob("*.jsonl"))

@@ -94,7 +94,7 @@ def view(picture: Picture, name: str, *, trouble: str = "", width: int = 80, hei
     decisions = [_entry(one, width) for one in reversed(picture.decisions)]
     told = [_entry(one, width) for one in reversed(picture.told)]
     wanted = [len(picture.seeds), len(picture.sites), sum(map(len, decisions)), sum(map(len, told))]
-    rooms = _share(height - 14, wanted)
+    rooms = _share(height - 13, wanted)
     grid = seed_grid(picture.seeds, width, rooms[0])
     parts += [Text(), grid if grid is not None else Text("no seeds now", style="bright_black")]
     if picture.sites:

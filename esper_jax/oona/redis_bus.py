@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import tempfile
@@ -18,6 +19,8 @@ from ..recovery import Breaker, BreakerState, describe, retrying
 from .address import RUNS, Address, OonaError, package
 
 BATCH = 500
+GATHER = 0.01
+"""Seconds that the thread waits for more before it sends: a tick tells several events at once."""
 HELD = 10_000
 
 
@@ -60,6 +63,8 @@ class RedisBus:
         self._token = ""
         self._closing = False
         self._held: list[str] = []  # lines that found no room on the disk
+        self.sent = 0
+        """Events written to the stream by this object, those that the server lost and was sent again counted twice."""
         self.lost = 0
         """Events that neither disk nor memory had room for."""
         self._notices: list[Event] = []
@@ -115,10 +120,7 @@ class RedisBus:
         except BlockingIOError as error:
             raise OonaError(str(error), transient=False) from error
         try:
-            if self.address.run is None:
-                self.address = Address(
-                    self.address.url, f"{self.name}-{spool.token}", self.address.maxlen, self.address.timeout
-                )
+            self._take_name(spool)
             self._acked, self._last, self._token, self._closing = spool.noted(), spool.last, spool.token, False
             self._client = self.address.client()
             self._greet()
@@ -127,6 +129,15 @@ class RedisBus:
             raise
         self._thread = threading.Thread(target=self._work, args=(spool,), name="oona", daemon=True)
         self._thread.start()
+
+    def _take_name(self, spool: Spool) -> None:
+        """The run's name: the address's, or the one it had before, or a new one; kept beside the events."""
+        path = spool.directory / "run"
+        run = self.address.run
+        if run is None:
+            run = path.read_text().strip() if path.is_file() else f"{self.name}-{spool.token}"
+            self.address = dataclasses.replace(self.address, run=run)
+        path.write_text(run + "\n")
 
     def emit(self, event: Event) -> None:
         """Publish the event: it is on disk when this returns, and on the stream soon."""
@@ -236,6 +247,8 @@ class RedisBus:
                     self._ready.wait(self._breaker.retry_in)
                     continue
                 closing = self._closing
+            if not closing:
+                time.sleep(GATHER)
             try:
                 retrying(self._deliver, spool, attempts=3, timeout=self.address.timeout, wait=0.02)
             except Exception as error:
@@ -267,18 +280,26 @@ class RedisBus:
                 pipe.execute()
         with self._ready:
             self._acked = batch[-1][0] if batch else min(ours, spool.last)
+            self.sent += len(batch)
             spool.forget(self._acked - self.address.maxlen)
 
     def _end_of(self, pipe: Any, spool: Spool) -> tuple[int, int]:
         """The stream's last entry id, and the number of the last event in it that is ours."""
         stream, mine = self.address.stream, f"{spool.token}-".encode()
-        if not pipe.exists(stream):
+        try:
+            about = pipe.xinfo_stream(stream)
+        except self._redis.ResponseError as error:
+            if "no such key" not in str(error):
+                raise
             return 0, 0
-        top = int(pipe.xinfo_stream(stream)["last-generated-id"].split(b"-")[0])
-        for count in (1, 10_000):  # other runs of the same name may have written last
-            for _, entry in pipe.xrevrange(stream, count=count):
-                if entry.get(b"id", b"").startswith(mine):
-                    return top, int(entry[b"id"][len(mine) :])
+        top = int(about["last-generated-id"].split(b"-")[0])
+        last = about["last-entry"]
+        entries = [last] if last else []
+        if last and not last[1].get(b"id", b"").startswith(mine):  # another run of the same name wrote meanwhile
+            entries = pipe.xrevrange(stream, count=10_000)
+        for _, entry in entries:
+            if entry.get(b"id", b"").startswith(mine):
+                return top, int(entry[b"id"][len(mine) :])
         return top, self._acked
 
     def _changed(self, before: BreakerState, after: BreakerState, error: Exception | None) -> None:
@@ -317,7 +338,6 @@ def deliver(spool: str | os.PathLike[str], address: str | Address, *, timeout: f
     if not (where / "token").is_file():
         raise FileNotFoundError(f"{where} is no spool of a bus; give the directory that the warning named")
     with RedisBus(address, spool=where) as bus:
-        before = bus.delivered
         if not bus.flush(timeout):
             raise OonaError(f"{bus.address.shown} took {bus.delivered} of {bus.published} events", transient=True)
-        return bus.published - before
+    return bus.sent

@@ -1,0 +1,62 @@
+"""The options that every benchmark script has."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+DTYPES = ("float32", "bfloat16", "float16")
+MODEL_NAMES = ("mlp", "cnn", "transformer")
+
+
+def parser(
+    about: str, *, rounds: int = 60, budget: float = 6.0, models: Sequence[str] = MODEL_NAMES
+) -> argparse.ArgumentParser:
+    """A parser with the common options; a script adds its own.
+
+    Args:
+      about: what the script measures, in a sentence or two.
+      rounds: default of `--rounds`.
+      budget: default of `--budget`, seconds.
+      models: default of `--models`, and the choice.
+    """
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--platform", choices=PLATFORMS, help="where to run; without it, what jax takes by itself")
+    made.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype to compute in; weights are float32")
+    made.add_argument("--scale", type=_positive, default=1.0, help="factor of the models' widths")
+    made.add_argument("--models", nargs="+", choices=tuple(models), default=list(models), help="models to measure")
+    made.add_argument("--rounds", type=int, default=rounds, help="samples of each variant, at most")
+    made.add_argument("--budget", type=_positive, default=budget, help="seconds for each group of variants")
+    made.add_argument("--seed", type=int, default=0, help="of data, weights and the order of variants")
+    made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the results there as JSON")
+    return made
+
+
+def begin(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse, and choose jax's platform before jax starts; one that is not there ends the script in a sentence."""
+    args = made.parse_args(argv)
+    if args.rounds < 1:
+        made.error(f"--rounds must be 1 or more, got {args.rounds}")
+    if args.platform:
+        os.environ["JAX_PLATFORMS"] = args.platform
+    import jax
+
+    if args.platform:
+        jax.config.update("jax_platforms", args.platform)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        print(f"this jax cannot use the platform {args.platform or 'asked for'}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return args
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
