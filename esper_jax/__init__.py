@@ -41,7 +41,7 @@ from .kasmina import (
     unmorph,
     with_seeds_of,
 )
-from .protocol import Controller, Decision, Feedback, Report
+from .protocol import Controller, Decision, Feedback, HealthSignal, Report
 from .tamiyo import FixedSchedule, RandomSchedule, ReplayController, Tamiyo, TamiyoClient
 from .tolaria import (
     CheckpointError,
@@ -70,6 +70,7 @@ __all__ = [
     "FixedSchedule",
     "Gates",
     "Governor",
+    "HealthSignal",
     "History",
     "KasminaAttention",
     "KasminaBatchNorm",

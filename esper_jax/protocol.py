@@ -7,9 +7,11 @@ Tolaria makes a `Report` at each tick and applies `Decision`s; any controller (T
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from .kasmina.health import site_health
 from .kasmina.spec import Spec
 from .kasmina.stages import Stage
 from .kasmina.stored import Stored
@@ -25,6 +27,7 @@ REMOTE = "the controller at "
 class SiteReport:
     """One site as measured since the last tick; a float is NaN where nothing was measured.
 
+    `health` weighs the others in one number in [0, 1] (see `kasmina.health`).
     `gain` is the first-order decrease of the loss per unit of learning rate of a new zero linear layer there;
     `gradient` the norm of the site's own parameter gradient, `signal` that of the gradient at its output.
     """
@@ -41,6 +44,7 @@ class SiteReport:
     signal: float
     gain: float
     calls: int
+    health: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,47 @@ class Report:
     sites: tuple[SiteReport, ...]
     seeds: tuple[SeedReport, ...]
     interactions: Mapping[tuple[tuple[str, int], tuple[str, int]], float] = dataclasses.field(default_factory=dict)
+
+    def signals(self) -> tuple[HealthSignal, ...]:
+        """The health of every site and of every seed that computes, each with where and when."""
+        at = {"epoch": self.epoch, "step": self.step}
+        sites = tuple(
+            HealthSignal(site.path, None, health=site.health, terms=terms(site, self.seeds), **at)
+            for site in self.sites
+        )
+        seeds = tuple(
+            HealthSignal(seed.site, seed.slot, health=seed.health, terms={}, **at)
+            for seed in self.seeds
+            if Stage.TRAINING <= seed.stage <= Stage.FOSSILIZED
+        )
+        return sites + seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthSignal:
+    """The health of a layer (`slot` None) or of the seed in a slot, in [0, 1] and NaN where it was not measured.
+
+    `terms` are those of `kasmina.health.site_health`, for a layer; a seed's health is that of its gradient.
+    """
+
+    site: str
+    slot: int | None
+    epoch: int
+    step: int
+    health: float
+    terms: Mapping[str, float]
+
+
+def terms(site: SiteReport, seeds: tuple[SeedReport, ...]) -> Mapping[str, float]:
+    """The terms of a site's health, from its report and those of the seeds there."""
+    return site_health(
+        variance=site.variance,
+        dead=site.dead,
+        silent=site.silent,
+        correlation=site.correlation,
+        gradient=site.gradient,
+        faults=[(seed.faults, seed.age) for seed in seeds if seed.site == site.path],
+    ).terms
 
 
 @dataclasses.dataclass(frozen=True)

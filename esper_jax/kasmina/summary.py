@@ -31,11 +31,16 @@ class Table(str):
         return str(self)
 
 
-def summary(morph: Morph) -> Table:
+def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
     """A table of a morph: every site, and every planted seed with its stage and what was measured of it.
 
     Values that were not measured yet show as `-`; inside `jit` and for a tree of shapes the life of a seed shows as
     `?`, and for a `vmap`ped population the values of its members differ, so they show as `*`.
+
+    Args:
+      morph: the morph.
+      health: `{path: health}` of its sites, for a column of their own: a tick measures it, and `report.sites` and the
+        last record of a `History` have it.
 
     Raises:
       TypeError: `morph` is no `Morph`.
@@ -47,13 +52,15 @@ def summary(morph: Morph) -> Table:
     """
     if not isinstance(morph, Morph):
         raise TypeError(f"summary() needs a Morph, got {type(morph).__name__}; make one with morph(params)")
-    heads = ("site", "kind", "features", "slot", "blueprint", "stage", "alpha", "health", "contribution")
+    of_site = () if health is None else ("site health",)
+    heads = ("site", "kind", "features", *of_site, "slot", "blueprint", "stage", "alpha", "health", "contribution")
     rows: list[tuple[str, ...]] = []
     for site in morph.spec.sites:
-        named = (site.path, site.kind, _features(site))
+        well = () if health is None else (_real(health.get(site.path, float("nan"))),)
+        named: tuple[str, ...] = (site.path, site.kind, _features(site), *well)
         for plant in morph.spec.planted_at.get(site.path, ()):
             rows.append((*named, str(plant.slot), _recipe(plant), *_life(morph, plant)))
-            named = ("", "", "")
+            named = ("",) * len(named)
         empty = len(morph.spec.free_slots(site.path))
         if empty:
             rows.append((*named, f"{empty} empty", "", "", "", "", ""))
@@ -238,9 +245,8 @@ def _recipe(plant: Plant) -> str:
 
 def _life(morph: Morph, plant: Plant) -> tuple[str, str, str, str]:
     state = morph.state[plant.site]
-    real = lambda value: "-" if np.isnan(value) else f"{float(value):.3g}"  # noqa: E731
     stage = _value(state.stage, plant.slot, _stage)
-    measured = tuple(_value(field, plant.slot, real) for field in (state.alpha, state.health, state.contribution))
+    measured = tuple(_value(field, plant.slot, _real) for field in (state.alpha, state.health, state.contribution))
     return stage, measured[0], measured[1], measured[2]
 
 
@@ -253,6 +259,10 @@ def _value(field: Any, slot: int, show: Callable[[Any], str]) -> str:
 
 def _stage(value: Any) -> str:
     return Stage(int(value)).name
+
+
+def _real(value: Any) -> str:
+    return "-" if np.isnan(value) else f"{float(value):.3g}"
 
 
 def _number(value: float) -> str:

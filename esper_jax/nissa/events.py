@@ -20,10 +20,11 @@ import time as clock
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..kasmina.health import AILING
 from ..kasmina.stages import Stage
 
 if TYPE_CHECKING:
-    from ..protocol import Decision, Feedback, SeedReport
+    from ..protocol import Decision, Feedback, HealthSignal, SeedReport
 
 SCHEMA = 1
 """The version of the written form; a reader refuses a later one."""
@@ -45,6 +46,7 @@ class Kind(enum.StrEnum):
     CONTRIBUTION = "contribution"
     INTERACTION = "interaction"
     FAULT = "fault"
+    HEALTH = "health"
     ROLLBACK = "rollback"
     SNAPSHOT = "snapshot"
     CHECKPOINT = "checkpoint"
@@ -334,6 +336,17 @@ def fault(epoch: int, step: int, *, site: str, slot: int, blueprint: str, faults
     return Event(
         Kind.FAULT, epoch, step, message, {"site": site, "slot": slot, "blueprint": blueprint, "faults": faults, **data}
     )
+
+
+def health(signal: HealthSignal, **data: Any) -> Event:
+    """A site (slot None) or a seed fell below half its health, or rose above it again; `terms` say why."""
+    ailing, measured = signal.health < AILING, plain(signal.terms)
+    state = "is ailing" if ailing else "is well again"
+    worst = min(measured, key=lambda name: measured[name], default=None)
+    why = f" (lowest: {worst} {measured[worst]:.2f})" if worst is not None and ailing else ""
+    fields = {"site": signal.site, "slot": signal.slot, "health": signal.health, "ailing": ailing, "terms": measured}
+    message = f"{place(signal.site, signal.slot)} {state}: health {signal.health:.2f}{why}"
+    return Event(Kind.HEALTH, signal.epoch, signal.step, message, {**fields, **data})
 
 
 def rollback(epoch: int, step: int, *, reason: str, to_step: int, **data: Any) -> Event:

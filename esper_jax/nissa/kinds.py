@@ -216,6 +216,16 @@ class RunEnded(TypedDict):
     seconds: NotRequired[float]
 
 
+class HealthTold(TypedDict):
+    """A site (slot null) or a seed fell below half its health, or rose above it again."""
+
+    site: str
+    slot: int | None
+    health: Health
+    ailing: bool
+    terms: Annotated[dict[str, float], Measure("what makes up a site's health, each 0 to 1")]
+
+
 class Outage(TypedDict):
     """Something outside went away: a bus, a sink, a service. Told once for each outage."""
 

@@ -21,6 +21,7 @@ DATA: dict[Kind, type] = {
     Kind.CONTRIBUTION: kinds.Contributed,
     Kind.INTERACTION: kinds.Interaction,
     Kind.FAULT: kinds.Fault,
+    Kind.HEALTH: kinds.HealthTold,
     Kind.ROLLBACK: kinds.Rollback,
     Kind.SNAPSHOT: kinds.Reason,
     Kind.CHECKPOINT: kinds.Checkpoint,

@@ -85,6 +85,7 @@ class SiteReportLine(Line, frozen=True):
     signal: Real
     gain: Real
     calls: Count
+    health: Real
 
 
 class SeedReportLine(Line, frozen=True):

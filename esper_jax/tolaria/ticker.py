@@ -25,13 +25,14 @@ from .data import Data
 from .evaluate import Contributions, Evaluator, measured_plants
 from .governor import Governor, check
 from .optim import Growable
-from .report import NAN, Measured, make_report, mean_loss
+from .report import NAN, Measured, changed_health, make_report, mean_loss
 from .session import Pending, Session
 from .state import Meters, TrainState
 from .veto import Limits, veto
 
 Sink = Callable[[Event], None]
 _GERMINATION = 0x5EED
+_MEASURED = ("health", "gain", "dead", "silent", "variance", "correlation", "gradient", "signal")
 _SHOWN = ("alpha", "pruning", "age", "steps", "faults", "health", "ratio", "contribution")
 
 
@@ -89,9 +90,7 @@ class Ticker:
             score=score,
             seconds=time.perf_counter() - session.tick_began,
             seeds=_rows(state),
-            sites={
-                site.path: {"gain": site.gain, "dead": site.dead, "variance": site.variance} for site in report.sites
-            },
+            sites={site.path: {name: getattr(site, name) for name in _MEASURED} for site in report.sites},
             tick_seconds=time.perf_counter() - began,
         )
         sink(event)
@@ -127,6 +126,8 @@ class Ticker:
                 sink(_stage(self._now, plant, row["stage"], before, self._dropped or _moved_because(before, faults)))
             if before != after:
                 sink(_stage(self._now, plant, before, after, _moved_because(after, faults), life[site].alpha[slot]))
+        for signal in changed_health(report, session.records[-1] if session.records else None):
+            sink(events.health(signal))
         for (first, second), value in report.interactions.items():
             sink(events.interaction(*self._now, first, second, value))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -12,15 +13,21 @@ from esper_jax import Urza, cli
 from .world import SITES, stored
 
 
-@pytest.fixture()
+@pytest.fixture
 def library(tmp_path: pathlib.Path) -> tuple[str, list[str]]:
     """Three seeds, one of them unmeasured, one with a program, with long names."""
     urza = Urza(tmp_path)
+    seeds = (stored("lora", rank=2), stored("mlp", hidden=4096), stored("bottleneck", SITES["conv"]))
+    origins: tuple[dict[str, Any], ...] = (
+        {"site": "block_0/Dense_1"},
+        {"run": "runs/7", "loss": math.nan},
+        {"site": "encoder/stage_3/block_11/Conv_2"},
+    )
     names = [
-        urza.put(stored("lora", rank=2), contribution=0.5, provenance={"site": "block_0/Dense_1"}),
-        urza.put(stored("mlp", hidden=4096), contribution=12.25, program=True, provenance={"run": "runs/7", "loss": math.nan}),
-        urza.put(stored("bottleneck", SITES["conv"]), measure=False, provenance={"site": "encoder/stage_3/block_11/Conv_2"}),
-    ]  # fmt: skip
+        urza.put(seeds[0], contribution=0.5, provenance=origins[0]),
+        urza.put(seeds[1], contribution=12.25, program=True, provenance=origins[1]),
+        urza.put(seeds[2], measure=False, provenance=origins[2]),
+    ]
     return str(tmp_path), names
 
 
@@ -71,7 +78,9 @@ def test_gc_removes_what_it_says(library, capsys) -> None:
         (["sweep"], "invalid choice|Unrecognized|list, show, gc"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_status_2(arguments, sentence, library, capsys, monkeypatch, tmp_path) -> None:
+def test_a_mistake_is_one_sentence_and_exit_status_2(
+    arguments, sentence, library, capsys, monkeypatch, tmp_path
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["urza", *(word.format(root=library[0]) for word in arguments)])

@@ -45,7 +45,9 @@ def changed(path: pathlib.Path, data: bytes | None) -> Iterator[None]:
         path.write_bytes(whole)
 
 
-def refused(root: pathlib.Path, seed_id: str, path: pathlib.Path, sentence: str = "damaged|cut short|has grown") -> None:
+def refused(
+    root: pathlib.Path, seed_id: str, path: pathlib.Path, sentence: str = "damaged|cut short|has grown"
+) -> None:
     """Reading the seed raises and names the file."""
     with pytest.raises(DamagedSeed, match=sentence) as caught:
         Urza(root).get(seed_id)
@@ -156,7 +158,9 @@ def test_another_format_is_named_with_what_this_version_reads(version, library, 
     later = sha256(data)
     (root / "seeds" / f"{later}.json").write_bytes(data)
     urza = Urza(root)
-    with pytest.raises(UrzaError, match=rf"{later}.json has format {version!r}, this esper_jax reads format 1") as caught:
+    with pytest.raises(
+        UrzaError, match=rf"{later}.json has format {version!r}, this esper_jax reads format 1"
+    ) as caught:
         urza.get(later)
     assert not isinstance(caught.value, DamagedSeed)
     with pytest.warns(UserWarning, match="1 stored seed.* cannot be read.*has format"):

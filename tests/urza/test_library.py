@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import uuid
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import hypothesis.strategies as st
@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 
 import esper_jax
 from esper_jax import Stage, Urza, UrzaError, seed_of
-from esper_jax.kasmina.blueprints import registered
 from esper_jax.kasmina.blend import BLENDS
+from esper_jax.kasmina.blueprints import registered
 from esper_jax.urza import UnknownSeed
 
 from .world import SITES, by_hand, holding, host_params, same_bits, stored
@@ -93,13 +93,13 @@ def trees(draw: st.DrawFn) -> Any:
         dtype = jnp.dtype(draw(st.sampled_from(DTYPES)))
         shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
         size = math.prod(shape)
-        if dtype == bool or dtype.name == "int4":
+        if dtype.name in ("bool", "int4"):
             return np.array([draw(st.integers(0, 1)) for _ in range(size)], np.int8).astype(dtype).reshape(shape)
         made = np.frombuffer(draw(st.binary(min_size=size * dtype.itemsize, max_size=size * dtype.itemsize)), dtype)
         finite = np.isfinite(made.astype(np.float64))
         return np.where(finite, made, np.zeros((), dtype)).astype(dtype).reshape(shape)
 
-    names = st.text("ab/_ é", max_size=4)
+    names = st.text("ab_. é", max_size=4)
     kinds = st.recursive(
         st.just(0), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=4
     )
@@ -127,11 +127,7 @@ def bits(value: Any) -> Any:
 @given(config=CONFIGS, params=trees())
 def test_any_config_and_any_arrays_round_trip_to_the_bit(config: dict[str, Any], params: Any) -> None:
     urza = Urza("memory://round-trips")
-    try:
-        seed_id = urza.put(by_hand(0, config=config, params=params), measure=False)
-    except ValueError as error:  # two keys such as "a/b" and "a" > "b" may meet; that is refused in words
-        assert "share the name" in str(error)
-        return
+    seed_id = urza.put(by_hand(0, config=config, params=params), measure=False)
     back = Urza("memory://round-trips").get(seed_id)
     assert {key: bits(value) for key, value in back.config.items()} == {k: bits(v) for k, v in config.items()}
     assert same_bits(back.params, params)
@@ -140,6 +136,7 @@ def test_any_config_and_any_arrays_round_trip_to_the_bit(config: dict[str, Any],
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
+        ({"params": {"a/b": np.ones(1), "a": {"b": np.ones(1)}}}, ValueError, "two arrays would share the name"),
         ({"params": {"a": np.array([1.0, np.nan], np.float32)}}, ValueError, "params/a .* not finite"),
         ({"params": {}}, ValueError, "without parameters"),
         ({"params": {1: np.ones(2)}}, TypeError, "key 1; keys of stored parameters must be strings"),
@@ -159,7 +156,7 @@ def test_what_cannot_be_kept_is_refused_in_a_sentence_and_nothing_is_written(cha
 def test_put_and_get_say_what_they_take(urza: Urza) -> None:
     with pytest.raises(TypeError, match=r"put\(\) takes a seed from seed_of"):
         urza.put({"params": 1})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="blueprint \"nobody's\" is not registered here"):
+    with pytest.raises(ValueError, match='blueprint "nobody\'s" is not registered here'):
         urza.put(by_hand(0), program=True)
     seed_id = urza.put(by_hand(0), measure=False)
     assert urza.get(seed_id[:6]).id == seed_id
@@ -174,7 +171,12 @@ def test_find_gives_what_germinates_at_a_site_best_first(urza: Urza) -> None:
     """Unmeasured seeds come last; `compatible_with` is exactly what `germinate` accepts."""
     sites = esper_jax.morph(host_params()).spec.by_path
     wide, narrow = (stored("lora", sites["Dense_0"], seed=i, rank=rank) for i, rank in enumerate((8, 2)))
-    seeds = [(wide, 1.0), (narrow, 4.0), (stored("norm", sites["Dense_1"]), math.nan), (stored("se", SITES["conv"]), 9.0)]
+    seeds = [
+        (wide, 1.0),
+        (narrow, 4.0),
+        (stored("norm", sites["Dense_1"]), math.nan),
+        (stored("se", SITES["conv"]), 9.0),
+    ]
     names = [urza.put(seed, contribution=value, measure=False) for seed, value in seeds]
     order = lambda **asked: [names.index(entry.id) for entry in urza.find(**asked)]  # noqa: E731
     assert order() == [3, 1, 0, 2] and order(limit=2) == [3, 1]
@@ -273,9 +275,9 @@ class Flaky(MemoryFileSystem):
     """A store in memory over a bad line: the next calls raise what `trouble` holds."""
 
     protocol = "flaky"
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
-    trouble: list[Exception] = []
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    trouble: ClassVar[list[Exception]] = []
     calls = 0
 
     def _try(self) -> None:
@@ -292,7 +294,7 @@ class Flaky(MemoryFileSystem):
         return super().pipe_file(*args, **kwargs)
 
 
-@pytest.fixture()
+@pytest.fixture
 def flaky() -> Urza:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     Flaky.store, Flaky.trouble, Flaky.calls = {}, [], 0

@@ -34,7 +34,7 @@ def lora(urza: Urza) -> Any:
     return urza.get(urza.put(seed_of(holding(), "Dense_0"), measure=False))
 
 
-@pytest.fixture()
+@pytest.fixture
 def empty() -> Any:
     return esper_jax.morph(host_params(), slots=2)
 
@@ -43,9 +43,7 @@ def test_it_is_germinated_with_its_own_parameters_config_and_blend(empty, urza) 
     """Equal to the bit; everything else about the slot is as for a fresh seed."""
     seed = stored("lora", empty.spec.by_path["Dense_0"], blend="gate", rank=3)
     loaded = esper_jax.germinate(empty, "Dense_0", urza.get(urza.put(seed, measure=False)), score=5.0)
-    fresh = esper_jax.germinate(
-        empty, "Dense_0", "lora", blend="gate", rank=3, key=jax.random.key(0), score=5.0
-    )
+    fresh = esper_jax.germinate(empty, "Dense_0", "lora", blend="gate", rank=3, key=jax.random.key(0), score=5.0)
     assert loaded.spec == fresh.spec and equal_bits(loaded.state, fresh.state) and equal_bits(loaded.host, fresh.host)
     assert same_bits(loaded.seeds["Dense_0"]["slot_0"], seed.params)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded))
@@ -120,7 +118,9 @@ def test_unload_takes_a_seed_on_trial_out_at_once(stage: Stage, planted: bool, e
     assert out.spec == start.spec and equal_bits(out.host, start.host) and equal_bits(out.seeds, start.seeds)
     if planted:
         empty_slot = jax.tree.map(lambda field: field[0], out.state["Dense_0"])
-        assert int(empty_slot.stage) == Stage.DORMANT and int(empty_slot.faults) == 0 and int(empty_slot.generation) == 1
+        assert (
+            int(empty_slot.stage) == Stage.DORMANT and int(empty_slot.faults) == 0 and int(empty_slot.generation) == 1
+        )
     else:
         assert out.state == {}
     again = esper_jax.germinate(out, "Dense_0", lora)

@@ -30,7 +30,7 @@ def told(process: subprocess.Popen[str]) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_put_read_remove_and_sweep_at_once(tmp_path: pathlib.Path) -> None:
-    """Two writers of the same and of own seeds, a reader, and a sweeper without grace; any torn read fails a process."""
+    """Two writers of shared and of own seeds, a reader, a sweeper without grace; a torn read fails its process."""
     processes = [start("put", str(tmp_path), "1"), start("put", str(tmp_path), "2")]
     processes += [start("read", str(tmp_path)), start("sweep", str(tmp_path))]
     *_, read, swept = map(told, processes)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 import esper_jax
-from esper_jax import Site, Urza, UrzaError, seed_of
+from esper_jax import Site, Urza, seed_of
 from esper_jax.kasmina.blueprints import get_blueprint, register_blueprint, registered
 from esper_jax.kasmina.graft import zero_taps
 from esper_jax.urza import StoredSeed
@@ -27,7 +26,7 @@ FITTING = [(b.name, kind) for b in registered() for kind, site in SITES.items() 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture()
+@pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The registry of blueprints, put back afterwards."""
     held = dict(get_blueprint.__globals__["_REGISTRY"])
@@ -35,7 +34,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return held
 
 
-@pytest.fixture()
+@pytest.fixture
 def urza() -> Urza:
     return Urza(f"memory://{uuid.uuid4().hex}")
 
@@ -50,15 +49,15 @@ def sine(params: dict[str, Any], u: jax.Array) -> jax.Array:
     return jnp.sin(u @ params["down"]) @ params["ways"][0]
 
 
-@pytest.fixture()
-def sourceless(urza: Urza, registry: dict[str, Any]) -> Iterator[tuple[Urza, StoredSeed]]:
+@pytest.fixture
+def sourceless(urza: Urza, registry: dict[str, Any]) -> tuple[Urza, StoredSeed]:
     """A library with a seed of a user's blueprint, which is then forgotten; and the seed as it was put."""
     register_blueprint("sine", init=sine_init, apply=sine, reads="input", kinds=("dense",))
     site = esper_jax.morph(host_params()).spec.by_path["Dense_0"]
     seed = stored("sine", site, waves=3)
     urza.put(seed, program=True, contribution=1.0, measure=False)
     del registry["sine"]
-    yield urza, seed
+    return urza, seed
 
 
 @pytest.mark.parametrize(("blueprint", "kind"), FITTING)
@@ -74,8 +73,13 @@ def test_the_program_of_every_blueprint_gives_what_its_source_gives(blueprint, k
         assert program.reads == source.reads and program.fits(site)
 
         def both(params: Any, u: jax.Array) -> list[Any]:
-            runs = (lambda p, u: program.apply(p, u, site=site), lambda p, u: source.apply(p, u, site=site, **seed.config))
-            return [jax.value_and_grad(lambda p, u, run=run: jnp.sum(jnp.sin(run(p, u))), (0, 1))(params, u) for run in runs]
+            runs = (
+                lambda p, u: program.apply(p, u, site=site),
+                lambda p, u: source.apply(p, u, site=site, **seed.config),
+            )
+            return [
+                jax.value_and_grad(lambda p, u, run=run: jnp.sum(jnp.sin(run(p, u))), (0, 1))(params, u) for run in runs
+            ]
 
         mine, theirs = jax.jit(both)(seed.params, u)
         for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
@@ -96,7 +100,7 @@ def test_it_germinates_by_itself_where_the_blueprint_is_unknown(sourceless) -> N
 
 def test_without_a_program_an_unknown_blueprint_is_named_and_fits_nowhere(urza: Urza) -> None:
     found = urza.get(urza.put(by_hand(3), measure=False))
-    with pytest.raises(ValueError, match=f"stored seed {found.id[:12]} .*unknown blueprint \"nobody's\""):
+    with pytest.raises(ValueError, match=f'stored seed {found.id[:12]} .*unknown blueprint "nobody\'s"'):
         esper_jax.germinate(esper_jax.morph(host_params()), "Dense_0", found)
     assert urza.find(compatible_with=esper_jax.morph(host_params()).spec.by_path["Dense_0"]) == []
 
@@ -114,7 +118,7 @@ def test_it_fits_no_site_of_another_shape(sourceless) -> None:
 
 def test_it_runs_and_learns_in_a_grown_model_like_its_source(sourceless, registry) -> None:
     """Inside lean and planted slots, under jit, grad, vmap and the taps of a train step; to float32 rounding."""
-    urza, seed = sourceless
+    urza, _ = sourceless
     found = urza.get(urza.find()[0])
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
 
@@ -177,7 +181,9 @@ def test_a_blueprint_that_cannot_be_stored_says_so_and_nothing_is_written(urza: 
         return u @ params["w"] * float(u.shape[0] > 3)
 
     register_blueprint("picky", init=lambda key, site: {"w": jnp.ones((6, 5))}, apply=picky, reads="input")
-    with pytest.raises(ValueError, match=r"forward pass of 'picky' cannot be stored for an input of rank 2 .*without program="):
+    with pytest.raises(
+        ValueError, match=r"forward pass of 'picky' cannot be stored for an input of rank 2 .*without program="
+    ):
         urza.put(stored("picky"), program=True, measure=False)
     assert urza.ids() == []
 
@@ -202,7 +208,7 @@ def test_another_config_is_refused_because_the_program_has_its_own(sourceless) -
 @pytest.mark.slow
 def test_another_process_without_the_source_grows_it_trains_it_and_resumes(sourceless, tmp_path: pathlib.Path) -> None:
     """Germinated by a decision, trained by Tolaria, restored in a third process with the library alone."""
-    memory, seed = sourceless
+    memory, _ = sourceless
     urza = Urza(tmp_path / "seeds")
     seed_id = urza.put(memory.get(memory.find()[0]), measure=False)
     grow = f"""
@@ -222,8 +228,9 @@ def test_another_process_without_the_source_grows_it_trains_it_and_resumes(sourc
             state = made.restore()
         state, history = made.fit(state, TRAIN, VALIDATION, epochs=int(sys.argv[2]))
         (plant,) = state.morph.spec.plants
-        moved = np.abs(np.asarray(state.morph.seeds["Dense_0"]["slot_0"]["down"]) - urza.get({seed_id!r}).params["down"])
-        print(plant.blueprint, Stage(int(state.morph.state["Dense_0"].stage[0])).name, moved.max() > 0)
+        now, then = state.morph.seeds["Dense_0"]["slot_0"]["down"], urza.get({seed_id!r}).params["down"]
+        moved = np.abs(np.asarray(now) - then).max() > 0
+        print(plant.blueprint, Stage(int(state.morph.state["Dense_0"].stage[0])).name, moved)
     """
     said = []
     for arguments in (("begin", "4"), ("resume", "7")):

@@ -60,11 +60,12 @@ def forever(root: str) -> dict[str, int]:
     for number in range(10**6):
         urza.put(by_hand(number), measure=False)
         if number == 0:
-            print("started", flush=True)
+            sys.stdout.write("started\n")
+            sys.stdout.flush()
     return {}
 
 
 if __name__ == "__main__":
     role, root, *rest = sys.argv[1:]
     work = {"put": put, "read": read, "sweep": sweep, "forever": forever}[role]
-    print(json.dumps(work(root, *map(int, rest))), flush=True)
+    sys.stdout.write(json.dumps(work(root, *map(int, rest))) + "\n")
