@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jsonschema
 import numpy as np
 import pytest
 
 from esper_jax import FixedSchedule, Gates, ReplayController, Spec, TamiyoClient, Tolaria
-from esper_jax.nissa import course, read_events
+from esper_jax.nissa import course, read_events, schema
 from esper_jax.nissa.events import Event
 
 from .control_world import SITES, report
@@ -337,6 +338,9 @@ def test_a_run_with_an_outage_is_repeated_from_its_log_to_the_bit(made, hosted, 
     assert course(story) == course(told) and kinds(told) == kinds(story)
     third, _ = run(made, ReplayController(told), tmp_path / "third")
     assert bits(second) == bits(third)
+    strict = jsonschema.Draft202012Validator(schema(strict=True))
+    for event in story:
+        strict.validate(json.loads(event.to_json()))
 
 
 @pytest.mark.slow
