@@ -179,7 +179,7 @@ def test_a_paused_server_stops_nobody_and_gets_everything_once(server, seconds, 
             number += 1
             time.sleep(0.01)
         assert bus.outages == 1 and bus.delivered < bus.published
-        assert slowest < 0.25  # the pause is at least 2 s
+        assert slowest < 1.0  # the pause is at least 2 s
         assert bus.flush(seconds + 20)
     assert stored(server, bus) == bus.ids() and len(bus.ids()) == number
 
