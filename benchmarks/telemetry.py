@@ -113,7 +113,7 @@ def variants(folder: pathlib.Path, url: str) -> Iterator[tuple[dict[str, Fanout]
         COPY: [],
         "bus": [buses["bus"]],
         DOWN: [buses[DOWN]],
-        "TensorBoard and Prometheus": [behind_slow(sink, folder / "spools") for sink in slow],
+        "TensorBoard and Prometheus": behind_slow(slow, folder / "spools"),
     }
     fanouts = {
         name: Fanout([Newest(), JsonlSink(folder / f"{number}.jsonl"), *sinks])

@@ -107,9 +107,10 @@ def fetch(url: str) -> str:
 
 
 def test_wandb_offline_keeps_configuration_numbers_and_events(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     give(WandbSink("growing", directory=tmp_path, mode="offline", id="abc"))
+    wandb.teardown()  # its own process writes the file when it ends
     written = next(tmp_path.glob("wandb/offline-run-*/run-abc.wandb")).read_bytes()
     for text in (b"train_loss", f"seed_alpha/{SITE}/0/lora".encode(), b"digits"):
         assert text in written

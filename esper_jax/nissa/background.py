@@ -10,6 +10,7 @@ import threading
 import time as clock
 import warnings
 from collections import deque
+from collections.abc import Iterable
 
 from ..recovery import Breaker, BreakerState, describe
 from . import events as make
@@ -220,8 +221,15 @@ class Background(_Closing):
             self._notices.append(notice)
 
 
-def behind_slow(sink: Sink, folder: pathlib.Path | None) -> Sink:
-    """The sink, with a `Background` before it when it says that it is slow; its spool goes into `folder`."""
-    if not getattr(sink, "slow", False):
-        return sink
-    return Background(sink, spool=None if folder is None else folder / type(sink).__name__)
+def behind_slow(sinks: Iterable[Sink], folder: pathlib.Path | None) -> list[Sink]:
+    """The sinks, those that say that they are slow with a `Background` before them; the spools go into `folder`."""
+    found: list[Sink] = []
+    names: set[str] = set()
+    for sink in sinks:
+        if getattr(sink, "slow", False):
+            name = type(sink).__name__
+            name = next(one for one in (name, *(f"{name}-{n}" for n in range(2, 10**6))) if one not in names)
+            names.add(name)
+            sink = Background(sink, spool=None if folder is None else folder / name)
+        found.append(sink)
+    return found

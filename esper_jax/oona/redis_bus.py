@@ -222,7 +222,8 @@ class RedisBus:
     def _greet(self) -> None:
         """Find out whether the server is there and takes writes from us."""
         try:
-            retrying(self._client.ping, attempts=3, timeout=self.address.timeout, wait=0.1)
+            announce = {self.run: time.time()}
+            retrying(self._client.zadd, RUNS, announce, attempts=3, timeout=self.address.timeout, wait=0.1)
         except Exception as error:
             trouble = self.address.trouble(error)
             if not self.optional:

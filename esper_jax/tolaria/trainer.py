@@ -256,7 +256,7 @@ class Tolaria:
     @contextlib.contextmanager
     def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:
         spools = None if self.checkpoint_dir is None else self.checkpoint_dir / "spool"
-        sinks: list[Sink] = [log, *(behind_slow(sink, spools) for sink in self.sinks), self.bus]
+        sinks: list[Sink] = [log, *behind_slow(self.sinks, spools), self.bus]
         if self.checkpoint_dir is not None:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             file = JsonlSink(self.checkpoint_dir / "events.jsonl")

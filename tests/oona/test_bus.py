@@ -12,7 +12,7 @@ from esper_jax.nissa import Event, Fanout, Kind, ListSink, events
 from esper_jax.oona import Address, OonaError, Reader, RedisBus, deliver, runs
 from tests.servers import RedisServer, free_port, needs_redis
 
-pytest.importorskip("redis")
+redis = pytest.importorskip("redis")
 pytestmark = needs_redis
 QUICK = {"cooldown": 0.05, "max_cooldown": 0.2}
 
@@ -112,6 +112,57 @@ def test_a_server_that_lost_everything_while_nothing_was_sent_is_noticed_at_the_
         assert stored(server, bus) == bus.ids() and len(bus.ids()) == 50
 
 
+def test_what_a_crash_took_back_from_the_server_is_sent_again(server, tmp_path):
+    with RedisBus(server.url, spool=tmp_path / "oona") as bus:
+        publish(bus, 0, 30)
+        assert bus.flush()
+        client = redis.Redis.from_url(server.url)
+        before = client.dump(bus.address.stream)
+        publish(bus, 30, 50)
+        assert bus.flush()
+        client.restore(bus.address.stream, 0, before, replace=True)  # as after a start from an older file
+        assert len(stored(server, bus)) == 30
+        publish(bus, 50, 60)
+        assert bus.flush()
+        assert stored(server, bus) == bus.ids() and len(bus.ids()) == 60
+
+
+def test_an_answer_that_was_lost_makes_no_duplicate(server, tmp_path, monkeypatch):
+    with RedisBus(server.url, spool=tmp_path / "oona", **QUICK) as bus:
+        execute, lost = redis.client.Pipeline.execute, []
+
+        def cut_off(pipe, *arguments):
+            done = execute(pipe, *arguments)
+            if len(lost) < 4:
+                lost.append(done)
+                raise redis.ConnectionError("cut off after the server had done it")
+            return done
+
+        monkeypatch.setattr(redis.client.Pipeline, "execute", cut_off)
+        for number in range(0, 50, 10):
+            publish(bus, number, number + 10)
+            assert bus.flush()
+        assert len(lost) == 4
+    assert stored(server, bus) == bus.ids() and len(bus.ids()) == 50
+
+
+def test_a_write_that_comes_between_look_and_batch_leaves_no_gap(server, tmp_path, monkeypatch):
+    with RedisBus(Address(server.url, "r"), spool=tmp_path / "oona", **QUICK) as bus:
+        publish(bus, 0, 10)
+        assert bus.flush()
+        client, read, came = server.client(), bus._spool.read, []
+
+        def slip_in(after: int, count: int):
+            if not came:
+                came.append(client.xadd("esper:run:r", {"id": "other-1", "event": "{}"}, id="11-0"))
+            return read(after, count)
+
+        monkeypatch.setattr(bus._spool, "read", slip_in)
+        publish(bus, 10, 20)
+        assert bus.flush() and came
+    assert [one for one in stored(server, bus) if one != "other-1"] == bus.ids()
+
+
 @pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_paused_server_stops_nobody_and_gets_everything_once(server, seconds, tmp_path):
     with RedisBus(Address(server.url, "paused", timeout=0.5), spool=tmp_path / "oona", linger=10.0, **QUICK) as bus:
@@ -128,7 +179,7 @@ def test_a_paused_server_stops_nobody_and_gets_everything_once(server, seconds, 
             number += 1
             time.sleep(0.01)
         assert bus.outages == 1 and bus.delivered < bus.published
-        assert slowest < 0.25  # the pause is at least 2 s
+        assert slowest < 1.0  # the pause is at least 2 s
         assert bus.flush(seconds + 20)
     assert stored(server, bus) == bus.ids() and len(bus.ids()) == number
 
@@ -160,6 +211,17 @@ def test_a_wrong_password_is_an_error_at_the_start_that_does_not_show_it(tmp_pat
             publish(bus, 0, 3)
         assert len(stored(server, bus)) == 3
         assert "right" not in repr(bus) and "right" not in str(bus.address)
+
+
+def test_a_server_that_takes_no_writes_is_an_error_at_the_start(tmp_path):
+    with RedisServer(maxmemory="1", maxmemory_policy="noeviction") as server:
+        with pytest.raises(OonaError, match="cannot serve: OutOfMemoryError"):
+            RedisBus(server.url, spool=tmp_path / "oona").open()
+        server.client().config_set("maxmemory", 0)
+        server.client().replicaof("127.0.0.1", free_port())
+        with pytest.raises(OonaError, match="ReadOnlyError"):
+            RedisBus(server.url, spool=tmp_path / "oona").open()
+    assert not (tmp_path / "oona").exists()
 
 
 def test_a_password_may_come_from_the_environment(tmp_path, monkeypatch):
