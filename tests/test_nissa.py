@@ -116,7 +116,7 @@ def test_each_kind_has_a_constructor_whose_data_hold_its_fields():
         events.contribution(1, 2, **where, value=1.5),
         events.interaction(1, 2, (SITE, 0), (SITE, 1), -0.25),
         events.fault(1, 2, **where, faults=2),
-        events.health(HealthSignal(SITE, None, 1, 2, 0.3, {"alive": 0.3})),
+        events.health(HealthSignal(SITE, None, 1, 2, 0.25, {"activity": 0.25, "flow": 1.0})),
         events.rollback(1, 2, reason="the loss is NaN", to_step=1),
         events.snapshot(1, 2, reason="5 epochs"),
         events.checkpoint(1, 2, path="runs/2", best=True),

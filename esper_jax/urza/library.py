@@ -151,7 +151,7 @@ class Urza:
             versions=versions(),
             program=written,
         ).to_bytes()
-        with self.store.locked(alone=False):
+        with self.store.locked(create=True):
             for name, data in files.items():
                 self.store.write(name, data)
             self.store.write(f"notes/{seed_id}/{sha256(note)}.json", note)
@@ -172,7 +172,7 @@ class Urza:
           UnknownSeed: no such seed, or several. DamagedSeed: a file was changed, cut short or lost. UrzaError: a later
           format, or no program where one is asked for.
         """
-        with self.store.locked(alone=False):
+        with self.store.locked():
             seed_id = self.resolve(seed.id if isinstance(seed, Entry) else seed)
             entry = self._entry(seed_id)
             assert entry.file is not None

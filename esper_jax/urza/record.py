@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from ..kasmina.spec import Site
 from .encode import decode, encode, from_bytes, rebuild, to_bytes
 from .errors import DamagedSeed, UrzaError
@@ -158,7 +160,7 @@ def read_record(data: bytes, seed_id: str, where: str) -> Entry:
             file=_file(body["file"]),
         )
         rebuild(entry.layout, {spec.name: spec for spec in arrays})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UrzaError(f"{where} is no record of a seed ({type(error).__name__}: {error})") from error
     return entry
 
@@ -195,7 +197,7 @@ class Note:
             if program is not None:
                 made = Program(_file(program["file"]), _specs(program["arrays"]), str(program["jax"]))
             return Note(**fields, program=made)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UrzaError(f"{where} is no note of a seed ({type(error).__name__}: {error})") from error
 
 
@@ -226,7 +228,7 @@ def _checked(data: bytes, digest: str, where: str) -> dict[str, Any]:
     try:
         body = from_bytes(data)
         version = body["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UrzaError(f"{where} was not written by a library of seeds ({type(error).__name__}: {error})") from error
     if version != FORMAT:
         raise UrzaError(
@@ -244,4 +246,8 @@ def _file(value: Mapping[str, Any]) -> File:
 
 
 def _specs(values: Sequence[Mapping[str, Any]]) -> tuple[ArraySpec, ...]:
-    return tuple(ArraySpec(str(v["name"]), str(v["dtype"]), tuple(int(n) for n in v["shape"])) for v in values)
+    specs = tuple(ArraySpec(str(v["name"]), str(v["dtype"]), tuple(int(n) for n in v["shape"])) for v in values)
+    for spec in specs:
+        if min(spec.shape, default=0) < 0 or jnp.dtype(spec.dtype).kind in "OSUMm":
+            raise ValueError(f"{spec} is no array of numbers")
+    return specs

@@ -102,9 +102,12 @@ class Store:
         return time.time() - written.timestamp()
 
     @contextlib.contextmanager
-    def locked(self, *, alone: bool) -> Iterator[None]:
-        """Hold the directory's lock: shared, or `alone`; a process that dies lets go of it. Nothing on other stores."""
-        if not self.local or fcntl is None:
+    def locked(self, *, alone: bool = False, create: bool = False) -> Iterator[None]:
+        """Hold the directory's lock: shared, or `alone`; a process that dies lets go of it. Nothing on other stores.
+
+        A directory that is not there is made only to `create` something in it.
+        """
+        if not self.local or fcntl is None or not (create or os.path.isdir(self.root)):
             yield
             return
         path = self._path(".lock")

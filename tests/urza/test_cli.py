@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from esper_jax import Urza, cli
 from .world import SITES, stored
 
 
-@pytest.fixture
-def library(tmp_path: pathlib.Path) -> tuple[str, list[str]]:
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
     """Three seeds, one of them unmeasured, one with a program, with long names."""
-    urza = Urza(tmp_path)
+    root = tmp_path_factory.mktemp("library")
+    urza = Urza(root)
     seeds = (stored("lora", rank=2), stored("mlp", hidden=4096), stored("bottleneck", SITES["conv"]))
     origins: tuple[dict[str, Any], ...] = (
         {"site": "block_0/Dense_1"},
@@ -28,7 +30,7 @@ def library(tmp_path: pathlib.Path) -> tuple[str, list[str]]:
         urza.put(seeds[1], contribution=12.25, program=True, provenance=origins[1]),
         urza.put(seeds[2], measure=False, provenance=origins[2]),
     ]
-    return str(tmp_path), names
+    return str(root), names
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -58,8 +60,9 @@ def test_show_tells_all_of_one_seed_and_verifies_it(library, capsys) -> None:
     assert "nan" not in text
 
 
-def test_gc_removes_what_it_says(library, capsys) -> None:
-    root, names = library
+def test_gc_removes_what_it_says(library, tmp_path: pathlib.Path, capsys) -> None:
+    names = library[1]
+    root = str(shutil.copytree(library[0], tmp_path / "copy"))
     would = said(capsys, "gc", root, "--keep", "1", "--grace", "0", "--dry-run")
     assert would.startswith("would remove 2 seed(s) and 6 file(s)") and len(Urza(root).ids()) == 3
     did = said(capsys, "gc", root, "--keep", "1", "--grace", "0")

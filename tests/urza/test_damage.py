@@ -171,7 +171,8 @@ def test_another_format_is_named_with_what_this_version_reads(version, library, 
 
 
 @pytest.mark.parametrize(
-    "body", [b"[]", b"{}", b'{"format": 1}', b'{"format": 1, "site": NaN}', b"\x00", b'{"format": 1, "site": {}}']
+    "body",
+    [b"[]", b"{}", b'{"format": 1}', b'{"format": 1, "site": NaN}', b"\x00", b'{"format": 1, "site": {}}', b"[" * 9999],
 )
 def test_a_file_that_is_no_record_is_one_sentence(body: bytes, tmp_path: pathlib.Path) -> None:
     (tmp_path / "seeds").mkdir()

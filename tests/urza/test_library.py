@@ -123,7 +123,7 @@ def bits(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(config=CONFIGS, params=trees())
 def test_any_config_and_any_arrays_round_trip_to_the_bit(config: dict[str, Any], params: Any) -> None:
     urza = Urza("memory://round-trips")
@@ -264,6 +264,14 @@ def test_a_missing_package_is_named_with_what_to_install(package: str, tmp_path,
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf'needs the package {package}: pip install "esper_jax\[urza\]"'):
         Urza(tmp_path)
+
+
+def test_looking_makes_no_directory(tmp_path: pathlib.Path) -> None:
+    urza = Urza(tmp_path / "nowhere")
+    assert urza.find() == [] and urza.gc().files == ()
+    with pytest.raises(UnknownSeed, match="there is no seed 'abcd'"):
+        urza.get("abcd")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_url_is_one_sentence() -> None:

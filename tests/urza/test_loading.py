@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import uuid
 from typing import Any
 
@@ -15,8 +16,9 @@ import optax
 import pytest
 
 import esper_jax
-from esper_jax import Stage, Urza, restore_morph, seed_of, unload
+from esper_jax import Decision, Stage, Urza, restore_morph, seed_of, unload
 from esper_jax.kasmina.summary import equal_bits
+from esper_jax.tolaria.apply import resolve
 from tests.tolaria.test_resume import bits
 
 from .grower import NET, TRAIN, VALIDATION, Grower, trainer
@@ -212,30 +214,44 @@ def test_a_run_resumed_after_it_was_loaded_ends_the_same_to_the_bit(whole, tmp_p
     chex.assert_trees_all_equal(bits(state), bits(whole[1]))
 
 
+class Asking:
+    """Proposes everything at once, at the first tick."""
+
+    def __init__(self, decisions: list[Decision]) -> None:
+        self.decisions, self.heard = tuple(decisions), []
+
+    def init(self, spec: Any, key: Any) -> dict[str, Any]:
+        return {}
+
+    def decide(self, state: Any, report: Any, feedback: Any) -> Any:
+        self.heard += feedback
+        return (self.decisions if report.epoch == 1 else ()), state
+
+
 def test_what_cannot_be_loaded_is_refused_and_the_training_goes_on(urza: Urza, lora: Any) -> None:
-    """Unknown, misfit, contradicted, without a library, over budget, or for another action: a reason each, no seed."""
-    misfit = urza.put(stored("lora", esper_jax.morph(host_params()).spec.by_path["Dense_1"]), measure=False)
+    """Unknown, misfit, contradicted, for another action, over budget, without a library: a reason each, and no seed."""
+    misfit = urza.put(stored("lora", esper_jax.morph(host_params()).spec.by_path["Dense_1"], rank=1), measure=False)
+    load = lambda stored, **fields: Decision("germinate", "Dense_0", stored=stored, **fields)  # noqa: E731
     cases = [
-        (urza, Grower("0000dead", 1), "stored: there is no seed '0000dead'"),
-        (urza, Grower(misfit, 1), r"stored down is float32\(6, 8\)"),
-        (urza, Grower(lora.id, 1, blueprint="mlp"), "stored: seed .* is lora .*, not mlp"),
-        (urza, Grower(lora.id, 1, config={"rank": 2}), "stored: seed .* is lora .*, not None {'rank': 2}"),
-        (None, Grower(lora.id, 1), r"stored: this run has no library of seeds; give Tolaria\(urza=...\)"),
+        (load("0000dead"), "stored: there is no seed '0000dead'"),
+        (load(misfit), r"stored down is float32\(6, 1\)"),
+        (load(lora.id, blueprint="mlp"), "stored: seed .* is lora .*, not mlp"),
+        (load(lora.id, config={"rank": 2}), "stored: seed .* is lora .*, not None {'rank': 2}"),
+        (Decision("prune", "Dense_0", 0, stored=lora.id), "only a germination takes a stored seed, not 'prune'"),
+        (load(lora.id), "parameter budget: 80 for lora"),
     ]
-    for library, controller, reason in cases:
-        state, history = fit(None, library, controller, epochs=2)
-        (decided,) = history.of_kind("decision")
-        assert decided.data["outcome"] == "refused" and __import__("re").search(reason, decided.data["why"])
-        assert state.morph.spec.plants == () and len(history) == 2 and controller.heard[0].outcome == "refused"
+    controller = Asking([decision for decision, _ in cases])
+    made = trainer(None, controller, urza, limits=esper_jax.Limits(max_parameters=10))
+    state, history = made.fit(made.init({"params": host_params()}, key=jax.random.key(1)), TRAIN, VALIDATION, epochs=2)
+    decided = history.of_kind("decision")
+    assert [event.data["outcome"] for event in decided] == ["refused"] * len(cases)
+    for event, (_, reason) in zip(decided, cases, strict=True):
+        assert re.search(reason, event.data["why"])
+    assert state.morph.spec.plants == () and len(history) == 2 and len(controller.heard) == len(cases)
+    _, seed, why = resolve(cases[-1][0], None)
+    assert seed is None and why == "stored: this run has no library of seeds; give Tolaria(urza=...)"
     with pytest.raises(TypeError, match=r"urza takes a library such as Urza\(url\), got str"):
         trainer(None, None, "seeds")
-
-
-def test_a_stored_seed_counts_towards_the_budget_of_parameters(urza: Urza, lora: Any) -> None:
-    made = trainer(None, Grower(lora.id, 1), urza, limits=esper_jax.Limits(max_parameters=10))
-    state = made.init({"params": host_params()}, key=jax.random.key(1))
-    _, history = made.fit(state, TRAIN, VALIDATION, epochs=1)
-    assert "parameter budget: 80 for lora" in history.of_kind("decision")[0].data["why"]
 
 
 def test_the_module_of_this_world_is_the_host_of_these_parameters() -> None:
