@@ -128,10 +128,10 @@ def test_a_tick_does_not_wait_for_a_slow_service() -> None:
 
     def slow(connection: socket.socket) -> None:
         began.set()
-        time.sleep(3)
+        time.sleep(8)
 
     with misbehaving(slow) as url:
-        client = TamiyoClient(url, timeout=3)
+        client = TamiyoClient(url, timeout=10)
         state = client.init(SPEC, KEY)
         _, state = client.decide(state, report(epoch=0), ())
         assert began.wait(5)
@@ -141,7 +141,7 @@ def test_a_tick_does_not_wait_for_a_slow_service() -> None:
             assert decisions == ()
         took = time.perf_counter() - started
         told = client.notices()
-    assert took < 1.0  # 50 ticks within a third of one answer; they take about 0.05 s
+    assert took < 4.0  # 50 ticks within half an answer's time; they take about 0.05 s
     assert [notice.kind for notice in told] == ["outage"] and "none had come after a lag of 1 tick(s)" in told[
         0
     ].message

@@ -155,10 +155,15 @@ def _sprouted(events: list[Event]) -> bool:
 
 
 def _each_outage_was_told_once_and_ended(events: list[Event]) -> None:
-    """Of each service outages and recoveries take turns. A short epoch may be over before the controller answers."""
-    for name, at_most in (("bus", 1), ("controller", EPOCHS)):
-        kinds = [e.kind for e in events if e.kind in ("outage", "recovery") and services([e], e.kind) == [name]]
-        assert kinds == ["outage", "recovery"] * (len(kinds) // 2) and 1 <= len(kinds) // 2 <= at_most, kinds
+    """Of each service outages and recoveries take turns."""
+    told = {
+        name: [e.kind for e in events if e.kind in ("outage", "recovery") and services([e], e.kind) == [name]]
+        for name in ("bus", "controller")
+    }
+    assert told["bus"] == ["outage", "recovery"]
+    # Where the machine is busy, a short epoch may be over before the controller answers: also the last one.
+    assert told["controller"] == (["outage", "recovery"] * EPOCHS)[: len(told["controller"])]
+    assert len(told["controller"]) >= 2
 
 
 def _nothing_was_lost(events: list[Event], redis: RedisServer) -> None:

@@ -69,7 +69,12 @@ def serve(
             print(f"tamiyo: {kind} listens on {address}", flush=True)  # noqa: T201
 
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, limit_concurrency=64, timeout_keep_alive=60
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=64,
+        timeout_graceful_shutdown=5,
     )
     Server(config).run([listener])
 

@@ -107,7 +107,7 @@ class Host:
     def __init__(self, controller: Controller, metrics: Metrics) -> None:
         self.controller, self.metrics = controller, metrics
         self.mock = bool(getattr(controller, "mock", False))
-        self.name = wire.printable(repr(controller))[:2000]
+        self.kind = type(controller).__name__
         self._lock = threading.Lock()
         self._first = functools.lru_cache(maxsize=32)(self._init)
 
@@ -122,11 +122,11 @@ class Host:
                 first = self._first(task.spec, task.key.tobytes())
                 state = first if task.leaves is None else packing.state_of(task.leaves, first)
             except Exception as error:
-                raise Refusal(422, f"{self.name[:100]} cannot take this question: {_said(error)}") from None
+                raise Refusal(422, f"{self.kind} cannot take this question: {_said(error)}") from None
             began = time.perf_counter()
             try:
                 decisions, state = self.controller.decide(state, task.report, task.feedback)
-                answer = packing.answer(task.id, decisions, state, type(self.controller).__name__, self.mock)
+                answer = packing.answer(task.id, decisions, state, self.kind, self.mock)
                 packing.state_of(wire.decode(answer, wire.Answer).state, first)
             except Exception as error:
                 _log.exception("the controller failed at epoch %d", task.report.epoch)
@@ -167,7 +167,7 @@ def service(controller: Controller, *, token: str | None = None, max_bytes: int 
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "controller": host.name, "mock": host.mock, "version": wire.VERSION})
+        return JSONResponse({"status": "ok", "controller": host.kind, "mock": host.mock, "version": wire.VERSION})
 
     def guarded(handler: Handler, *, is_open: bool = False) -> Handler:
         async def handle(request: Request) -> Response:
