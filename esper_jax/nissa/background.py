@@ -66,6 +66,7 @@ class Background(_Closing):
         self._reported, self._reported_at = 0, -float("inf")
         self._missed_at = 0.0
         self._closing: float | None = None
+        self._idle = False
         self._thread: threading.Thread | None = None
         self._breaker = Breaker(self.name, cooldown=cooldown, max_cooldown=60.0, on_change=self._changed)
 
@@ -95,7 +96,8 @@ class Background(_Closing):
                 if room:
                     self._queue.append((event, number))
                     self._read = number
-            self._ready.notify()
+            if self._idle:  # or else the thread looks again by itself
+                self._ready.notify()
 
     def notices(self) -> list[Event]:
         """Events to tell the other sinks: outages, recoveries, and how many measurements were dropped."""
@@ -200,7 +202,9 @@ class Background(_Closing):
             if not self._queue:
                 if self._closing is not None:
                     return None
+                self._idle = True
                 self._ready.wait()
+                self._idle = False
             elif self._breaker.allows():
                 return self._queue[0]
             elif self._closing is not None:

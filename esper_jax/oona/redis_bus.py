@@ -61,7 +61,7 @@ class RedisBus:
         self._thread: threading.Thread | None = None
         self._acked = self._last = 0
         self._token = ""
-        self._closing = False
+        self._closing = self._idle = False
         self._held: list[str] = []  # lines that found no room on the disk
         self.sent = 0
         """Events written to the stream by this object, those that the server lost and was sent again counted twice."""
@@ -147,7 +147,8 @@ class RedisBus:
         with self._ready:
             self._at = (event.epoch, event.step)
             self._write(line)
-            self._ready.notify()
+            if self._idle:  # or else the thread looks again by itself
+                self._ready.notify()
 
     def notices(self) -> list[Event]:
         """Events to tell the other sinks: an outage, a recovery, what was left undelivered."""
@@ -241,7 +242,9 @@ class RedisBus:
         while True:
             with self._ready:
                 while self._acked >= spool.last and not self._closing:
+                    self._idle = True
                     self._ready.wait()
+                    self._idle = False
                 if self._spool is not spool or (self._closing and looked and self._acked >= spool.last):
                     return
                 if not self._breaker.allows() and not self._closing:

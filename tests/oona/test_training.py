@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
+import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -15,6 +19,7 @@ import pytest
 
 from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria
 from esper_jax.nissa import Event, course, read_events
+from esper_jax.nissa.sinks import rewound
 from esper_jax.oona import Address, MemoryBus, OonaError, Reader, RedisBus
 from tests.servers import RedisServer, free_port, needs_redis
 
@@ -46,7 +51,7 @@ class At:
 STEP: dict[str, Any] = {}
 
 
-def trainer(directory=None, **options: Any) -> Tolaria:
+def trainer(directory: str | os.PathLike[str] | None = None, **options: Any) -> Tolaria:
     """A trainer that germinates an mlp seed at epoch 2 and blends it; all share one compiled step."""
     gates = Gates(min_training_ticks=1, min_health=0.1)
     schedule = FixedSchedule({2: [("Dense_0", "mlp", {"hidden": 4})]}, gates=gates, keep="always")
@@ -151,6 +156,28 @@ def test_a_server_that_stays_away_changes_no_bit_and_its_events_are_on_disk(alon
         assert ids == resumed.bus.ids() and ids[: len(made.bus.ids())] == made.bus.ids()
 
 
+@needs_redis
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_is_one_stream_that_reads_as_if_nothing_had_happened(alone, server, tmp_path):
+    command = [sys.executable, "-m", "tests.oona.test_training", server.url, str(tmp_path / "run")]
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    made = trainer(tmp_path / "run", oona=server.url)
+    state, _ = made.fit(made.restore(), DATA, DATA, epochs=EPOCHS)
+    assert bits(state) == bits(alone[0])
+    found = Reader(server.url).read(10_000)
+    assert [message.id for message in found] == made.bus.ids()
+    assert [message.event.kind for message in found].count("run_started") == 1
+    read: list[Event] = []
+    for message in found:
+        if message.event.kind == "resumed":
+            read = rewound(read, message.event.step)
+        read.append(message.event)
+    assert course(read) == course(alone[1].events)
+    assert lines(read) == lines(read_events(tmp_path / "run/events.jsonl"))
+
+
 def test_a_server_that_cannot_be_reached_is_an_error_before_the_first_step(tmp_path):
     pytest.importorskip("redis")
     url = f"redis://127.0.0.1:{free_port()}/0"
@@ -189,3 +216,8 @@ def test_a_server_that_refuses_every_write_never_reaches_the_training(server, tm
     assert bits(state) == bits(alone[0])
     assert server.client().get("esper:run:r") == "mine"
     assert isinstance(trainer(oona=server.url).bus, RedisBus)
+
+
+if __name__ == "__main__":
+    die = At(epoch8=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    fitted(trainer(sys.argv[2], oona=sys.argv[1], sinks=[die]))
