@@ -1,5 +1,6 @@
 """A site's health is made of what was measured there, and of nothing else."""
 
+import dataclasses
 import math
 
 import flax.linen as nn
@@ -112,6 +113,15 @@ def report_of(variables, grow, planted=None, slots=4, params=None) -> Report:
 
 
 @pytest.fixture(scope="module")
+def crowded(variables):
+    """The report with four seeds in use, at two of the three layers."""
+    return report_of(variables, CROWD)
+
+
+CROWD = [("first", "lora"), ("first", "mlp"), ("middle", "lora"), ("middle", "norm")]
+
+
+@pytest.fixture(scope="module")
 def alone(variables):
     """Health of the host's layers with no seed anywhere."""
     return {site.path: site.health for site in report_of(variables, []).sites}
@@ -120,14 +130,14 @@ def alone(variables):
 @pytest.mark.parametrize(
     ("grow", "options"),
     [
-        ([("first", "lora"), ("first", "mlp"), ("middle", "lora"), ("middle", "norm")], {}),
+        (CROWD, {}),
         ([("first", "lora")], {"slots": 1}),
         ([("middle", "lora")], {"planted": ["lora"], "slots": 2}),
     ],
 )
-def test_the_health_of_a_dormant_layer_does_not_hang_on_seeds_in_use(grow, options, variables, alone):
+def test_the_health_of_a_dormant_layer_does_not_hang_on_seeds_in_use(grow, options, variables, alone, crowded):
     """To the bit, with up to four seeds in use at other layers, planted or not, and any number of slots."""
-    report = report_of(variables, grow, **options)
+    report = crowded if grow is CROWD else report_of(variables, grow, **options)
     found = {site.path: site.health for site in report.sites}
     assert 0.5 < alone["last"] <= 1
     dormant = [path for path in found if path not in {site for site, _ in grow}]
@@ -152,12 +162,13 @@ def test_a_step_that_was_not_sampled_leaves_health_unmeasured(variables):
     assert all(math.isnan(site.health) for site in report.sites) and changed_health(report, None) == ()
 
 
-def test_signals_say_where_and_when_for_sites_and_for_seeds(variables):
-    """A layer has no slot; a seed that does not compute yet gives no signal."""
-    report = report_of(variables, [("first", "lora"), ("first", "mlp")])
+def test_signals_say_where_and_when_for_sites_and_for_seeds(crowded):
+    """A layer has no slot; a seed that does not compute gives no signal."""
+    resting = dataclasses.replace(crowded.seeds[-1], stage=Stage.PRUNED)
+    report = dataclasses.replace(crowded, seeds=(*crowded.seeds[:-1], resting))
     signals = report.signals()
     assert [(s.site, s.slot) for s in signals] == [
-        ("first", None), ("last", None), ("middle", None), ("first", 0), ("first", 1),
+        ("first", None), ("last", None), ("middle", None), ("first", 0), ("first", 1), ("middle", 0),
     ]  # fmt: skip
     assert {(s.epoch, s.step) for s in signals} == {(report.epoch, 1)}
     assert set(signals[0].terms) == {"activity", "spread", "diversity", "flow", "trust"} and signals[3].terms == {}

@@ -31,11 +31,15 @@ def told(process: subprocess.Popen[str]) -> dict[str, int]:
 @pytest.mark.slow
 def test_put_read_remove_and_sweep_at_once(tmp_path: pathlib.Path) -> None:
     """Two writers of shared and of own seeds, a reader, a sweeper without grace; a torn read fails its process."""
-    processes = [start("put", str(tmp_path), "1"), start("put", str(tmp_path), "2")]
-    processes += [start("read", str(tmp_path)), start("sweep", str(tmp_path))]
-    *_, read, swept = map(told, processes)
+    root = tmp_path / "seeds"
+    others = [start("read", str(root)), start("sweep", str(root))]
+    writers = [start("put", str(root), "1"), start("put", str(root), "2")]
+    for writer in writers:
+        told(writer)
+    (tmp_path / "seeds.stop").touch()
+    read, swept = map(told, others)
     assert read["found"] > 0 and swept["removed"] > 0 and swept["freed"] > 0
-    urza = Urza(tmp_path)
+    urza = Urza(root)
     numbers = {entry.config["number"]: entry.id for entry in urza.find()}
     assert {1000 * writer + turn for writer in (1, 2) for turn in range(ROUNDS)} <= set(numbers)
     for number, seed_id in numbers.items():
