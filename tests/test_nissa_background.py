@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import threading
 import time
 import warnings
@@ -168,6 +169,24 @@ def test_a_background_may_be_used_again_after_close():
         background.emit(lasting(number))
         background.close()
     assert steps(gate, "warning") == [0, 1, 2] and gate.closed == 3
+
+
+def test_a_spool_that_is_taken_away_is_an_outage_and_no_crash_of_the_thread(tmp_path):
+    gate = Gate()
+    background = Background(gate, size=2, spool=tmp_path / "spool", linger=0.5, cooldown=0.01)
+    for number in range(20):
+        background.emit(lasting(number))
+    shutil.rmtree(tmp_path / "spool")
+    gate.go.set()
+    end = time.monotonic() + 10.0
+    told = []
+    while not told and time.monotonic() < end:
+        told = background.notices()
+        time.sleep(0.01)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        background.close()
+    assert "FileNotFoundError" in told[0].message
+    assert steps(gate, "warning")[:2] == [0, 1]
 
 
 @pytest.mark.parametrize("segment", [1, 3, 7, 4096])

@@ -107,7 +107,7 @@ def test_an_event_that_makes_no_sense_changes_nothing_and_is_counted(event):
 
 
 def test_text_from_elsewhere_cannot_steer_the_terminal():
-    evil = "\x1b]0;owned\x07\x1b[2J"
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e\udc80"
     picture = pictured(
         [
             *life()[:40],
@@ -116,7 +116,8 @@ def test_text_from_elsewhere_cannot_steer_the_terminal():
         ]
     )
     text = "\n".join(drawn(picture))
-    assert "\x1b" not in text and "\x07" not in text and "[bold]" in text
+    text.encode()
+    assert "\x1b" not in text and "\u202e" not in text and "\x07" not in text and "[bold]" in text
 
 
 def test_a_log_is_followed_while_it_is_written_torn_lines_and_a_cut_for_a_resume_included(tmp_path):

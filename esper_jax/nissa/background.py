@@ -166,7 +166,14 @@ class Background(_Closing):
     def _run(self, spool: Spool) -> None:
         while True:
             with self._ready:
-                item = self._next(spool)
+                try:
+                    item = self._next(spool)
+                except OSError as error:  # the spool cannot be read
+                    self._breaker.failed(error)
+                    if self._closing is not None or self._spool is not spool:
+                        return
+                    self._ready.wait(1.0)
+                    continue
                 if item is None:
                     return
             event, number = item

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .events import Event, Kind
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _TOLD = (
     Kind.STAGE,
     Kind.FAULT,
@@ -148,7 +148,7 @@ def _check(data: dict[str, Any]) -> None:
 
 
 def _clean(value: Any) -> Any:
-    """Text without control characters, which could steer a terminal."""
+    """Text without what could steer a terminal or cannot be written: control characters, lone surrogates."""
     if isinstance(value, str):
         return _CONTROL.sub(" ", value)
     if isinstance(value, dict):
