@@ -37,11 +37,12 @@ from .kasmina import (
     sites,
     summary,
     tick,
+    unload,
     unmorph,
     with_seeds_of,
 )
-from .protocol import Controller, Decision, Feedback, Report
-from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo
+from .protocol import Controller, Decision, Feedback, HealthSignal, Report
+from .tamiyo import FixedSchedule, RandomSchedule, ReplayController, Tamiyo, TamiyoClient
 from .tolaria import (
     CheckpointError,
     Governor,
@@ -55,6 +56,7 @@ from .tolaria import (
     make_train_step,
     restore_morph,
 )
+from .urza import Urza, UrzaError, seed_of
 
 __version__ = "0.1.0"
 
@@ -68,6 +70,7 @@ __all__ = [
     "FixedSchedule",
     "Gates",
     "Governor",
+    "HealthSignal",
     "History",
     "KasminaAttention",
     "KasminaBatchNorm",
@@ -78,6 +81,7 @@ __all__ = [
     "Limits",
     "Morph",
     "RandomSchedule",
+    "ReplayController",
     "Report",
     "SeedState",
     "Site",
@@ -85,10 +89,13 @@ __all__ = [
     "Stage",
     "Table",
     "Tamiyo",
+    "TamiyoClient",
     "Tolaria",
     "TrainState",
     "TrainingDiverged",
     "TrainingInterrupted",
+    "Urza",
+    "UrzaError",
     "advance",
     "blueprints",
     "compare",
@@ -103,12 +110,14 @@ __all__ = [
     "prune",
     "register_blueprint",
     "restore_morph",
+    "seed_of",
     "set_alpha",
     "shed",
     "silence",
     "sites",
     "summary",
     "tick",
+    "unload",
     "unmorph",
     "with_seeds_of",
 ]

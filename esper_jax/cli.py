@@ -1,4 +1,4 @@
-"""The command line: `esper-jax train`, `esper-jax tasks`, `esper-jax blueprints`."""
+"""The command line: `esper-jax train`, `watch`, `tamiyo serve`, `urza`, `schema`, `tasks` and `blueprints`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import dataclasses
 import io
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .experiment import Train, read_config, run
 from .kasmina.summary import blueprints
+from .oona import OonaError
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted
+from .urza import UrzaError
+from .urza import cli as urza
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,11 +24,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import tyro
     except ImportError:
         _fail('the command line needs the package tyro: pip install "esper_jax[cli]"')
+    from .tamiyo.command import TamiyoCommand
+    from .watching import Schema, Watch
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
             command = tyro.extras.subcommand_cli_from_dict(
-                {"train": Train, "tasks": Tasks, "blueprints": Blueprints},
+                {
+                    "train": Train,
+                    "watch": Watch,
+                    "schema": Schema,
+                    "tasks": Tasks,
+                    "blueprints": Blueprints,
+                    "tamiyo": TamiyoCommand,
+                    "urza": urza.command(),
+                },
                 prog="esper-jax",
                 description="esper_jax: networks that grow while they train.",
                 args=arguments,
@@ -33,13 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     except SystemExit as stop:
         if stop.code:
-            _fail(_first_sentence(complaint.getvalue()))
+            _fail(_first_sentence(complaint.getvalue(), sys.argv[1:] if arguments is None else arguments))
         raise
     if isinstance(command, Train):
         _train(command)
+    elif isinstance(command, Watch | Schema | TamiyoCommand):
+        _run(command)
     elif isinstance(command, Tasks):
         for name, build in TASKS.items():
             print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
+    elif isinstance(command, urza.Command):
+        _urza(command)
     else:
         print(blueprints())
 
@@ -52,6 +70,14 @@ class Tasks:
 @dataclasses.dataclass(frozen=True)
 class Blueprints:
     """List the blueprints: what can grow, and where."""
+
+
+def _run(command: Any) -> None:
+    """Run a command that has a `run` of its own; a wrong value is one sentence and exit status 2."""
+    try:
+        command.run()
+    except (ValueError, KeyError, TypeError, ImportError, OSError, OonaError) as error:
+        _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
 
 
 def _train(options: Train) -> None:
@@ -68,21 +94,31 @@ def _train(options: Train) -> None:
     except TrainingDiverged as diverged:
         print(f"esper-jax: {diverged}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, CheckpointError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, CheckpointError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
     print(f"\n{outcome.table()}\n\nrun directory: {outcome.run_dir}")
     if outcome.figure is not None:
         print(f"figure: {outcome.figure}")
 
 
-def _first_sentence(box: str) -> str:
-    """What tyro's boxed error says first, on one line."""
+def _urza(command: urza.Command) -> None:
+    try:
+        print(urza.run(command))
+    except (ValueError, ImportError, UrzaError) as error:
+        _fail(str(error))
+
+
+def _first_sentence(box: str, arguments: Sequence[str]) -> str:
+    """What tyro's boxed error says first, on one line, and which help to read."""
+    command = next(
+        (word for word in arguments if word in ("tasks", "blueprints", "urza", "tamiyo", "watch", "schema")), "train"
+    )
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
     text = [line for line in lines[1:] if line]
     ends = [
         i for i, line in enumerate(text) if line.startswith(("Got errors", "For full helptext", "Argument helptext"))
     ]
-    return " ".join(text[: min(ends, default=len(text))]) + " See esper-jax train --help."
+    return " ".join(text[: min(ends, default=len(text))]) + f" See esper-jax {command} --help."
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -17,8 +18,10 @@ from . import nissa
 from .kasmina import Gates, Lifecycle, Morph, get_blueprint, morph
 from .kasmina.morph import count
 from .kasmina.summary import compare
+from .oona import Address, OonaError
 from .protocol import Controller
-from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo
+from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
+from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
 from .tolaria import History, Tolaria, TrainState, growable
 
@@ -45,6 +48,10 @@ class Train:
     """Shapes everything random: initial weights, data order, seeds' weights."""
     controller: Literal["tamiyo", "fixed", "random", "none"] = "tamiyo"
     """Who decides when and where to grow: the heuristic, one seed every ten epochs, chance, or nobody."""
+    service: str | None = None
+    """Ask the controller behind this URL instead (esper-jax tamiyo serve), with the token in ESPER_TAMIYO_TOKEN."""
+    service_lag: int = 1
+    """Epochs from a question to the use of its answer; where epochs are short, a service may need several."""
     growth: Literal["lean", "planted"] = "lean"
     """lean: an empty slot costs nothing and a germination compiles a new program; planted: nothing recompiles."""
     blueprints: tuple[str, ...] = ()
@@ -71,6 +78,16 @@ class Train:
     """Draw figure.png (needs matplotlib)."""
     quiet: bool = False
     """No progress display."""
+    oona: str | None = None
+    """Publish the run's events on this Redis server as well, e.g. redis://localhost:6379/0 (watch it from anywhere)."""
+    oona_optional: bool = False
+    """Train without that server, with one warning, where it cannot be reached at the start."""
+    tensorboard: bool = False
+    """Write the run's numbers for TensorBoard too, into RUN_DIR/tensorboard."""
+    prometheus: int | None = None
+    """Serve the newest numbers for Prometheus at this port of the loopback interface."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases too."""
     resume: pathlib.Path | None = None
     """Go on with the run in that directory, with the options it was started with (all others are ignored)."""
 
@@ -114,7 +131,7 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
     task = get_task(options.task)
     run_dir = options.run_dir if options.run_dir is not None else _fresh_directory(f"{options.task}-{options.seed}")
     epochs = options.epochs or task.epochs
-    variables, trainer = _trainer(options, task, run_dir, epochs, grow=True)
+    variables, trainer = _trainer(options, task, run_dir, epochs, grow=True, **_telemetry(options, run_dir))
     if options.resume is not None:
         state = trainer.restore()
         done = _seconds_so_far(run_dir)
@@ -125,6 +142,10 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
     started = time.perf_counter()
     try:
         state, history = trainer.fit(state, task.train, task.validation, epochs=epochs)
+    except OonaError:
+        if options.resume is None:
+            (run_dir / CONFIG).unlink()  # nothing was trained: the directory is free for another attempt
+        raise
     finally:
         _note_seconds(run_dir, done + time.perf_counter() - started)
     seconds = done + time.perf_counter() - started
@@ -154,6 +175,8 @@ def make_controller(options: Train, task: Task, sites: Sequence[str], epochs: in
     """The controller an experiment asks for; none germinates so late that the trial could not end within the run."""
     blueprints = options.blueprints or task.blueprints
     gates = Gates(strict=options.strict, min_training_ticks=options.training_ticks)
+    if options.service is not None:
+        return TamiyoClient(options.service, token=os.environ.get(TOKEN), lag=options.service_lag)
     if options.controller == "none":
         return None
     last = epochs - (options.training_ticks + options.tempo + LEAST_REST)
@@ -177,7 +200,7 @@ def _pairs(task: Task, sites: Sequence[str], blueprints: Sequence[str]) -> list[
 
 
 def _trainer(
-    options: Train, task: Task, run_dir: pathlib.Path, epochs: int, *, grow: bool
+    options: Train, task: Task, run_dir: pathlib.Path, epochs: int, *, grow: bool, **more: Any
 ) -> tuple[dict[str, Any], Tolaria]:
     variables = _variables(task, options.seed)
     blueprints = options.blueprints or task.blueprints
@@ -205,8 +228,21 @@ def _trainer(
             Gates(strict=options.strict, min_training_ticks=options.training_ticks), tempo=options.tempo
         ),
         progress=not options.quiet,
+        **more,
     )
     return variables, trainer
+
+
+def _telemetry(options: Train, run_dir: pathlib.Path) -> dict[str, Any]:
+    """Where else the growing run's events go."""
+    sinks: list[nissa.Sink] = []
+    if options.tensorboard:
+        sinks.append(nissa.TensorBoardSink(run_dir / "tensorboard"))
+    if options.prometheus is not None:
+        sinks.append(nissa.PrometheusSink(options.prometheus))
+    if options.wandb is not None:
+        sinks.append(nissa.WandbSink(options.wandb, directory=run_dir, name=run_dir.name))
+    return {"sinks": sinks, "oona": options.oona, "oona_optional": options.oona_optional}
 
 
 def _variables(task: Task, seed: int) -> dict[str, Any]:
@@ -277,6 +313,7 @@ def _write_config(options: Train, run_dir: pathlib.Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         data = {**dataclasses.asdict(options), "run_dir": str(run_dir)}
+        data["oona"] = None if options.oona is None else Address.of(options.oona).bare
         del data["resume"]
         (run_dir / CONFIG).write_text(json.dumps(data, indent=1) + "\n")
     except OSError as error:

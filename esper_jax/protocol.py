@@ -7,19 +7,27 @@ Tolaria makes a `Report` at each tick and applies `Decision`s; any controller (T
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from .kasmina.health import site_health
 from .kasmina.spec import Spec
 from .kasmina.stages import Stage
+from .kasmina.stored import Stored
 
 ACTIONS = ("germinate", "fossilize", "prune", "set_alpha", "advance")
+NOTICES = ("answer", "outage", "recovery")
+"""Kinds of notice that a remote controller gives: an answer was used, answers stay away, they come again."""
+REMOTE = "the controller at "
+"""How the `service` in the data of such a notice begins; its URL follows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
     """One site as measured since the last tick; a float is NaN where nothing was measured.
 
+    `health` weighs the others in one number in [0, 1] (see `kasmina.health`).
     `gain` is the first-order decrease of the loss per unit of learning rate of a new zero linear layer there;
     `gradient` the norm of the site's own parameter gradient, `signal` that of the gradient at its output.
     """
@@ -36,6 +44,7 @@ class SiteReport:
     signal: float
     gain: float
     calls: int
+    health: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +82,55 @@ class Report:
     seeds: tuple[SeedReport, ...]
     interactions: Mapping[tuple[tuple[str, int], tuple[str, int]], float] = dataclasses.field(default_factory=dict)
 
+    def signals(self) -> tuple[HealthSignal, ...]:
+        """The health of every site and of every seed that computes, each with where and when."""
+        at = {"epoch": self.epoch, "step": self.step}
+        sites = tuple(
+            HealthSignal(site.path, None, health=site.health, terms=terms(site, self.seeds), **at)
+            for site in self.sites
+        )
+        seeds = tuple(
+            HealthSignal(seed.site, seed.slot, health=seed.health, terms={}, **at)
+            for seed in self.seeds
+            if Stage.TRAINING <= seed.stage <= Stage.FOSSILIZED
+        )
+        return sites + seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class HealthSignal:
+    """The health of a layer (`slot` None) or of the seed in a slot, in [0, 1] and NaN where it was not measured.
+
+    `terms` are those of `kasmina.health.site_health`, for a layer; a seed's health is that of its gradient.
+    """
+
+    site: str
+    slot: int | None
+    epoch: int
+    step: int
+    health: float
+    terms: Mapping[str, float]
+
+
+def terms(site: SiteReport, seeds: tuple[SeedReport, ...]) -> Mapping[str, float]:
+    """The terms of a site's health, from its report and those of the seeds there."""
+    return site_health(
+        variance=site.variance,
+        dead=site.dead,
+        silent=site.silent,
+        correlation=site.correlation,
+        gradient=site.gradient,
+        faults=[(seed.faults, seed.age) for seed in seeds if seed.site == site.path],
+    ).terms
+
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One proposed action. Tolaria applies it only when confidence > 0.7 and urgency > 0.6 and nothing vetoes it."""
+    """One proposed action. Tolaria applies it only when confidence > 0.7 and urgency > 0.6 and nothing vetoes it.
+
+    `stored` is the id of a seed in the run's library (`Tolaria(urza=...)`): it is germinated with its own parameters,
+    and `blueprint` and `config` may be left out.
+    """
 
     action: str
     site: str
@@ -88,9 +142,11 @@ class Decision:
     confidence: float = 1.0
     urgency: float = 1.0
     reason: str = ""
+    stored: str | None = None
 
     def __str__(self) -> str:
         what = f" {self.blueprint}" if self.blueprint else ""
+        what += f" (stored {self.stored[:12]})" if self.stored else ""
         slot = "" if self.slot is None else f" slot {self.slot}"
         return f"{self.action}{what} at {self.site}{slot}"
 
@@ -110,6 +166,30 @@ class Feedback:
     score_after: float
     contribution: float
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Notice:
+    """Something a controller has to say for the run's log: an event's kind, a sentence and JSON-able data.
+
+    A controller with a method `notices()` is asked for them after each `decide`; they become events of that tick,
+    before the decisions are applied.
+    """
+
+    kind: str
+    message: str
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Library(Protocol):
+    """Gives stored seeds by their ids, as `Urza` does."""
+
+    def get(self, seed: str, /, *, program: bool = False) -> Stored:
+        """The seed of that id, ready to germinate. Whatever it raises refuses the decision that named it.
+
+        `program` asks for its stored forward pass, registered as a blueprint of its own.
+        """
+        ...
 
 
 @runtime_checkable

@@ -30,6 +30,7 @@ SMALL += ["--quiet", "--blueprints", "mlp", "lora", "--where", "Dense", "--batch
         (["train", "--where", "["], "is no regular expression"),
         (["train", "--where", "nowhere"], "found no site that where='nowhere' admits; the host has: Conv_0"),
         (["train", "--controller", "x"], "invalid choice 'x'"),
+        (["train", "--service", "localhost:8700"], "a service is http://host:port or https://host:port, got"),
         (["train", "--bogus", "1"], "Unrecognized options: --bogus"),
         (["train", "--resume", "no/such/run"], "no/such/run holds no run"),
         (["train", "--run-dir", "/proc/version/run"], "cannot write to the run directory"),

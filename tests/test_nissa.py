@@ -30,7 +30,7 @@ from esper_jax.nissa import (
     table,
     training_figure,
 )
-from esper_jax.protocol import Decision, Feedback, SeedReport
+from esper_jax.protocol import Decision, Feedback, HealthSignal, SeedReport
 
 SITE = "block_0/mlp/Dense_0"
 NAMES = st.sampled_from(["NaN", "Infinity", "-Infinity", "~NaN", "~~Infinity", "~", "a\nb\u2028", "\udc80"]) | st.text()
@@ -109,28 +109,33 @@ def test_each_kind_has_a_constructor_whose_data_hold_its_fields():
         events.run_started(3, task="digits"),
         events.epoch(1, 2, train_loss=1.0, loss=1.0, score=50.0, seconds=0.1, learning_rate=1e-3),
         events.stage(1, 2, **where, before=Stage.TRAINING, after=3, reason="health 0.97", alpha=0.0),
+        events.answer(1, 2, service="s", controller="c", asked_epoch=0, asked_step=1, decisions=[choice]),
         events.decision(1, 2, choice, outcome="refused", why="budget: 900 > 800"),
         events.feedback(1, 2, answer),
         events.germinated(1, 2, **where, parameters=640),
         events.contribution(1, 2, **where, value=1.5),
         events.interaction(1, 2, (SITE, 0), (SITE, 1), -0.25),
         events.fault(1, 2, **where, faults=2),
+        events.health(HealthSignal(SITE, None, 1, 2, 0.25, {"activity": 0.25, "flow": 1.0})),
         events.rollback(1, 2, reason="the loss is NaN", to_step=1),
         events.snapshot(1, 2, reason="5 epochs"),
         events.checkpoint(1, 2, path="runs/2", best=True),
         events.resumed(1, 2, path="runs/2", skipped=("runs/3: a checksum differs",)),
         events.early_stop(1, 2, reason="10 epochs without gain"),
         events.run_ended(1, 2, score=50.0),
+        events.outage(1, 2, service="redis", error="refused"),
+        events.recovery(1, 2, service="redis", seconds=1.5, replayed=3),
+        events.dropped(1, 2, service="TensorBoardSink", dropped=2, total=5),
         events.warning(1, 2, "careful"),
     ]
     assert [event.kind for event in made] == [str(kind) for kind in Kind]
     assert all(event.message for event in made)
-    decision, feedback = made[3].data, made[4].data
+    decision, feedback = made[4].data, made[5].data
     wanted = {"action": "germinate", "outcome": "refused", "why": "budget: 900 > 800", "confidence": 0.9}
     assert wanted.items() <= decision.items()
     assert {"action": "germinate", "site": SITE, "outcome": "refused", "score_before": 88.0}.items() <= feedback.items()
     assert (made[2].data["before"], made[2].data["after"]) == ("TRAINING", "BLENDING")
-    assert "budget: 900 > 800" in made[3].message
+    assert "budget: 900 > 800" in made[4].message
 
 
 def test_a_log_is_valid_after_each_event_and_appends_to_what_is_there(tmp_path):

@@ -8,7 +8,7 @@ from .lifecycle import Lifecycle
 from .modules import KasminaAttention, KasminaBatchNorm, KasminaConv, KasminaDense, KasminaLayerNorm, with_seeds_of
 from .morph import Morph, morph, sites, unmorph
 from .observe import contributions, observe, silence
-from .operate import advance, fossilize, germinate, prune, set_alpha, shed, tick
+from .operate import advance, fossilize, germinate, prune, set_alpha, shed, tick, unload
 from .spec import Plant, Site, Spec
 from .stages import Stage
 from .state import SeedState
@@ -52,6 +52,7 @@ __all__ = [
     "sites",
     "summary",
     "tick",
+    "unload",
     "unmorph",
     "with_seeds_of",
 ]

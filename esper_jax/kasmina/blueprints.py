@@ -108,7 +108,9 @@ def register_blueprint(
 def get_blueprint(name: str) -> Blueprint:
     """The blueprint of that name; a KeyError that lists the known ones otherwise."""
     if not isinstance(name, str) or name not in _REGISTRY:
-        raise UnknownBlueprintError(f"unknown blueprint {name!r}; known: {', '.join(sorted(_REGISTRY))}")
+        stored = "@" in name if isinstance(name, str) else False
+        hint = f". It is a stored program: get {name.rsplit('@', 1)[1]!r} from its library first" if stored else ""
+        raise UnknownBlueprintError(f"unknown blueprint {name!r}; known: {', '.join(sorted(_REGISTRY))}{hint}")
     return _REGISTRY[name]
 
 

@@ -16,12 +16,13 @@ import numpy as np
 
 from . import lifecycle
 from .blend import check_blend
-from .blueprints import get_blueprint, make_plant, seed_init, seed_shapes
+from .blueprints import get_blueprint, make_plant, seed_init
 from .lifecycle import Moved
 from .morph import Morph, check_morph, with_spec
 from .spec import Plant, Site, freeze_config
-from .stages import EDGES, NEXT, Stage
-from .state import SeedState, live
+from .stages import EDGES, LIVE, NEXT, Stage
+from .state import SeedState, choose, live
+from .stored import Stored, fit_params, label, misfit
 
 NAN = float("nan")
 
@@ -29,7 +30,7 @@ NAN = float("nan")
 def germinate(
     morph: Morph,
     site: str,
-    blueprint: str,
+    blueprint: str | Stored,
     *,
     key: jax.Array | None = None,
     slot: int | None = None,
@@ -47,8 +48,9 @@ def germinate(
     Args:
       morph: the morph; it is not changed.
       site: the site's path, e.g. `"block_0/Dense_1"`.
-      blueprint: a registered blueprint's name.
-      key: a PRNG key for the fresh parameters; needed unless `params` is given.
+      blueprint: a registered blueprint's name, or a stored seed (`urza.get(id)`), which brings config, blend and
+        parameters.
+      key: a PRNG key for the fresh parameters; needed unless `params` or a stored seed is given.
       slot: a slot; None takes the first that is free.
       blend: add, lerp, multiply or gate; None is add, or what the planted seed has.
       params: stored parameters instead of fresh ones, in the blueprint's shapes and dtypes.
@@ -61,10 +63,14 @@ def germinate(
       once more (call `growable(...).grow(opt_state, morph)` first, or they do so twice).
 
     Raises:
-      KeyError: unknown site or blueprint. TypeError: unknown config key, or no key. ValueError: the slot is taken or
-      does not exist, no slot is free, or the blueprint does not fit the site.
+      KeyError: unknown site or blueprint. TypeError: unknown config key, no key, or config beside a stored seed.
+      ValueError: the slot is taken or does not exist, no slot is free, or the blueprint or the stored parameters do
+      not fit the site.
     """
     place = _site(morph, site)
+    name = f"parameters for {blueprint!r}"
+    if not isinstance(blueprint, str):
+        name, blueprint, config, blend, params = _unpack(blueprint, place, config, blend, params)
     get_blueprint(blueprint).full_config(config)
     if blend is not None:
         check_blend(blend)
@@ -84,7 +90,7 @@ def germinate(
         grown = with_spec(morph, morph.spec.with_plant(plant))
     old, life, now = grown.seeds[site][plant.key], grown.state[site], jnp.asarray(score, jnp.float32)
     if params is not None:
-        placed, state, ok = _placed(plant.slot, _check_params(plant, place, params), life, old, now)
+        placed, state, ok = _placed(plant.slot, fit_params(plant, place, params, name), life, old, now)
     else:
         placed, state, ok = _born(get_blueprint(blueprint).init, plant, place, key, life, old, now)
     seeds = {**grown.seeds, site: {**grown.seeds[site], plant.key: placed}}
@@ -188,6 +194,43 @@ def shed(morph: Morph) -> Morph:
         if not plant.resident and stages[plant.site][plant.slot] == Stage.DORMANT:
             spec = spec.without(plant.site, plant.slot)
     return morph if spec is morph.spec else with_spec(morph, spec)
+
+
+def unload(morph: Morph, site: str, slot: int = 0, *, with_ok: bool = False) -> Any:
+    """Take a seed on trial out of its slot at once, whatever it was germinated from; the slot is free again.
+
+    Legal where the lifecycle lets a seed go to PRUNED: GERMINATED, TRAINING, BLENDING and HOLDING, a scheduled prune
+    included. A fossil is for good, and a seed at rest after a prune comes out by itself. Unlike a prune it is no
+    verdict, so the slot does not rest. A lean seed leaves the spec, and the next call compiles once; a seed planted
+    ahead stays in it as DORMANT zeros, and nothing recompiles.
+
+    Call `growable(...).grow(opt_state, morph)` after it, so that the next seed in the slot finds no old moments.
+
+    Args:
+      morph: the morph; it is not changed.
+      site: the site's path.
+      slot: the seed's slot.
+      with_ok: return `(morph, ok)` instead of raising for a stage that does not allow it.
+
+    Raises:
+      KeyError: unknown site. ValueError: the slot is empty, or its stage does not allow it; a lean seed under a trace.
+    """
+    state = planted_state(morph, site, slot)
+    plant = morph.spec.plant(site, slot)
+    assert plant is not None
+    ok = live(state.stage)[slot]
+    if not plant.resident and not _concrete(ok):
+        raise ValueError(f"{site} slot {slot}: unload() of a lean seed changes the structure; call it outside jit")
+    if _concrete(ok) and not bool(ok):
+        if not with_ok:
+            raise ValueError(_not_live(state, site, slot))
+        return morph, ok
+    mask = ok & (jnp.arange(state.stage.shape[0]) == slot)
+    blank = SeedState.empty(state.stage.shape[0]).replace(generation=state.generation)
+    seeds = {**morph.seeds[site], plant.key: _emptied(morph.seeds[site][plant.key], ok)}
+    life = {**morph.state, site: choose(mask, blank, state)}
+    emptied = morph.replace(seeds={**morph.seeds, site: seeds}, state=life)
+    return _answer(emptied if plant.resident else shed(emptied), ok, with_ok)
 
 
 def live_seeds(morph: Morph) -> tuple[Plant, ...]:
@@ -303,18 +346,30 @@ def _illegal(state: SeedState, site: str, slot: int, call: str) -> str:
     )
 
 
-def _check_params(plant: Plant, site: Any, params: Any) -> Any:
-    """Stored parameters, if they have the blueprint's structure, shapes and dtypes."""
-    shapes = seed_shapes(plant, site)
-    if jax.tree.structure(shapes) != jax.tree.structure(params):
-        raise ValueError(f"stored parameters for {plant.blueprint!r} at {site.path!r} have another structure")
-    pairs = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(params), strict=True)
-    for (path, want), got in pairs:
-        if jnp.shape(got) != want.shape or jnp.result_type(got) != want.dtype:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            found = f"{jnp.result_type(got)}{jnp.shape(got)}"
-            raise ValueError(f"stored {name} for {site.path!r} is {found}, the seed needs {want.dtype}{want.shape}")
-    return params
+def _unpack(
+    stored: Any, site: Site, config: dict[str, Any], blend: str | None, params: Any
+) -> tuple[str, str, dict[str, Any], str | None, Any]:
+    """A stored seed as `(name for messages, blueprint, config, blend, params)`, if it can live at the site."""
+    if not isinstance(stored, Stored):
+        raise TypeError(
+            f"germinate() takes a blueprint's name or a stored seed such as urza.get(id), got {type(stored).__name__}"
+        )
+    if config or params is not None:
+        given = ", ".join([*config, *(["params"] if params is not None else [])])
+        raise TypeError(f"{label(stored)} brings its own config and parameters; germinate() was also given {given}")
+    if (why := misfit(stored, site)) is not None:
+        raise ValueError(f"{label(stored)} cannot germinate at {site.path!r}: {why.removeprefix(label(stored) + ': ')}")
+    return label(stored), stored.blueprint, dict(stored.config), blend or stored.blend, stored.params
+
+
+def _not_live(state: SeedState, site: str, slot: int) -> str:
+    stage = Stage(int(state.stage[slot]))
+    why = {
+        Stage.DORMANT: "there is no seed to take out",
+        Stage.FOSSILIZED: "a fossil is for good",
+    }.get(stage, "it rests after a prune and comes out by itself")
+    legal = ", ".join(s.name for s in LIVE)
+    return f"{site} slot {slot}: unload() is not possible in {stage.name}, {why}; it is in {legal}"
 
 
 def _emptied(variables: Any, asleep: jax.Array) -> Any:

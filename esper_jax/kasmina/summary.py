@@ -31,11 +31,16 @@ class Table(str):
         return str(self)
 
 
-def summary(morph: Morph) -> Table:
+def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
     """A table of a morph: every site, and every planted seed with its stage and what was measured of it.
 
     Values that were not measured yet show as `-`; inside `jit` and for a tree of shapes the life of a seed shows as
     `?`, and for a `vmap`ped population the values of its members differ, so they show as `*`.
+
+    Args:
+      morph: the morph.
+      health: `{path: health}` of its sites, for a column of their own: a tick measures it, and `report.sites` and the
+        last record of a `History` have it.
 
     Raises:
       TypeError: `morph` is no `Morph`.
@@ -47,13 +52,15 @@ def summary(morph: Morph) -> Table:
     """
     if not isinstance(morph, Morph):
         raise TypeError(f"summary() needs a Morph, got {type(morph).__name__}; make one with morph(params)")
-    heads = ("site", "kind", "features", "slot", "blueprint", "stage", "alpha", "health", "contribution")
+    of_site = () if health is None else ("site health",)
+    heads = ("site", "kind", "features", *of_site, "slot", "blueprint", "stage", "alpha", "health", "contribution")
     rows: list[tuple[str, ...]] = []
     for site in morph.spec.sites:
-        named = (site.path, site.kind, _features(site))
+        well = () if health is None else (_real(health.get(site.path, float("nan"))),)
+        named: tuple[str, ...] = (site.path, site.kind, _features(site), *well)
         for plant in morph.spec.planted_at.get(site.path, ()):
             rows.append((*named, str(plant.slot), _recipe(plant), *_life(morph, plant)))
-            named = ("", "", "")
+            named = ("",) * len(named)
         empty = len(morph.spec.free_slots(site.path))
         if empty:
             rows.append((*named, f"{empty} empty", "", "", "", "", ""))
@@ -64,7 +71,7 @@ def summary(morph: Morph) -> Table:
         f"{count(morph.params['host']):,} host parameters, {grown:,} seed parameters, {len(morph.spec.sites)} sites "
         f"x {morph.spec.slots} slots; seeds: {by_stage}"
     )
-    return Table(f"{_align(heads, rows)}\n{last}")
+    return Table(f"{align(heads, rows)}\n{last}")
 
 
 def blueprints() -> Table:
@@ -82,7 +89,7 @@ def blueprints() -> Table:
         )
         for b in registered()
     ]
-    return Table(_align(heads, rows))
+    return Table(align(heads, rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Comparison:
         ]
         equal = "equal to the bit" if self.equal_bits else f"differ by up to {self.difference:.3g}"
         program = "the same program" if self.same_program else "another program"
-        return f"{_align(('', 'host', 'grown'), rows)}\noutputs {equal}; the grown model is {program}"
+        return f"{align(('', 'host', 'grown'), rows)}\noutputs {equal}; the grown model is {program}"
 
     __str__ = __repr__
 
@@ -238,9 +245,8 @@ def _recipe(plant: Plant) -> str:
 
 def _life(morph: Morph, plant: Plant) -> tuple[str, str, str, str]:
     state = morph.state[plant.site]
-    real = lambda value: "-" if np.isnan(value) else f"{float(value):.3g}"  # noqa: E731
     stage = _value(state.stage, plant.slot, _stage)
-    measured = tuple(_value(field, plant.slot, real) for field in (state.alpha, state.health, state.contribution))
+    measured = tuple(_value(field, plant.slot, _real) for field in (state.alpha, state.health, state.contribution))
     return stage, measured[0], measured[1], measured[2]
 
 
@@ -255,11 +261,16 @@ def _stage(value: Any) -> str:
     return Stage(int(value)).name
 
 
+def _real(value: Any) -> str:
+    return "-" if np.isnan(value) else f"{float(value):.3g}"
+
+
 def _number(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:,.0f}"
 
 
-def _align(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def align(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text in columns under their heads."""
     widths = [max(len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
     return "\n".join(line.rstrip() for line in lines)

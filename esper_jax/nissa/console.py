@@ -9,10 +9,10 @@ import time as clock
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
-from .events import Event, Kind, points
+from .events import SERVICES, Event, Kind, points
 
 WIDTH = 80
-_LOUD = (Kind.ROLLBACK, Kind.FAULT, Kind.WARNING)
+_LOUD = (Kind.ROLLBACK, Kind.COMPILE_FAILED, Kind.FAULT, Kind.WARNING, *SERVICES)
 _TOLD = (Kind.RUN_STARTED, Kind.GERMINATED, Kind.RESUMED, Kind.EARLY_STOP, Kind.RUN_ENDED, *_LOUD)
 _SILENT_STAGES = ("EMBARGOED", "RESETTING", "DORMANT")
 _PATIENCE = 10  # epochs before a refusal of the same action at the same place is told again

@@ -18,12 +18,14 @@ import os
 import re
 import time as clock
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ..kasmina.health import AILING
 from ..kasmina.stages import Stage
 
 if TYPE_CHECKING:
-    from ..protocol import Decision, Feedback, SeedReport
+    from ..protocol import Decision, Feedback, HealthSignal, SeedReport
+    from . import kinds
 
 SCHEMA = 1
 """The version of the written form; a reader refuses a later one."""
@@ -38,6 +40,7 @@ class Kind(enum.StrEnum):
     RUN_STARTED = "run_started"
     EPOCH = "epoch"
     STAGE = "stage"
+    ANSWER = "answer"
     DECISION = "decision"
     FEEDBACK = "feedback"
     GERMINATED = "germinated"
@@ -46,20 +49,29 @@ class Kind(enum.StrEnum):
     FAULT = "fault"
     SWAP = "swap"
     COMPILE_FAILED = "compile_failed"
+    HEALTH = "health"
     ROLLBACK = "rollback"
     SNAPSHOT = "snapshot"
     CHECKPOINT = "checkpoint"
     RESUMED = "resumed"
     EARLY_STOP = "early_stop"
     RUN_ENDED = "run_ended"
+    OUTAGE = "outage"
+    RECOVERY = "recovery"
+    DROPPED = "dropped"
     WARNING = "warning"
 
 
 ENDINGS = (Kind.EARLY_STOP, Kind.RUN_ENDED)
 """Kinds that say a run is over: `JsonlSink.rewind` drops them, since the run goes on."""
 
-BOOKKEEPING = (Kind.RUN_STARTED, Kind.CHECKPOINT, Kind.RESUMED, Kind.SWAP, Kind.WARNING)
-"""Kinds that tell of files, sessions and programs rather than of the training itself: `course` leaves them out."""
+SERVICES = (Kind.OUTAGE, Kind.RECOVERY, Kind.DROPPED)
+BOOKKEEPING = (Kind.RUN_STARTED, Kind.CHECKPOINT, Kind.RESUMED, Kind.SWAP, Kind.WARNING, *SERVICES)
+"""Kinds that tell of files, sessions, programs and services rather than of the training itself: `course` leaves them
+out."""
+
+DROPPABLE = (Kind.EPOCH, Kind.CONTRIBUTION, Kind.INTERACTION)
+"""Kinds that are measurements: a sink that is too slow may miss some, counted. All others reach it, sooner or later."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +102,14 @@ class Event:
             object.__setattr__(self, name, value)
 
     def to_json(self) -> str:
-        """One line of valid JSON, without the line end."""
+        """One line of valid JSON, without the line end. It is made once: every sink is given the same."""
+        known = self.__dict__.get("_json")
+        if known is not None:
+            return known
         record = {"v": SCHEMA} | {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return json.dumps(_mark(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+        line = json.dumps(_mark(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+        object.__setattr__(self, "_json", line)
+        return line
 
     @staticmethod
     def from_json(line: str | bytes) -> Event:
@@ -182,9 +199,9 @@ def course(events: Iterable[Event]) -> list[str]:
     ]
 
 
-def stage_name(stage: Stage | int | str) -> str:
+def stage_name(stage: Stage | int | str) -> kinds.StageName:
     """The name of a stage given as a `Stage`, its integer (any integer scalar) or its name."""
-    return stage.upper() if isinstance(stage, str) else Stage(int(stage)).name
+    return cast("kinds.StageName", stage.upper() if isinstance(stage, str) else Stage(int(stage)).name)
 
 
 def place(site: str, slot: int | None) -> str:
@@ -202,12 +219,13 @@ def because(reason: str) -> str:
     return f": {reason}" if reason else ""
 
 
-# One constructor for each kind. `epoch` and `step` say when; extra keywords go to the data as they are.
+# One constructor for each kind, typed by `kinds`. `epoch` and `step` say when; extra keywords go to the data.
 
 
 def run_started(epochs: int, *, epoch: int = 0, step: int = 0, **data: Any) -> Event:
     """A run of `epochs` epochs begins; give its configuration as keywords (`task`, `seed`, `parameters` ...)."""
-    return Event(Kind.RUN_STARTED, epoch, step, f"run of {epochs} epochs", {"epochs": epochs, **data})
+    fields: kinds.RunStarted = {"epochs": epochs}
+    return Event(Kind.RUN_STARTED, epoch, step, f"run of {epochs} epochs", {**fields, **data})
 
 
 def epoch(
@@ -228,9 +246,16 @@ def epoch(
     """
     rows = [plain(seed, "seed") for seed in seeds]
     rows = [row | {"stage": stage_name(row["stage"])} for row in rows]
-    data = {"train_loss": train_loss, "loss": loss, "score": score, "seconds": seconds, "learning_rate": learning_rate}
+    data: kinds.Epoch = {
+        "train_loss": train_loss,
+        "loss": loss,
+        "score": score,
+        "seconds": seconds,
+        "learning_rate": learning_rate,
+        "seeds": rows,
+    }
     message = f"train loss {train_loss:.4f}, loss {loss:.4f}, score {points(score)}"
-    return Event(Kind.EPOCH, epoch, step, message, {**data, **metrics, "seeds": rows})
+    return Event(Kind.EPOCH, epoch, step, message, {**data, **metrics})
 
 
 def stage(
@@ -247,10 +272,43 @@ def stage(
     **data: Any,
 ) -> Event:
     """A seed went from the stage `before` to `after`, for a `reason` in words."""
-    before, after = stage_name(before), stage_name(after)
-    fields = {"site": site, "slot": slot, "blueprint": blueprint, "before": before, "after": after}
-    message = f"{blueprint} at {place(site, slot)}: {before} > {after}{because(reason)}"
-    return Event(Kind.STAGE, epoch, step, message, {**fields, "reason": reason, "alpha": alpha, **data})
+    fields: kinds.Stage = {
+        "site": site,
+        "slot": slot,
+        "blueprint": blueprint,
+        "before": stage_name(before),
+        "after": stage_name(after),
+        "reason": reason,
+        "alpha": alpha,
+    }
+    message = f"{blueprint} at {place(site, slot)}: {fields['before']} > {fields['after']}{because(reason)}"
+    return Event(Kind.STAGE, epoch, step, message, {**fields, **data})
+
+
+def answer(
+    epoch: int,
+    step: int,
+    *,
+    service: str,
+    controller: str,
+    asked_epoch: int,
+    asked_step: int,
+    decisions: Sequence[Decision | Mapping[str, Any]],
+    mock: bool = False,
+    seconds: float = math.nan,
+) -> Event:
+    """A remote controller's answer to what it was asked at an earlier tick is used, with all that it decided."""
+    fields: kinds.Answer = {
+        "service": service,
+        "controller": controller,
+        "mock": mock,
+        "asked_epoch": asked_epoch,
+        "asked_step": asked_step,
+        "decisions": [plain(decision) for decision in decisions],
+        "seconds": seconds,
+    }
+    what = f"{len(decisions)} decision(s)" if decisions else "no decisions"
+    return Event(Kind.ANSWER, epoch, step, f"{service} answered: {what}", {**fields})
 
 
 def decision(epoch: int, step: int, decision: Decision, *, outcome: str, why: str = "", **data: Any) -> Event:
@@ -273,7 +331,13 @@ def germinated(
     epoch: int, step: int, *, site: str, slot: int, blueprint: str, reason: str = "", parameters: int = 0, **data: Any
 ) -> Event:
     """A blueprint was planted in a slot; `parameters` counts its weights."""
-    fields = {"site": site, "slot": slot, "blueprint": blueprint, "reason": reason, "parameters": parameters}
+    fields: kinds.Germinated = {
+        "site": site,
+        "slot": slot,
+        "blueprint": blueprint,
+        "reason": reason,
+        "parameters": parameters,
+    }
     message = f"{blueprint} germinated at {place(site, slot)}{because(reason)}"
     return Event(Kind.GERMINATED, epoch, step, message, {**fields, **data})
 
@@ -281,22 +345,39 @@ def germinated(
 def contribution(epoch: int, step: int, *, site: str, slot: int, blueprint: str, value: float, **data: Any) -> Event:
     """A seed's contribution was measured: the score with it minus the score at its alpha 0, in points."""
     message = f"{blueprint} at {place(site, slot)} contributes {points(value)}"
-    fields = {"site": site, "slot": slot, "blueprint": blueprint, "value": value}
+    fields: kinds.Contributed = {"site": site, "slot": slot, "blueprint": blueprint, "value": value}
     return Event(Kind.CONTRIBUTION, epoch, step, message, {**fields, **data})
 
 
 def interaction(epoch: int, step: int, first: tuple[str, int], second: tuple[str, int], value: float) -> Event:
     """Two slots `(site, slot)` were measured together: f(ij) - f(i) - f(j) + f(0), in points."""
     message = f"{place(*first)} and {place(*second)} interact by {points(value)}"
-    return Event(Kind.INTERACTION, epoch, step, message, {"first": first, "second": second, "value": value})
+    fields: kinds.Interaction = {"first": first, "second": second, "value": value}
+    return Event(Kind.INTERACTION, epoch, step, message, {**fields})
 
 
 def fault(epoch: int, step: int, *, site: str, slot: int, blueprint: str, faults: int, **data: Any) -> Event:
     """A seed gave values that are not finite; `faults` is its count so far."""
     message = f"{blueprint} at {place(site, slot)} was not finite ({faults} so far); the host's output was used instead"
-    return Event(
-        Kind.FAULT, epoch, step, message, {"site": site, "slot": slot, "blueprint": blueprint, "faults": faults, **data}
-    )
+    fields: kinds.Fault = {"site": site, "slot": slot, "blueprint": blueprint, "faults": faults}
+    return Event(Kind.FAULT, epoch, step, message, {**fields, **data})
+
+
+def health(signal: HealthSignal, **data: Any) -> Event:
+    """A site (slot None) or a seed fell below half its health, or rose above it again; `terms` say why."""
+    ailing, measured = signal.health < AILING, plain(signal.terms)
+    state = "is ailing" if ailing else "is well again"
+    worst = min(measured, key=lambda name: measured[name], default=None)
+    why = f" (lowest: {worst} {measured[worst]:.2f})" if worst is not None and ailing else ""
+    fields: kinds.HealthTold = {
+        "site": signal.site,
+        "slot": signal.slot,
+        "health": signal.health,
+        "ailing": ailing,
+        "terms": measured,
+    }
+    message = f"{place(signal.site, signal.slot)} {state}: health {signal.health:.2f}{why}"
+    return Event(Kind.HEALTH, signal.epoch, signal.step, message, {**fields, **data})
 
 
 def swap(
@@ -306,50 +387,78 @@ def swap(
     came = [f"{place(*seed)} came in" for seed in grown] + [f"{place(*seed)} left" for seed in left]
     waited = f", after waiting {waited_seconds:.2f} s for it" if waited_seconds >= 0.005 else ""
     message = f"the next program took over ({', '.join(came)}){waited}"
-    return Event(
-        Kind.SWAP, epoch, step, message, {"grown": grown, "left": left, "waited_seconds": waited_seconds, **data}
-    )
+    fields: kinds.Swap = {"grown": [*grown], "left": [*left], "waited_seconds": waited_seconds}
+    return Event(Kind.SWAP, epoch, step, message, {**fields, **data})
 
 
 def compile_failed(epoch: int, step: int, *, seeds: Sequence[Any], reason: str, **data: Any) -> Event:
     """The program of the next structure could not be built; training goes on in the one it has, without the seeds."""
     named = ", ".join(place(*seed) for seed in seeds) or "fewer seeds"
     message = f"the program with {named} could not be compiled{because(reason)}; training goes on without"
-    return Event(Kind.COMPILE_FAILED, epoch, step, message, {"seeds": seeds, "reason": reason, **data})
+    fields: kinds.CompileFailed = {"seeds": [*seeds], "reason": reason}
+    return Event(Kind.COMPILE_FAILED, epoch, step, message, {**fields, **data})
 
 
 def rollback(epoch: int, step: int, *, reason: str, to_step: int, **data: Any) -> Event:
     """The governor restored the snapshot of `to_step`."""
     message = f"rolled back to step {to_step}{because(reason)}"
-    return Event(Kind.ROLLBACK, epoch, step, message, {"reason": reason, "to_step": to_step, **data})
+    fields: kinds.Rollback = {"reason": reason, "to_step": to_step}
+    return Event(Kind.ROLLBACK, epoch, step, message, {**fields, **data})
 
 
 def snapshot(epoch: int, step: int, *, reason: str, **data: Any) -> Event:
     """The governor took a last-known-good snapshot."""
-    return Event(Kind.SNAPSHOT, epoch, step, f"snapshot{because(reason)}", {"reason": reason, **data})
+    fields: kinds.Reason = {"reason": reason}
+    return Event(Kind.SNAPSHOT, epoch, step, f"snapshot{because(reason)}", {**fields, **data})
 
 
 def checkpoint(epoch: int, step: int, *, path: str | os.PathLike[str], best: bool = False, **data: Any) -> Event:
     """A checkpoint was written to `path`; `best` when it holds the best score so far."""
     message = f"{'best ' if best else ''}checkpoint {os.fspath(path)}"
-    return Event(Kind.CHECKPOINT, epoch, step, message, {"path": path, "best": best, **data})
+    fields: kinds.Checkpoint = {"path": os.fspath(path), "best": best}
+    return Event(Kind.CHECKPOINT, epoch, step, message, {**fields, **data})
 
 
 def resumed(epoch: int, step: int, *, path: str | os.PathLike[str], skipped: Sequence[str] = (), **data: Any) -> Event:
     """The run goes on from the checkpoint `path`; `skipped` says of each newer one why it was passed over."""
     message = "; ".join([f"resumed at step {step} from {os.fspath(path)}", *(f"skipped {why}" for why in skipped)])
-    return Event(Kind.RESUMED, epoch, step, message, {"path": path, "skipped": skipped, **data})
+    fields: kinds.Resumed = {"path": os.fspath(path), "skipped": list(skipped)}
+    return Event(Kind.RESUMED, epoch, step, message, {**fields, **data})
 
 
 def early_stop(epoch: int, step: int, *, reason: str, **data: Any) -> Event:
     """Training stops before its last epoch."""
-    return Event(Kind.EARLY_STOP, epoch, step, f"stopped early{because(reason)}", {"reason": reason, **data})
+    fields: kinds.EarlyStop = {"reason": reason}
+    return Event(Kind.EARLY_STOP, epoch, step, f"stopped early{because(reason)}", {**fields, **data})
 
 
 def run_ended(epoch: int, step: int, *, outcome: str = "finished", score: float = math.nan, **data: Any) -> Event:
     """The run is over: `outcome` is "finished", "stopped", "interrupted" or "failed", with the last or best score."""
     message = f"run {outcome} after {epoch} epochs, score {points(score)}"
-    return Event(Kind.RUN_ENDED, epoch, step, message, {"outcome": outcome, "score": score, **data})
+    fields: kinds.RunEnded = {"outcome": outcome, "score": score}
+    return Event(Kind.RUN_ENDED, epoch, step, message, {**fields, **data})
+
+
+def outage(epoch: int, step: int, *, service: str, error: str, then: str = "training goes on", **data: Any) -> Event:
+    """A service went away; told once for each outage. `then` says what happens meanwhile."""
+    message = f"{service} fails ({error}); {then}"
+    fields: kinds.Outage = {"service": service, "error": error}
+    return Event(Kind.OUTAGE, epoch, step, message, {**fields, **data})
+
+
+def recovery(epoch: int, step: int, *, service: str, seconds: float, **data: Any) -> Event:
+    """The service is back, `seconds` after it was missed."""
+    waited = f", {data['replayed']} events were waiting" if data.get("replayed") else ""
+    message = f"{service} is back after {seconds:.1f} s{waited}"
+    fields: kinds.Recovery = {"service": service, "seconds": seconds}
+    return Event(Kind.RECOVERY, epoch, step, message, {**fields, **data})
+
+
+def dropped(epoch: int, step: int, *, service: str, dropped: int, total: int) -> Event:
+    """A sink was too slow for `dropped` metrics since the last report, and for `total` in all."""
+    message = f"{service} was too slow for {dropped} metrics ({total} in all); they were dropped, nothing else was"
+    fields: kinds.Dropped = {"service": service, "dropped": dropped, "total": total}
+    return Event(Kind.DROPPED, epoch, step, message, {**fields})
 
 
 def warning(epoch: int, step: int, message: str, **data: Any) -> Event:

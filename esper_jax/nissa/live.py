@@ -10,7 +10,7 @@ from .console import number, shorten
 from .events import Event, Kind
 
 ROWS = 12
-_STYLES = {
+STYLES = {
     "GERMINATED": "yellow",
     "TRAINING": "cyan",
     "BLENDING": "dark_orange",
@@ -20,10 +20,13 @@ _STYLES = {
     "EMBARGOED": "bright_black",
     "RESETTING": "bright_black",
 }
-_KIND_STYLES = {
+KIND_STYLES = {
     Kind.GERMINATED: "yellow",
     Kind.DECISION: "bright_black",
     Kind.FAULT: "bold red",
+    Kind.OUTAGE: "bold yellow",
+    Kind.RECOVERY: "green",
+    Kind.DROPPED: "yellow",
     Kind.ROLLBACK: "bold red",
     Kind.WARNING: "bold yellow",
     Kind.RUN_ENDED: "bold",
@@ -72,7 +75,7 @@ class Display:
 
         self._start()
         after = event.data.get("after") if event.kind == Kind.STAGE else None
-        style = _STYLES.get(str(after), "") if after else _KIND_STYLES.get(Kind(event.kind), "")
+        style = STYLES.get(str(after), "") if after else KIND_STYLES.get(Kind(event.kind), "")
         line = Table.grid(padding=(0, 1))
         line.add_column(no_wrap=True)
         line.add_column(overflow="fold")
@@ -96,12 +99,13 @@ class Display:
         from rich.text import Text
 
         if self._event is None:
-            return Text(f"waiting for the first of {self._epochs} epochs  {_span(clock.monotonic() - self._begun)}")
+            return Text(f"waiting for the first of {self._epochs} epochs  {span(clock.monotonic() - self._begun)}")
         data = self._event.data
         parts = [("train", "train_loss", 4), ("loss", "loss", 4), ("score", "score", 2)]
         metrics = Text("  ").join(Text.assemble((f"{n} ", "bright_black"), number(data.get(k), d)) for n, k, d in parts)
         metrics.append("  best ", style="bright_black").append(number(self._best, 2), style="bold")
-        seeds = self._seeds(data.get("seeds", []))
+        room = max(3, min(ROWS, self._console.size.height - 8))
+        seeds = seed_grid(data.get("seeds", []), self._console.size.width, room)
         return Group(self._bar(self._event.epoch), metrics, *([seeds] if seeds is not None else []))
 
     def _bar(self, epoch: int) -> Any:
@@ -110,7 +114,7 @@ class Display:
 
         spent = clock.monotonic() - self._begun
         rate = spent / max(1, epoch - self._first)
-        left = f"{_span(spent)} + {_span(rate * max(0, self._epochs - epoch))}"
+        left = f"{span(spent)} + {span(rate * max(0, self._epochs - epoch))}"
         row = Table.grid(padding=(0, 1), expand=True)
         row.add_column(no_wrap=True)
         row.add_column(ratio=1)
@@ -118,37 +122,38 @@ class Display:
         row.add_row(f"epoch {epoch}/{self._epochs}", ProgressBar(total=max(1, self._epochs), completed=epoch), left)
         return row
 
-    def _seeds(self, seeds: list[dict[str, Any]]) -> Any:
-        from rich.table import Table
-        from rich.text import Text
 
-        rows = sorted((s for s in seeds if s.get("stage") in _ORDER), key=lambda s: _ORDER[s["stage"]])
-        if not rows:
-            return None
-        room = max(3, min(ROWS, self._console.size.height - 8))
-        wide = max(14, self._console.size.width - 58)
-        grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bright_black")
-        for title in ("site", "slot", "seed", "stage", "alpha"):
-            grid.add_column(title, no_wrap=True)
-        for title in ("", "health", "contrib"):
-            grid.add_column(title, justify="right", no_wrap=True)
-        for seed in rows[:room]:
-            style = _STYLES[seed["stage"]]
-            alpha = seed.get("alpha", math.nan)
-            gain = seed.get("contribution", math.nan)
-            grid.add_row(
-                Text(shorten(str(seed["site"]), wide)),
-                Text(str(seed["slot"])),
-                Text(shorten(str(seed["blueprint"]), 11)),
-                Text(seed["stage"].lower(), style=style),
-                Text(_alpha_bar(alpha), style=style),
-                Text(number(alpha, 2)),
-                Text(number(seed.get("health"), 2)),
-                Text(number(gain, 2) if not gain > 0 else f"+{gain:.2f}"),
-            )
-        if len(rows) > room:
-            grid.add_row(Text(f"and {len(rows) - room} more", style="bright_black"))
-        return grid
+def seed_grid(seeds: list[dict[str, Any]], width: int, room: int) -> Any:
+    """Up to `room` seeds of an epoch as a rich table `width` wide, those on trial first; None where there are none."""
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = sorted((s for s in seeds if s.get("stage") in _ORDER), key=lambda s: _ORDER[s["stage"]])
+    if not rows:
+        return None
+    wide = max(14, width - 58)
+    grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bright_black")
+    for title in ("site", "slot", "seed", "stage", "alpha"):
+        grid.add_column(title, no_wrap=True)
+    for title in ("", "health", "contrib"):
+        grid.add_column(title, justify="right", no_wrap=True)
+    for seed in rows[:room]:
+        style = STYLES[seed["stage"]]
+        alpha = seed.get("alpha", math.nan)
+        gain = seed.get("contribution", math.nan)
+        grid.add_row(
+            Text(shorten(str(seed["site"]), wide)),
+            Text(str(seed["slot"])),
+            Text(shorten(str(seed["blueprint"]), 11)),
+            Text(seed["stage"].lower(), style=style),
+            Text(_alpha_bar(alpha), style=style),
+            Text(number(alpha, 2)),
+            Text(number(seed.get("health"), 2)),
+            Text(number(gain, 2) if not gain > 0 else f"+{gain:.2f}"),
+        )
+    if len(rows) > room:
+        grid.add_row(Text(f"and {len(rows) - room} more", style="bright_black"))
+    return grid
 
 
 def _alpha_bar(alpha: float, width: int = 8) -> str:
@@ -156,7 +161,7 @@ def _alpha_bar(alpha: float, width: int = 8) -> str:
     return "█" * filled + "░" * (width - filled)
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
     """Minutes and seconds, with hours where there are any: `1:05`, `2:00:00`."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

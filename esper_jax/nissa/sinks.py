@@ -14,14 +14,19 @@ from types import TracebackType
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
 from . import events as make
-from .events import ENDINGS, Event
+from .events import ENDINGS, Event, Kind
 
 _START = b'{"v": '
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Anything that takes events. A sink may also have `rewind(step, count=None)`, called when a run resumes."""
+    """Anything that takes events.
+
+    A sink may also have `open()`, called before the first event, which raises where it cannot work;
+    `rewind(step, count=None)`, called when a run resumes; `notices()`, events of its own that others should get, asked
+    for after each event; and `slow = True`, for one that waits on a network: `Tolaria` puts a `Background` before it.
+    """
 
     def emit(self, event: Event) -> None:
         """Take one event. Raise when it cannot be kept."""
@@ -129,7 +134,8 @@ class JsonlSink(_Closing):
 class Fanout(_Closing):
     """Hands each event to every sink. A sink that raises is dropped with one warning, and the others go on.
 
-    `dropped` maps a dropped sink's name to the number of events that it did not get.
+    What sinks have to say themselves (`notices`: an outage, a recovery, dropped metrics) goes to all of them in turn;
+    an outage is also a `RuntimeWarning`. `dropped` maps a dropped sink's name to the number of events it did not get.
     """
 
     def __init__(self, sinks: Iterable[Sink]) -> None:
@@ -137,18 +143,32 @@ class Fanout(_Closing):
         self.dropped: dict[str, int] = {}
         self._lock = threading.RLock()
 
+    def open(self) -> None:
+        """`open` every sink that can; what one of them raises comes out."""
+        for sink in self.sinks:
+            opening = getattr(sink, "open", None)
+            if opening is not None:
+                opening()
+
     def emit(self, event: Event) -> None:
         """Give the event to every sink that still works; never raises an `Exception`."""
         with self._lock:
-            for name in self.dropped:
-                self.dropped[name] += 1
-            for sink in tuple(self.sinks):
-                if not any(sink is other for other in self.sinks):
-                    continue  # dropped meanwhile, by the warning about another one
-                try:
-                    sink.emit(event)
-                except Exception as error:
-                    self._drop(sink, event, error)
+            self._give(event, self.sinks)
+            for notice in _notices(self.sinks):
+                self._give(notice, self.sinks)
+
+    def _give(self, event: Event, sinks: Iterable[Sink]) -> None:
+        for name in self.dropped:
+            self.dropped[name] += 1
+        if event.kind == Kind.OUTAGE:
+            _warn(event.message, stacklevel=5)
+        for sink in tuple(sinks):
+            if not any(sink is other for other in self.sinks):
+                continue  # dropped meanwhile, by the warning about another one
+            try:
+                sink.emit(event)
+            except Exception as error:
+                self._drop(sink, event, error)
 
     def rewind(self, step: int, count: int | None = None) -> None:
         """`rewind` every sink that can; `count` is only right when all of them hold the same events."""
@@ -159,13 +179,21 @@ class Fanout(_Closing):
                     rewind(step, count)
 
     def close(self) -> None:
-        """Close every sink; one that raises is named in a warning."""
+        """Close every sink; one that raises is named in a warning. The slow ones first: the others hear the outcome."""
         with self._lock:
-            for sink in self.sinks:
-                try:
-                    sink.close()
-                except Exception as error:
-                    warnings.warn(f"{_name(sink)} could not be closed: {_said(error)}", RuntimeWarning, stacklevel=2)
+            slow = [sink for sink in self.sinks if hasattr(sink, "notices")]
+            others = [sink for sink in self.sinks if not any(sink is one for one in slow)]
+            self._close(slow)
+            for notice in _notices(slow):
+                self._give(notice, others)
+            self._close(others)
+
+    def _close(self, sinks: Iterable[Sink]) -> None:
+        for sink in sinks:
+            try:
+                sink.close()
+            except Exception as error:
+                warnings.warn(f"{_name(sink)} could not be closed: {_said(error)}", RuntimeWarning, stacklevel=3)
 
     def _drop(self, sink: Sink, event: Event, error: Exception) -> None:
         self.sinks = [other for other in self.sinks if other is not sink]
@@ -176,8 +204,7 @@ class Fanout(_Closing):
         text = f"{name} failed and gets no more events: {_said(error)}. Training goes on."
         with contextlib.suppress(Exception):
             sink.close()
-        with contextlib.suppress(RuntimeWarning):  # also where warnings are errors
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+        _warn(text, stacklevel=5)
         self.emit(make.warning(event.epoch, event.step, text))
 
 
@@ -245,6 +272,22 @@ def _replace(path: Path, events: Iterable[Event]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def _notices(sinks: Iterable[Sink]) -> list[Event]:
+    """What the sinks themselves have to say."""
+    found: list[Event] = []
+    for sink in sinks:
+        notices = getattr(sink, "notices", None)
+        if notices is not None:
+            with contextlib.suppress(Exception):
+                found += notices()
+    return found
+
+
+def _warn(text: str, stacklevel: int) -> None:
+    with contextlib.suppress(RuntimeWarning):  # also where warnings are errors
+        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel)
 
 
 def _name(sink: Sink) -> str:

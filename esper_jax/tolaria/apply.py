@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 
 from ..kasmina import operate
 from ..kasmina.morph import Morph
+from ..kasmina.spec import freeze_config
+from ..kasmina.stored import Stored
 from ..protocol import Decision
 
 
-def apply_decision(morph: Morph, decision: Decision, *, key: jax.Array, score: float) -> tuple[Morph, int]:
+def resolve(decision: Decision, library: Any) -> tuple[Decision, Stored | None, str | None]:
+    """A decision that names a stored seed with that seed's blueprint and config filled in.
+
+    Returns:
+      The decision, the seed (None where it names none), and why it cannot be carried out (None where it can).
+    """
+    if decision.stored is None:
+        return decision, None, None
+    if decision.action != "germinate":
+        return decision, None, f"stored: only a germination takes a stored seed, not {decision.action!r}"
+    if library is None:
+        return decision, None, "stored: this run has no library of seeds; give Tolaria(urza=...)"
+    try:
+        seed = library.get(decision.stored)
+    except Exception as error:  # whatever a store raises, the training goes on without the seed
+        return decision, None, f"stored: {error}"
+    config = {**seed.config, "blend": seed.blend}
+    given = set(freeze_config(decision.config)) <= set(freeze_config(config))
+    if decision.blueprint not in (None, seed.blueprint) or not given:
+        asked = f"{decision.blueprint} {dict(decision.config)}"
+        return decision, None, f"stored: seed {decision.stored[:12]} is {seed.blueprint} {config}, not {asked}"
+    stored = str(getattr(seed, "id", decision.stored))
+    return dataclasses.replace(decision, blueprint=seed.blueprint, config=config, stored=stored), seed, None
+
+
+def apply_decision(
+    morph: Morph, decision: Decision, *, key: jax.Array, score: float, seed: Stored | None = None
+) -> tuple[Morph, int]:
     """Do what the decision says.
 
     Args:
@@ -17,6 +49,7 @@ def apply_decision(morph: Morph, decision: Decision, *, key: jax.Array, score: f
       decision: a decision that `veto` let through.
       key: for a germinated seed's parameters.
       score: the validation score now, in points.
+      seed: the stored seed that it germinates, from `resolve`.
 
     Returns:
       The new morph, and the slot that was acted on.
@@ -27,6 +60,9 @@ def apply_decision(morph: Morph, decision: Decision, *, key: jax.Array, score: f
     site, slot = decision.site, decision.slot
     if decision.action == "germinate":
         before = morph
+        if seed is not None:
+            morph = operate.germinate(morph, site, seed, slot=slot, score=score)
+            return morph, _new_slot(before, morph, site)
         config = dict(decision.config)
         morph = operate.germinate(morph, site, decision.blueprint or "", key=key, slot=slot, score=score, **config)
         return morph, _new_slot(before, morph, site)

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..kasmina.blueprints import registered
 from ..kasmina.morph import Morph, with_spec
 from ..kasmina.spec import Spec
+from ..protocol import Library
 from . import snapshot as _snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .optim import Growable
@@ -31,6 +33,7 @@ def save(checkpoints: Checkpoints, state: TrainState, session: Session, score: f
         "host": _shapes(state.morph.host),
         "fossils": _snapshot.fossil_names(session.snapshot),
         "session": session.to_json(),
+        "control_bytes": _byte_counts(state.control),
     }
     tree = {"state": state, "snapshot": session.snapshot}
     known = score if np.isfinite(score) else None
@@ -38,14 +41,23 @@ def save(checkpoints: Checkpoints, state: TrainState, session: Session, score: f
 
 
 def restore(
-    checkpoints: Checkpoints, tx: Growable, make_control: MakeControl, step: int | None
+    checkpoints: Checkpoints,
+    tx: Growable,
+    make_control: MakeControl,
+    step: int | None,
+    library: Library | None = None,
 ) -> tuple[TrainState, Session]:
-    """The newest whole step (or the named one), rebuilt from its own description."""
+    """The newest whole step (or the named one), rebuilt from its own description.
+
+    Seeds that grew from a stored program find their blueprint in the `library`, where one is given.
+    """
 
     def template(meta: dict[str, Any]) -> Any:
+        _known(meta, library)
         morph = morph_template(meta)
         state = TrainState.create(morph, tx, key=jax.random.key(0))
         governor, control = make_control(morph.spec, state.key)
+        control = _with_byte_counts(control, meta.get("control_bytes", {}))
         state = state.replace(governor=governor, control=control)
         return {"state": state, "snapshot": _snapshot.template(state, meta["fossils"])}
 
@@ -54,12 +66,13 @@ def restore(
     return restored.tree["state"], session
 
 
-def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None) -> Morph:
+def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None, urza: Library | None = None) -> Morph:
     """The morph of a checkpoint alone, without the trainer or the model it came from.
 
     Args:
       directory: a run directory (what `Tolaria(checkpoint_dir=...)` was given).
       step: a step; None takes the newest whole one.
+      urza: the library of stored seeds, for a morph with seeds that run a stored program.
 
     Returns:
       The `Morph`, with the host's variables as nested dicts.
@@ -69,6 +82,7 @@ def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None)
     """
     with Checkpoints(pathlib.Path(directory) / FOLDER) as checkpoints:
         found = checkpoints.read(step)
+    _known(found.meta, urza)
     template = morph_template(found.meta)
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     names = ["['state'].morph" + jax.tree_util.keystr(path) for path, _ in paths]
@@ -83,6 +97,34 @@ def morph_template(meta: Mapping[str, Any]) -> Morph:
     spec = Spec.from_json(json.dumps(meta["spec"]))
     bare = Spec(spec.sites, spec.slots)
     return with_spec(Morph(_zeros(meta["host"]), {}, {}, bare), spec)
+
+
+def _byte_counts(control: Any) -> dict[str, int]:
+    """The lengths of a controller's byte strings (1-D uint8 arrays), by path: they alone may change as it goes on."""
+    leaves = jax.tree_util.tree_leaves_with_path(control)
+    return {jax.tree_util.keystr(path): leaf.size for path, leaf in leaves if _is_bytes(leaf)}
+
+
+def _with_byte_counts(control: Any, counts: Mapping[str, int]) -> Any:
+    """A controller's first state with its byte strings as long as a checkpoint's."""
+
+    def sized(path: Any, leaf: Any) -> Any:
+        known = counts.get(jax.tree_util.keystr(path))
+        return np.zeros(known, np.uint8) if known is not None and _is_bytes(leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(sized, control)
+
+
+def _is_bytes(leaf: Any) -> bool:
+    return isinstance(leaf, np.ndarray) and leaf.dtype == np.uint8 and leaf.ndim == 1
+
+
+def _known(meta: Mapping[str, Any], library: Library | None) -> None:
+    """Have the library register the programs that a spec names as `blueprint@id` and this process does not know."""
+    have = {blueprint.name for blueprint in registered()}
+    for plant in meta["spec"]["plants"]:
+        if library is not None and "@" in plant["blueprint"] and plant["blueprint"] not in have:
+            library.get(plant["blueprint"].rsplit("@", 1)[1], program=True)
 
 
 def _shapes(tree: Any) -> Any:

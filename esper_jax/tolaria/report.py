@@ -11,12 +11,13 @@ import numpy as np
 
 from ..kasmina.blueprints import registered
 from ..kasmina.gates import PASSED, REASONS
+from ..kasmina.health import AILING, site_health
 from ..kasmina.lifecycle import Ticked
 from ..kasmina.morph import Morph, count
 from ..kasmina.probe import Probe
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
-from ..protocol import Report, SeedReport, SiteReport
+from ..protocol import HealthSignal, Report, SeedReport, SiteReport
 from .state import Meters, TrainState
 
 NAN = float("nan")
@@ -54,6 +55,23 @@ def make_report(state: TrainState, measured: Measured, ticked: Mapping[str, Tick
     )
 
 
+def changed_health(report: Report, last: Mapping[str, Any] | None) -> tuple[HealthSignal, ...]:
+    """The signals of sites and seeds that fell below `AILING` since the last tick's record, or rose above it again.
+
+    What was never measured counts as well; what is not measured now gives no signal.
+    """
+    before: dict[tuple[str, int | None], float] = {}
+    if last is not None:
+        before = {(path, None): site.get("health", NAN) for path, site in last.get("sites", {}).items()}
+        before |= {(seed["site"], seed["slot"]): seed["health"] for seed in last.get("seeds", ())}
+    ailing = lambda health: health < AILING  # noqa: E731  (NaN is not)
+    return tuple(
+        signal
+        for signal in report.signals()
+        if not np.isnan(signal.health) and ailing(signal.health) != ailing(before.get((signal.site, signal.slot), NAN))
+    )
+
+
 def mean_loss(meters: Meters) -> float:
     """The mean training loss since the last tick over the batches that counted; NaN where none did."""
     loss, batches, skipped = jax.device_get((meters.loss, meters.batches, meters.skipped))
@@ -72,19 +90,24 @@ def _site_report(morph: Morph, path: str, meters: Meters, life: Mapping[str, Any
     ]
     empty = spec.free_slots(path)
     fitting = {b.name for b in registered() if b.fits(site)} if empty else {plant.blueprint for plant in dormant}
+    measured = {
+        "variance": mean(probe.variance),
+        "dead": mean(probe.dead),
+        "silent": mean(probe.silent),
+        "correlation": mean(probe.correlation),
+        "gradient": mean(meters.gradients[path]),
+    }
+    faults = [(int(life[path].faults[p.slot]), int(life[path].age[p.slot])) for p in spec.planted_at.get(path, ())]
     return SiteReport(
         path=path,
         kind=site.kind,
         free_slots=tuple(sorted((*empty, *(plant.slot for plant in dormant)))),
         fitting=tuple(sorted(fitting)),
-        variance=mean(probe.variance),
-        dead=mean(probe.dead),
-        silent=mean(probe.silent),
-        correlation=mean(probe.correlation),
-        gradient=mean(meters.gradients[path]),
+        **measured,
         signal=mean(probe.gradient),
         gain=mean(probe.gain),
         calls=int(calls),
+        health=site_health(**measured, faults=faults).score,
     )
 
 

@@ -16,24 +16,26 @@ from ..kasmina.lifecycle import Lifecycle, Ticked
 from ..kasmina.morph import Morph, count
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
+from ..kasmina.stored import Stored
 from ..nissa import events
 from ..nissa.events import Event
 from ..protocol import Controller, Decision, Report
 from . import snapshot as _snapshot
 from . import swap as _swap
-from .apply import apply_decision
+from .apply import apply_decision, resolve
 from .data import Data
 from .evaluate import Contributions, Evaluator, measured_plants, soon
 from .governor import Governor, check
 from .optim import Growable
 from .programs import Program
-from .report import NAN, Measured, make_report, mean_loss
+from .report import NAN, Measured, changed_health, make_report, mean_loss
 from .session import Pending, Session
 from .state import Meters, TrainState
 from .veto import Limits, lean_plant, veto
 
 Sink = Callable[[Event], None]
 _GERMINATION = 0x5EED
+_MEASURED = ("health", "gain", "dead", "silent", "variance", "correlation", "gradient", "signal")
 _SHOWN = ("alpha", "pruning", "age", "steps", "faults", "health", "ratio", "contribution")
 
 
@@ -57,6 +59,7 @@ class Ticker:
     max_rollbacks: int
     swap: _swap.Swap = "epoch"
     prefetch: int = 0
+    library: Any = None
 
     def __post_init__(self) -> None:
         self.candidates: tuple[Plant, ...] = ()
@@ -101,9 +104,7 @@ class Ticker:
             score=score,
             seconds=time.perf_counter() - session.tick_began,
             seeds=_rows(state),
-            sites={
-                site.path: {"gain": site.gain, "dead": site.dead, "variance": site.variance} for site in report.sites
-            },
+            sites={site.path: {name: getattr(site, name) for name in _MEASURED} for site in report.sites},
             tick_seconds=time.perf_counter() - began,
         )
         sink(event)
@@ -141,6 +142,8 @@ class Ticker:
                 sink(_stage(self._now, plant, row["stage"], before, self._dropped or _moved_because(before, faults)))
             if before != after:
                 sink(_stage(self._now, plant, before, after, _moved_because(after, faults), life[site].alpha[slot]))
+        for signal in changed_health(report, session.records[-1] if session.records else None):
+            sink(events.health(signal))
         for (first, second), value in report.interactions.items():
             sink(events.interaction(*self._now, first, second, value))
 
@@ -179,15 +182,18 @@ class Ticker:
             sink(events.feedback(*self._now, feedback[-1]))
         decisions, control = self.controller.decide(state.control, report, tuple(feedback))
         state = state.replace(control=control)
+        for notice in getattr(self.controller, "notices", tuple)():
+            sink(Event(notice.kind, *self._now, notice.message, dict(notice.data)))
         self.candidates = self._candidates(state, report)
         session.pending = []
         applied: list[Decision] = []
         for index, decision in enumerate(decisions):
-            reason = self._refusal(decision, report, state, session, applied)
+            decision, stored, reason = resolve(decision, self.library)
+            reason = reason or self._refusal(decision, report, state, session, applied)
             began = time.perf_counter()
             slot = decision.slot
             if reason is None:
-                state, slot, reason = self._apply(state, decision, index, report, seeds, sink)
+                state, slot, reason = self._apply(state, decision, stored, index, report, seeds, sink)
             seconds = time.perf_counter() - began
             outcome = "applied" if reason is None else "refused"
             sink(events.decision(*self._now, decision, outcome=outcome, why=reason or "", seconds=seconds))
@@ -224,12 +230,20 @@ class Ticker:
         )
 
     def _apply(
-        self, state: TrainState, decision: Decision, index: int, report: Report, seeds: Mapping[Any, Any], sink: Sink
+        self,
+        state: TrainState,
+        decision: Decision,
+        stored: Stored | None,
+        index: int,
+        report: Report,
+        seeds: Mapping[Any, Any],
+        sink: Sink,
     ) -> tuple[TrainState, int | None, str | None]:
         """The state with the decision carried out; on an error the state is unchanged and the error is the reason."""
         key = jax.random.fold_in(jax.random.fold_in(state.key, _GERMINATION), state.ticks)
         try:
-            morph, slot = apply_decision(state.morph, decision, key=jax.random.fold_in(key, index), score=report.score)
+            key = jax.random.fold_in(key, index)
+            morph, slot = apply_decision(state.morph, decision, key=key, score=report.score, seed=stored)
         except (ValueError, KeyError, TypeError) as error:
             return state, decision.slot, f"{type(error).__name__}: {error}"
         state = state.replace(morph=morph, opt_state=self.tx.grow(state.opt_state, morph))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,10 +18,12 @@ from ..kasmina.lifecycle import Lifecycle
 from ..kasmina.morph import Morph, morph
 from ..kasmina.spec import Spec
 from ..nissa import events
+from ..nissa.background import behind_slow
 from ..nissa.console import Console
 from ..nissa.events import Event
 from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
-from ..protocol import Controller
+from ..oona import Address, MemoryBus, RedisBus
+from ..protocol import Controller, Library
 from . import persist, snapshot
 from .change import Changes
 from .checkpoint import CheckpointError, Checkpoints
@@ -73,7 +76,11 @@ class Tolaria:
       prefetch, prefetch_bytes: how many of the controller's likely next seeds have their programs compiled ahead, and
         how many bytes such programs may take.
       compile_cache: a directory for JAX's persistent compilation cache, so that a later run finds its programs there.
-      sinks: further receivers of events.
+      urza: a library of stored seeds (`Urza(url)`), for decisions that name one by its id.
+      sinks: further receivers of events; slow ones (TensorBoard, ...) get a thread and a queue before them.
+      oona: the URL of a Redis server that the events are published on as well, e.g. `redis://localhost:6379/0`; None
+        keeps the bus inside the process. `trainer.bus` is it either way.
+      oona_optional: train without that server, with one warning, where it cannot be reached at the start.
       progress: show progress (a live display on a terminal, plain lines elsewhere).
 
     >>> trainer = Tolaria(model, loss, optax.adamw(1e-3), controller=Tamiyo())   # doctest: +SKIP
@@ -118,7 +125,10 @@ class Tolaria:
         prefetch: int = 0,
         prefetch_bytes: int = 1 << 28,
         compile_cache: str | os.PathLike[str] | None = None,
+        urza: Library | None = None,
         sinks: Sequence[Sink] = (),
+        oona: str | Address | None = None,
+        oona_optional: bool = False,
         progress: bool = True,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("keep", keep)):
@@ -130,6 +140,8 @@ class Tolaria:
         for name in ("init", "decide") if controller is not None else ():
             if not callable(getattr(controller, name, None)):
                 raise TypeError(f"controller {controller!r} has no {name}(); see esper_jax.protocol.Controller")
+        if urza is not None and not callable(getattr(urza, "get", None)):
+            raise TypeError(f"urza takes a library such as Urza(url), got {type(urza).__name__}")
         self.forward, self.tx, self.loss = graft(model), growable(tx), loss
         self.controller = controller
         self.checkpoint_dir = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
@@ -152,6 +164,7 @@ class Tolaria:
             max_rollbacks,
             check_swap(swap),
             prefetch,
+            urza,
         )
         for name, value in (("prefetch", prefetch), ("prefetch_bytes", prefetch_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -159,6 +172,10 @@ class Tolaria:
         self._compile_in, self._prefetch, self._prefetch_bytes = check_place(compile_in), prefetch, prefetch_bytes
         self._compile_cache = compile_cache
         self._resumed: tuple[Morph, Session] | None = None
+        self.bus: MemoryBus | RedisBus = MemoryBus()
+        if oona is not None:
+            spool = None if self.checkpoint_dir is None else self.checkpoint_dir / "oona"
+            self.bus = RedisBus(oona, spool=spool, name=_run_name(self.checkpoint_dir), optional=oona_optional)
 
     def init(self, params: Any, *, key: jax.Array, model: Any = None, example: Any = None) -> TrainState:
         """The state before the first step.
@@ -190,6 +207,7 @@ class Tolaria:
         Raises:
           TrainingInterrupted: on Ctrl-C, after a checkpoint was saved. TrainingDiverged: too many rollbacks.
           CheckpointError: a new run in a directory that holds another run's checkpoints.
+          OonaError: the bus that was asked for cannot be reached, before the first step.
         """
         if not isinstance(state, TrainState):
             raise TypeError(f"fit() needs the TrainState of init() or restore(), got {type(state).__name__}")
@@ -260,7 +278,7 @@ class Tolaria:
         if not where.is_dir():
             raise CheckpointError(f"there is no directory {where} to restore from")
         with Checkpoints(where / persist.FOLDER, keep=self.keep) as checkpoints:
-            state, session = persist.restore(checkpoints, self.tx, self._first_control, step)
+            state, session = persist.restore(checkpoints, self.tx, self._first_control, step, self._ticker.library)
         self._resumed = (state.morph, session)
         return state
 
@@ -295,7 +313,8 @@ class Tolaria:
 
     @contextlib.contextmanager
     def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:
-        sinks: list[Sink] = [log, *self.sinks]
+        spools = None if self.checkpoint_dir is None else self.checkpoint_dir / "spool"
+        sinks: list[Sink] = [log, *behind_slow(self.sinks, spools), self.bus]
         if self.checkpoint_dir is not None:
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             file = JsonlSink(self.checkpoint_dir / "events.jsonl")
@@ -305,6 +324,7 @@ class Tolaria:
             sinks.append(Console(epochs))
         fanout = Fanout(sinks)
         try:
+            fanout.open()
             yield fanout.emit
         finally:
             fanout.close()
@@ -327,6 +347,11 @@ class Tolaria:
 def _positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+
+
+def _run_name(directory: pathlib.Path | None) -> str:
+    """The directory's name in letters that a run's name may have."""
+    return "run" if directory is None else re.sub(r"[^A-Za-z0-9_.-]+", "-", directory.name).strip("-")[:100] or "run"
 
 
 def _plain(params: Any) -> Any:

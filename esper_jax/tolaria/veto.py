@@ -107,7 +107,7 @@ def _veto_germinate(
         planned = _planned(decision, site, place, spec, applied)
         if isinstance(planned, str):
             return planned
-        if decision.blueprint not in place.fitting:
+        if decision.blueprint not in place.fitting and decision.stored is None:  # its program is newer than the report
             fitting = ", ".join(place.fitting) or "none"
             return f"fit: {decision.blueprint!r} cannot germinate at {site.path!r} now; those that can: {fitting}"
         size = _size(planned, site)
