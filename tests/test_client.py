@@ -18,7 +18,7 @@ import pytest
 
 from esper_jax import FixedSchedule, Gates, ReplayController, Spec, TamiyoClient, Tolaria
 from esper_jax.nissa import course, read_events, schema
-from esper_jax.nissa.events import Event
+from esper_jax.nissa.event import Event
 
 from .control_world import SITES, report
 from .services import Service, free_port, misbehaving, read_request, respond

@@ -21,7 +21,7 @@ import pytest
 
 from esper_jax import Decision, Gates, Lifecycle, Stage, Tolaria, Urza, cli, growable, restore_morph, seed_of
 from esper_jax.nissa import Event, read_events
-from esper_jax.nissa.events import DROPPABLE
+from esper_jax.nissa.event import DROPPABLE
 from esper_jax.oona import Reader
 from esper_jax.tamiyo import MockController
 from esper_jax.tasks import get_task

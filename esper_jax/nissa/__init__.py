@@ -8,7 +8,7 @@ from . import events
 from .background import Background
 from .console import Console, table
 from .dashboards import PrometheusSink, TensorBoardSink, WandbSink
-from .events import Event, Kind, course
+from .event import Event, Kind, course
 from .figure import training_figure
 from .metrics import METRICS, samples
 from .schema import schema

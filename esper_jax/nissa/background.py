@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 from ..recovery import Breaker, BreakerState, describe
 from . import events as make
-from .events import DROPPABLE, Event
+from .event import DROPPABLE, Event
 from .sinks import Sink, _Closing
 from .spool import Spool
 

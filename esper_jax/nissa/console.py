@@ -9,7 +9,8 @@ import time as clock
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
-from .events import SERVICES, Event, Kind, points
+from .event import SERVICES, Event, Kind
+from .events import points
 
 WIDTH = 80
 _LOUD = (Kind.ROLLBACK, Kind.COMPILE_FAILED, Kind.FAULT, Kind.WARNING, *SERVICES)

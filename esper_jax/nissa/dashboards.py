@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from .events import DROPPABLE, Event, Kind
+from .event import DROPPABLE, Event, Kind
 from .metrics import METRICS, samples
 from .sinks import _Closing
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import number, shorten
-from .events import Event, Kind
+from .event import Event, Kind
 from .sinks import read_events
 from .timeline import Life, lives
 

@@ -7,7 +7,7 @@ import time as clock
 from typing import IO, Any
 
 from .console import number, shorten
-from .events import Event, Kind
+from .event import Event, Kind
 
 ROWS = 12
 STYLES = {

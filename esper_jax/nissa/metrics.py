@@ -11,7 +11,7 @@ import math
 from typing import Annotated, Any, NamedTuple, NotRequired, get_args, get_origin, get_type_hints
 
 from . import kinds
-from .events import Event, Kind
+from .event import Event, Kind
 from .kinds import Measure
 
 

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from typing import Any, NamedTuple
 
-from .events import Event, Kind
+from .event import Event, Kind
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _TOLD = (

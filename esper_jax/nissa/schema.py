@@ -6,7 +6,7 @@ import types
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from . import kinds
-from .events import SCHEMA, Kind
+from .event import SCHEMA, Kind
 from .kinds import Measure
 from .metrics import METRICS
 

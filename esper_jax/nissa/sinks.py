@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
 from . import events as make
-from .events import ENDINGS, Event, Kind
+from .event import ENDINGS, Event, Kind
 
 _START = b'{"v": '
 

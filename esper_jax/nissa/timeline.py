@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from .events import Event, Kind, stage_name
+from .event import Event, Kind
+from .events import stage_name
 
 ON_TRIAL = ("GERMINATED", "TRAINING", "BLENDING", "HOLDING")
 GONE = ("PRUNED", "EMBARGOED", "RESETTING")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any, Protocol
 
 from .console import fill, number, shorten
-from .events import Event, Kind
+from .event import Event, Kind
 from .live import KIND_STYLES, STYLES, seed_grid, span
 from .picture import Picture, Told
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..nissa.events import Event
+from ..nissa.event import Event
 
 
 class Message(NamedTuple):

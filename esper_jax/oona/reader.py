@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self, TypeVar
 
-from ..nissa.events import Event
+from ..nissa.event import Event
 from ..recovery import Breaker
 from .address import Address, OonaError, package, runs
 from .memory import Message

@@ -13,7 +13,7 @@ import warnings
 from typing import Any, Self
 
 from ..nissa import events as make
-from ..nissa.events import Event
+from ..nissa.event import Event
 from ..nissa.spool import Spool
 from ..recovery import Breaker, BreakerState, describe, retrying
 from .address import RUNS, Address, OonaError, package

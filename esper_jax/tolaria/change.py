@@ -12,7 +12,7 @@ import jax
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from ..nissa import events
-from ..nissa.events import Event
+from ..nissa.event import Event
 from ..protocol import Controller
 from . import swap
 from .optim import Growable

@@ -18,7 +18,7 @@ from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from ..kasmina.stored import Stored
 from ..nissa import events
-from ..nissa.events import Event
+from ..nissa.event import Event
 from ..protocol import Controller, Decision, Report
 from . import snapshot as _snapshot
 from . import swap as _swap

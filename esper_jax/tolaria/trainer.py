@@ -20,7 +20,7 @@ from ..kasmina.spec import Spec
 from ..nissa import events
 from ..nissa.background import behind_slow
 from ..nissa.console import Console
-from ..nissa.events import Event
+from ..nissa.event import Event
 from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
 from ..oona import Address, MemoryBus, RedisBus
 from ..protocol import Controller, Library

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria
-from esper_jax.nissa.events import Event
+from esper_jax.nissa.event import Event
 
 EPOCHS = 16
 LOSS = optax.softmax_cross_entropy_with_integer_labels
