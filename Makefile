@@ -21,7 +21,7 @@ demo: $(VENV)/.demo ## grow a network on handwritten digits (under 3 minutes aft
 	@$(BIN)/esper-jax train --task digits
 
 test: $(VENV)/.dev ## run all tests (make test ARGS="-k tasks -n 0")
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev ## check style and types
 	@$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
 from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
 from .tolaria import History, Tolaria, TrainState, growable
+from .tolaria.swap import check_swap
 
 CONFIG = "config.json"
 LEAST_REST = 10
@@ -54,6 +55,10 @@ class Train:
     """Epochs from a question to the use of its answer; where epochs are short, a service may need several."""
     growth: Literal["lean", "planted"] = "lean"
     """lean: an empty slot costs nothing and a germination compiles a new program; planted: nothing recompiles."""
+    swap: str = "epoch"
+    """When a grown program, compiled in the background, takes over: epoch, a number of steps, asap, or now."""
+    compile_cache: pathlib.Path | None = None
+    """Keep compiled programs in this directory, so that a later run finds them there."""
     blueprints: tuple[str, ...] = ()
     """Which seeds may grow; by default those that suit the task."""
     where: str | None = None
@@ -97,10 +102,19 @@ class Train:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        swap_of(self.swap)
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
         for name in self.blueprints:
             get_blueprint(name)
+
+
+def swap_of(text: str) -> str | int:
+    """The boundary that `--swap` names; ValueError for another."""
+    try:
+        return check_swap(int(text) if text.lstrip("-").isdigit() else text)
+    except ValueError as error:
+        raise ValueError(f"--swap: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +238,8 @@ def _trainer(
         slots=slots,
         planted=planted,
         checkpoint_every=5,
+        swap=swap_of(options.swap),
+        compile_cache=options.compile_cache,
         lifecycle=Lifecycle(
             Gates(strict=options.strict, min_training_ticks=options.training_ticks), tempo=options.tempo
         ),
@@ -313,6 +329,7 @@ def _write_config(options: Train, run_dir: pathlib.Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         data = {**dataclasses.asdict(options), "run_dir": str(run_dir)}
+        data["compile_cache"] = None if options.compile_cache is None else str(options.compile_cache)
         data["oona"] = None if options.oona is None else Address.of(options.oona).bare
         del data["resume"]
         (run_dir / CONFIG).write_text(json.dumps(data, indent=1) + "\n")

@@ -29,6 +29,7 @@ SMALL += ["--quiet", "--blueprints", "mlp", "lora", "--where", "Dense", "--batch
         (["train", "--learning-rate", "-1"], "--learning-rate must be above 0"),
         (["train", "--where", "["], "is no regular expression"),
         (["train", "--where", "nowhere"], "found no site that where='nowhere' admits; the host has: Conv_0"),
+        (["train", "--swap", "0"], "--swap: swap must be 'epoch', a number of steps"),
         (["train", "--controller", "x"], "invalid choice 'x'"),
         (["train", "--service", "localhost:8700"], "a service is http://host:port or https://host:port, got"),
         (["train", "--bogus", "1"], "Unrecognized options: --bogus"),
