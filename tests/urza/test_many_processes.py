@@ -34,10 +34,14 @@ def test_put_read_remove_and_sweep_at_once(tmp_path: pathlib.Path) -> None:
     root = tmp_path / "seeds"
     others = [start("read", str(root)), start("sweep", str(root))]
     writers = [start("put", str(root), "1"), start("put", str(root), "2")]
-    for writer in writers:
-        told(writer)
-    (tmp_path / "seeds.stop").touch()
-    read, swept = map(told, others)
+    try:
+        for writer in writers:
+            told(writer)
+        (tmp_path / "seeds.stop").touch()
+        read, swept = map(told, others)
+    finally:
+        for process in (*writers, *others):
+            process.kill()
     assert read["found"] > 0 and swept["removed"] > 0 and swept["freed"] > 0
     urza = Urza(root)
     numbers = {entry.config["number"]: entry.id for entry in urza.find()}
