@@ -157,6 +157,7 @@ class _Queued:
         future: Future[Built] = Future()
         if self._closed:
             future.cancel()
+            future.set_running_or_notify_cancel()
             return future
         self._jobs.put((job, future))
         if self._thread is None:
@@ -175,6 +176,7 @@ class _Queued:
                 waiting = self._jobs.get_nowait()
                 if waiting is not None:
                     waiting[1].cancel()
+                    waiting[1].set_running_or_notify_cancel()
         self._jobs.put(None)
 
     def _serve(self) -> None:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import jax
@@ -55,10 +55,8 @@ class Program:
         shape = _signature(rest[self.extras :])
         key = (_spec(first), shape)
         future = self.ahead.get(key)
-        if future is not None:
-            wait([future])
-            if not failed(future):
-                return future.result().call(first, *rest)
+        if future is not None and (built := built_or_none(future)) is not None:
+            return built.call(first, *rest)
         if key not in self.ran:
             self.ran.add(key)
             self.shapes.setdefault(shape, _abstract(rest[self.extras :]))
@@ -178,6 +176,14 @@ class Programs:
     def __repr__(self) -> str:
         names = ", ".join(f"{p.name}: {len(p.ran)} run, {len(p.ahead)} ahead" for p in self.programs)
         return f"Programs({names}; {self.compiler!r})"
+
+
+def built_or_none(future: Future[Built]) -> Built | None:
+    """The program once it is there; None where none comes, so that what needs it compiles on its own."""
+    try:
+        return future.result()
+    except (BuildError, WorkerError, CancelledError):
+        return None
 
 
 def failed(future: Future[Built]) -> bool:

@@ -280,6 +280,15 @@ def test_closing_ends_the_process_and_cancels_what_waits() -> None:
         compiler.submit(Job("double", double, (), (), Spec(()))).result(timeout=5)
 
 
+def test_a_second_fit_goes_on_where_the_first_ended_before_its_programs_were_built(now) -> None:
+    """What the first call's compiler left unbuilt is compiled when it is needed."""
+    made = growing.trainer(None, controller=FixedSchedule(LORA, gates=GATES), lifecycle=Lifecycle(GATES))
+    state, _ = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
+    assert made._step.ahead and int(state.morph.state["Dense_1"].stage[0]) == Stage.GERMINATED
+    state, _ = made.fit(state, growing.TRAIN, growing.VALIDATION, epochs=5)
+    assert int(state.step) == 40 and state.morph.spec.plants
+
+
 def test_an_error_of_the_program_is_a_build_error_that_names_it() -> None:
     job = Job("broken", picky_apply, (), ({}, jax.ShapeDtypeStruct((32, 2), jnp.float32)), Spec(()))
     with pytest.raises(BuildError, match="broken: RuntimeError: no batches of 32"):
