@@ -116,6 +116,8 @@ def test_each_kind_has_a_constructor_whose_data_hold_its_fields():
         events.contribution(1, 2, **where, value=1.5),
         events.interaction(1, 2, (SITE, 0), (SITE, 1), -0.25),
         events.fault(1, 2, **where, faults=2),
+        events.swap(1, 2, grown=[(SITE, 1)], left=[], waited_seconds=0.5, compile_seconds=2.5),
+        events.compile_failed(1, 2, seeds=[(SITE, 1)], reason="RuntimeError: no"),
         events.health(HealthSignal(SITE, None, 1, 2, 0.25, {"activity": 0.25, "flow": 1.0})),
         events.rollback(1, 2, reason="the loss is NaN", to_step=1),
         events.snapshot(1, 2, reason="5 epochs"),
