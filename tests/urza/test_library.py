@@ -24,12 +24,9 @@ from hypothesis import HealthCheck, given, settings
 import esper_jax
 from esper_jax import Stage, Urza, UrzaError, seed_of
 from esper_jax.kasmina.blend import BLENDS
-from esper_jax.kasmina.blueprints import registered
 from esper_jax.urza import UnknownSeed
 
-from .world import SITES, by_hand, holding, host_params, same_bits, stored
-
-FITTING = [(b.name, kind) for b in registered() for kind, site in SITES.items() if b.fits(site)]
+from .world import FITTING, SITES, by_hand, holding, host_params, same_bits, stored
 
 
 @pytest.fixture(params=["directory", "memory"])

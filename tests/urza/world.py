@@ -11,7 +11,7 @@ import numpy as np
 
 import esper_jax
 from esper_jax import Morph, Site, Stage
-from esper_jax.kasmina.blueprints import get_blueprint, make_plant, seed_shapes
+from esper_jax.kasmina.blueprints import get_blueprint, make_plant, registered, seed_shapes
 from esper_jax.urza import StoredSeed
 
 SITES = {
@@ -70,3 +70,9 @@ def holding(blueprint: str = "lora", stage: Stage = Stage.HOLDING, contribution:
         stage=one(life.stage, int(stage)), alpha=one(life.alpha, 1.0), contribution=one(life.contribution, contribution)
     )
     return morph.replace(seeds=seeds, state={"Dense_0": life})
+
+
+OWN = tuple(b for b in registered() if b.init.__module__.startswith("esper_jax."))
+"""The library's own blueprints, whatever other tests have registered."""
+
+FITTING = [(b.name, kind) for b in OWN for kind, site in SITES.items() if b.fits(site)]
