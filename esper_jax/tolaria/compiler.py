@@ -29,8 +29,10 @@ from ..kasmina.blueprints import Blueprint
 from ..kasmina.spec import Spec
 from . import frames
 
-# Idle priority before anything is imported: the process runs on what the training leaves of the cores.
-_IDLE = """import os
+# Before anything is imported: idle priority, so that the process runs on what the training leaves of the cores, and
+# deafness to Ctrl-C, which is for the training process to answer.
+_IDLE = """import os, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 if hasattr(os, "SCHED_IDLE"):
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 else:

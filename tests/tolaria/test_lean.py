@@ -270,6 +270,20 @@ def test_a_process_that_dies_is_replaced_by_a_thread_and_what_it_said_last_is_to
     compiler.close()
 
 
+def test_ctrl_c_does_not_reach_the_process() -> None:
+    """It goes to all processes of the terminal; what is being built goes on, and the training process decides."""
+    compiler = ProcessCompiler()
+    compiler.start()
+    morph = esper_jax.morph({"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}})
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), morph)
+    job = Job("double", double, (), (abstract, jax.ShapeDtypeStruct((3,), jnp.float32)), morph.spec)
+    assert compiler.submit(job).result(timeout=60).where == "process"
+    assert compiler._process is not None
+    compiler._process.send_signal(signal.SIGINT)
+    assert compiler.submit(job).result(timeout=60).where == "process" and not compiler.notice
+    compiler.close()
+
+
 def test_closing_ends_the_process_and_cancels_what_waits() -> None:
     compiler = ProcessCompiler()
     compiler.start()
