@@ -27,7 +27,7 @@ def digits() -> Task:
         validation=(validation_x, validation_y),
         test=(test_x, test_y),
         classes=10,
-        batch_size=32,
+        batch_size=64,
         learning_rate=3e-3,
         epochs=90,
         blueprints=("conv_light", "mlp", "bottleneck", "depthwise", "se"),
