@@ -20,9 +20,14 @@ import optax
 from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
 
 from esper_jax import Tolaria
+from esper_jax.tolaria import snapshot
+from esper_jax.tolaria.change import Changes
+from esper_jax.tolaria.compiler import ThreadCompiler
 from esper_jax.tolaria.data import Batches, shuffled
 from esper_jax.tolaria.feed import Feed
+from esper_jax.tolaria.programs import Programs
 from esper_jax.tolaria.run import Run
+from esper_jax.tolaria.session import Session
 
 HAND = ("hand scan", "hand loop", "hand unrolled")
 WRITTEN_OUT = 4
@@ -89,8 +94,11 @@ class Ours:
             progress=False,
         )
         state = trainer.init(work.morph(), key=jax.random.key(0))
+        session, quiet = Session(snapshot.take(state)), lambda event: None
+        store = Programs((trainer._step,), ThreadCompiler())
+        changes = Changes(store, trainer.tx, None, "epoch", 0, session, quiet)
         options: dict[str, Any] = {"tick_every": None, "checkpoint_every": 1, "patience": None}
-        self.run = Run(trainer._step, None, state, None, None, None, **options)  # type: ignore[arg-type]
+        self.run = Run(trainer._step, trainer._ticker, changes, state, session, quiet, None, **options)
         batches = Batches(jax.tree.map(np.asarray, data), work.batch, jax.random.key(0))
         self.feed = Feed(batches, trainer._calls, trainer._dispatch, trainer._resident_bytes)
         self.stop = threading.Event()

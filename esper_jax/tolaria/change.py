@@ -48,12 +48,14 @@ class Changes:
         self.programs, self.tx, self.controller, self.session, self.sink = programs, tx, controller, session, sink
         self.when, self.prefetch = when, prefetch
         self.held: Held | None = None
+        self.asked = False
 
     def enter(self, state: TrainState) -> TrainState:
         """The view of a whole state that its program knows; the programs of the next structure are asked for."""
         morph = state.morph.replace(spec=self.programs.same(state.morph.spec))
         view, self.held = swap.park(state.replace(morph=morph), self.session.waiting)
         view = view.replace(morph=view.morph.replace(spec=self.programs.same(view.morph.spec)))
+        self.asked = False
         self.ask(view)
         return view
 
@@ -65,6 +67,7 @@ class Changes:
         """See to it that the programs of the next structure are being built, as far as their shapes are known."""
         if self.session.waiting is not None:
             self.programs.request(swap.lean(self.whole(view), self.tx))
+            self.asked = self.programs.known()
 
     def guess(self, view: TrainState, candidates: tuple[Plant, ...]) -> None:
         """Have the programs built that would be needed if one of these seeds were grown next."""
@@ -83,8 +86,9 @@ class Changes:
         waiting = self.session.waiting
         if waiting is None:
             return False
-        if self.when == "asap":
+        if not self.asked:  # a resumed run: the shapes of its batches are known from its first step on
             self.ask(view)
+        if self.when == "asap":
             return self.programs.ready(swap.target_spec(self.whole(view).morph))
         return at_tick if waiting.at is None else step >= waiting.at
 

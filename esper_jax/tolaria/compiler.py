@@ -180,6 +180,8 @@ class _Queued:
                     waiting[1].cancel()
                     waiting[1].set_running_or_notify_cancel()
         self._jobs.put(None)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()  # a compilation under way at the interpreter's exit would abort it
 
     def _serve(self) -> None:
         while (taken := self._jobs.get()) is not None:
@@ -215,16 +217,23 @@ class ProcessCompiler(_Queued):
     def __init__(self) -> None:
         super().__init__()
         self.notice = ""
+        self._broken = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: Any = None
         self._sent: dict[int, Callable[..., Any]] = {}
 
     def start(self) -> None:
         """Start the process now, so that its imports are done when the first job comes."""
-        if self._process is not None:
+        if self._process is not None or self._broken or self._closed:
             return
+        try:
+            self._start()
+        except Exception as error:  # no executable, no working directory, no memory: a thread does it then
+            self._broken = f"it cannot be started: {type(error).__name__}: {error}"
+
+    def _start(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close())
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(path) or os.getcwd() for path in sys.path)}
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"{_IDLE}\nfrom esper_jax.tolaria.worker import main; main()"],
             stdin=subprocess.PIPE,
@@ -241,11 +250,13 @@ class ProcessCompiler(_Queued):
 
     def close(self) -> None:
         """See `Compiler`."""
-        super().close()
+        self._closed = True
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
+        super().close()
+        if process is not None:
             for stream in (process.stdin, process.stdout, self._errors):
                 if stream is not None:
                     with contextlib.suppress(OSError):
@@ -254,6 +265,8 @@ class ProcessCompiler(_Queued):
     def _build(self, job: Job) -> Built:
         try:
             return self._remote(job)
+        except BuildError:  # the process sees modules as they are on disk: only what fails here too is at fault
+            return build_here(job)
         except WorkerError as error:
             if self._closed:
                 raise
@@ -266,7 +279,7 @@ class ProcessCompiler(_Queued):
         self.start()
         process = self._process
         if process is None:
-            raise WorkerError("the compiling process was closed")
+            raise WorkerError(f"there is no compiling process: {self._broken or 'it was closed'}")
         known = self._sent.get(id(job.function)) is job.function
         try:
             function = None if known else cloudpickle.dumps(job.function)

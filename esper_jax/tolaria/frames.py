@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from ..kasmina.spec import Spec
 
 _LENGTH = struct.Struct("<Q")
+_MOST = 1 << 34
 
 
 def write(stream: BinaryIO | Any, data: bytes) -> None:
@@ -26,6 +27,8 @@ def read(stream: BinaryIO | Any) -> bytes:
       EOFError: the other side has ended.
     """
     (size,) = _LENGTH.unpack(_exactly(stream, _LENGTH.size))
+    if size > _MOST:
+        raise EOFError("what came is no frame (something else was written to the stream)")
     return _exactly(stream, size)
 
 

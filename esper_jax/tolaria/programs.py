@@ -56,7 +56,10 @@ class Program:
         key = (_spec(first), shape)
         future = self.ahead.get(key)
         if future is not None and (built := built_or_none(future)) is not None:
-            return built.call(first, *rest)
+            try:
+                return built.call(first, *rest)
+            except (TypeError, ValueError):  # checked before it runs: other dtypes, devices or shardings than foreseen
+                del self.ahead[key]
         if key not in self.ran:
             self.ran.add(key)
             self.shapes.setdefault(shape, _abstract(rest[self.extras :]))
@@ -96,6 +99,10 @@ class Programs:
     def same(self, spec: Spec) -> Spec:
         """The one object that stands for this structure, so that a call need not compare its fields."""
         return self._specs.setdefault(spec, spec)
+
+    def known(self) -> bool:
+        """Whether the shapes of training batches are known, so that something can be asked for."""
+        return any(program.shapes for program in self.programs if program.name == "train")
 
     def request(self, state: TrainState) -> int:
         """Ask for what this structure lacks of programs; how many are being built now.

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from ..kasmina import operate
 from ..kasmina.morph import Morph, with_spec
 from ..kasmina.spec import Plant, Spec
+from ..kasmina.state import SeedState
 from .optim import Growable, GrowState
 from .state import TrainState
 
@@ -86,11 +89,16 @@ def park(state: TrainState, waiting: Waiting | None) -> tuple[TrainState, Held |
         {place: optimizer.seeds[place[0]][keys[place]] for place in waiting.parked},
     )
     view = with_spec(morph, spec)
+    life = dict(view.state)
+    for site, slot in waiting.parked:  # where others live too, the parked seed's slot sleeps: no tick moves it
+        if site in life:
+            life[site] = _set_slot(life[site], slot, SeedState.empty(spec.slots))
+    view = view.replace(state=life)
     return state.replace(morph=view, opt_state=_only(optimizer, view)), held
 
 
 def unpark(view: TrainState, held: Held | None) -> TrainState:
-    """The whole state again. Where a parked seed shares its site with others, their state is the view's."""
+    """The whole state again: the view's, with the parked seeds as they were."""
     if held is None:
         return view
     seeds = {site: dict(slots) for site, slots in view.morph.seeds.items()}
@@ -99,6 +107,7 @@ def unpark(view: TrainState, held: Held | None) -> TrainState:
     for plant in held.spec.plants:
         place = (plant.site, plant.slot)
         if place in held.seeds:
+            life[plant.site] = _set_slot(life[plant.site], plant.slot, held.life[plant.site])
             seeds.setdefault(plant.site, {})[plant.key] = held.seeds[place]
             optimizer.setdefault(plant.site, {})[plant.key] = held.optimizer[place]
     order = held.spec.planted_at
@@ -134,6 +143,11 @@ def grown(state: TrainState, plant: Plant, tx: Growable) -> TrainState:
 def abandon(state: TrainState, waiting: Waiting) -> TrainState:
     """The state without the parked seeds: their program could not be built."""
     return park(state, waiting)[0]
+
+
+def _set_slot(state: SeedState, slot: int, other: SeedState) -> SeedState:
+    """`state` with one slot as in `other`."""
+    return jax.tree.map(lambda mine, theirs: mine.at[slot].set(theirs[slot]), state, other)
 
 
 def _only(optimizer: GrowState, morph: Morph) -> GrowState:

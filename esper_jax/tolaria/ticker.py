@@ -126,8 +126,11 @@ class Ticker:
         """Events for what was measured, and for the seeds that moved by themselves."""
         moved, life = jax.device_get((dict(ticked), state.morph.state))
         last = {(row["site"], row["slot"]): row for row in session.records[-1]["seeds"]} if session.records else {}
+        parked = () if session.waiting is None else session.waiting.parked
         for plant in state.morph.spec.plants:
             site, slot = plant.site, plant.slot
+            if (site, slot) in parked:  # its program is not there yet: nothing happens to it
+                continue
             at: dict[str, Any] = {"site": site, "slot": slot, "blueprint": plant.blueprint}
             if (site, slot) in measured.single:
                 sink(events.contribution(*self._now, **at, value=measured.single[site, slot]))
@@ -135,8 +138,6 @@ class Ticker:
             row = last.get((site, slot))
             if row is not None and faults > row["faults"]:
                 sink(events.fault(*self._now, **at, faults=faults))
-            if site not in moved:  # parked: its program is not there yet
-                continue
             before, after = (Stage(int(stages[slot])) for stages in (moved[site].before, moved[site].after))
             if row is not None and row["stage"] != before.name:  # pruned since the last tick
                 sink(_stage(self._now, plant, row["stage"], before, self._dropped or _moved_because(before, faults)))

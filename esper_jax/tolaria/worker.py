@@ -67,6 +67,8 @@ def _configure(values: dict[str, Any]) -> None:
         if jax.config.values.get(name) != value:
             with contextlib.suppress(AttributeError, ValueError, RuntimeError):
                 jax.config.update(name, value)
+    # An executable that came from the persistent cache cannot be handed over: it lacks its functions when it runs.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _end_with(parent: int) -> None:
