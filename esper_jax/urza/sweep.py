@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import TYPE_CHECKING
 
 from .errors import DamagedSeed, UrzaError
@@ -12,6 +13,12 @@ from .store import TEMPORARY
 
 if TYPE_CHECKING:
     from .library import Urza
+
+
+_OURS = re.compile(
+    r"files/[0-9a-f]{64}\.safetensors|notes/[0-9a-f]{64}/[0-9a-f]{64}\.json|" + TEMPORARY + r"/[0-9a-f]{32}"
+)
+"""Names that a library gives to its files. Nothing else is ever swept, whatever directory was named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +71,7 @@ def sweep(urza: Urza, *, keep: int | None, damaged: bool, grace: float, dry_run:
     spare = [name for name in store.names("files") if name not in used] if not unread else []
     spare += [name for name in store.names("notes") if name.split("/")[1] not in held and name not in files]
     spare += store.names(TEMPORARY)
+    spare = [name for name in spare if _OURS.fullmatch(name)]
     young = 0
     for name in spare:
         if grace > 0 and store.age(name) < grace:
@@ -95,7 +103,7 @@ def _torn(urza: Urza, entries: list[Entry]) -> dict[str, UrzaError]:
 def _bad_notes(urza: Urza) -> list[str]:
     """The notes that are not what was written."""
     bad = []
-    for name in urza.store.names("notes"):
+    for name in filter(_OURS.fullmatch, urza.store.names("notes")):
         try:
             Note.read(urza.store.read(name), name.split("/")[-1].removesuffix(".json"), name)
         except FileNotFoundError:

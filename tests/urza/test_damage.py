@@ -197,3 +197,15 @@ def test_gc_sweeps_damaged_seeds_only_when_told_and_frees_nothing_while_one_is_k
     assert set(would.seeds) == set(swept.seeds) == {torn_record, torn_arrays} and swept.unread == {}
     assert sorted(urza.ids()) == sorted([torn_note, whole]) and len(urza.store.names("files")) == 2
     assert urza.get(torn_note).config == {"number": 2}
+
+
+def test_sweeping_a_directory_that_is_no_library_takes_nothing_away(tmp_path) -> None:
+    """Whoever names the wrong directory keeps their own files, old as they may be, whatever the folders are called."""
+    strangers = [tmp_path / name for name in ("notes/thesis.txt", "notes/a/b.json", "files/me.jpg", "tmp/work.csv")]
+    for path in strangers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    for damaged in (False, True):
+        swept = Urza(tmp_path).gc(grace=0, damaged=damaged)
+        assert swept.seeds == () and swept.files == ()
+    assert all(path.read_text() == "mine" for path in strangers)

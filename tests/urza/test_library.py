@@ -231,7 +231,7 @@ def test_cached_parameters_cannot_be_written_to(tmp_path: pathlib.Path) -> None:
 def test_gc_frees_removed_seeds_and_leavings_but_nothing_young_or_in_use(urza: Urza) -> None:
     ids = [urza.put(by_hand(i), contribution=float(i), measure=False) for i in range(4)]
     shared = urza.put(by_hand(3, blend="lerp"), measure=False)  # the same arrays: one file
-    urza.store.write("tmp/of-a-killed-writer", b"half")
+    urza.store.write(f"tmp/{uuid.uuid4().hex}", b"half")  # as a killed writer leaves it
     urza.remove(ids[0])
     assert urza.gc().files == () and urza.gc().young == 2
     would = urza.gc(keep=2, grace=0, dry_run=True)
