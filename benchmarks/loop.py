@@ -96,7 +96,7 @@ class Ours:
         state = trainer.init(work.morph(), key=jax.random.key(0))
         session, quiet = Session(snapshot.take(state)), lambda event: None
         store = Programs((trainer._step,), ThreadCompiler())
-        changes = Changes(store, trainer.tx, None, "epoch", 0, session, quiet)
+        changes = Changes(store, trainer.tx, "epoch", 0, session, quiet)
         options: dict[str, Any] = {"tick_every": None, "checkpoint_every": 1, "patience": None}
         self.run = Run(trainer._step, trainer._ticker, changes, state, session, quiet, None, **options)
         batches = Batches(jax.tree.map(np.asarray, data), work.batch, jax.random.key(0))

@@ -74,6 +74,16 @@ def resized(state: SeedState, slots: int) -> SeedState:
     return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), state, SeedState.empty(missing))
 
 
+def slot_of(state: SeedState, slot: int) -> SeedState:
+    """One slot's values, every field a scalar."""
+    return jax.tree.map(lambda field: field[slot], state)
+
+
+def with_slot(state: SeedState, slot: int, one: SeedState) -> SeedState:
+    """`state` with one slot's values as `slot_of` gives them."""
+    return jax.tree.map(lambda field, value: field.at[slot].set(value), state, one)
+
+
 def is_in(stage: Int[Array, "..."], *stages: Stage) -> Bool[Array, "..."]:
     """Where `stage` is one of `stages`."""
     return jnp.isin(stage, jnp.asarray(stages, jnp.int32))

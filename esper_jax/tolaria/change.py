@@ -13,7 +13,6 @@ from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from ..nissa import events
 from ..nissa.event import Event
-from ..protocol import Controller
 from . import swap
 from .optim import Growable
 from .programs import Programs
@@ -29,7 +28,7 @@ class Changes:
 
     Args:
       programs: where the programs of the next structure come from.
-      tx, controller: the optimizer, and who may say what is likely to grow next.
+      tx: the optimizer, whose state grows with the morph.
       when: the boundary, as for `Tolaria(swap=...)`.
       prefetch: how many of the controller's candidates are compiled ahead.
       session, sink: the run's memory, whose `waiting` is the change under way, and the receiver of events.
@@ -39,13 +38,12 @@ class Changes:
         self,
         programs: Programs,
         tx: Growable,
-        controller: Controller | None,
         when: Swap,
         prefetch: int,
         session: Session,
         sink: Sink,
     ) -> None:
-        self.programs, self.tx, self.controller, self.session, self.sink = programs, tx, controller, session, sink
+        self.programs, self.tx, self.session, self.sink = programs, tx, session, sink
         self.when, self.prefetch = when, prefetch
         self.held: Held | None = None
         self.asked = False

@@ -285,13 +285,12 @@ class ProcessCompiler(_Queued):
             function = None if known else cloudpickle.dumps(job.function)
             text = cloudpickle.dumps(
                 {
-                    "name": job.name,
                     "key": id(job.function),
                     "function": function,
                     "donate": job.donate,
                     "spec": job.spec,
                     "args": job.args,
-                    "blueprints": cloudpickle.dumps(job.blueprints),
+                    "blueprints": job.blueprints,
                 }
             )
         except Exception as error:  # pickling runs the user's objects: anything may come

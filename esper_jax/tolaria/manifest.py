@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
 import os
@@ -20,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from .. import _versions
 
 FORMAT = 1  # raised when an older reader could no longer read what is written
 MANIFEST = "manifest.json"
@@ -245,13 +246,7 @@ def one_line(error: BaseException) -> str:
 
 def versions() -> dict[str, str]:
     """The versions a manifest names: those of this library, jax and orbax."""
-    found = {}
-    for name in ("esper_jax", "jax", "orbax-checkpoint"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return _versions.versions("esper_jax", "jax", "orbax-checkpoint")
 
 
 def sizes(directory: pathlib.Path) -> dict[str, int]:

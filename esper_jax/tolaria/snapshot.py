@@ -12,7 +12,7 @@ import numpy as np
 from ..kasmina.morph import Morph
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
-from ..kasmina.state import SeedState
+from ..kasmina.state import SeedState, slot_of, with_slot
 from .state import Meters, TrainState
 
 Snapshot = dict[str, Any]
@@ -25,7 +25,7 @@ def take(state: TrainState) -> Snapshot:
         fossils.setdefault(plant.site, {})[plant.key] = {
             "seed": state.morph.seeds[plant.site][plant.key],
             "optimizer": state.opt_state.seeds[plant.site][plant.key],
-            "life": _slot_of(state.morph.state[plant.site], plant.slot),
+            "life": slot_of(state.morph.state[plant.site], plant.slot),
         }
     tree = {"step": state.step, "host": state.morph.host, "optimizer": state.opt_state.host, "fossils": fossils}
     return jax.tree.map(np.array, tree)
@@ -51,14 +51,14 @@ def roll_back(state: TrainState, snapshot: Snapshot) -> tuple[TrainState, tuple[
         if fossil is not None:
             seeds[plant.site][plant.key] = fossil["seed"]
             opt_seeds[plant.site][plant.key] = fossil["optimizer"]
-            life[plant.site] = _with_slot(life[plant.site], plant.slot, fossil["life"])
+            life[plant.site] = with_slot(life[plant.site], plant.slot, fossil["life"])
             continue
         stage = stages[plant.site][plant.slot]
         seeds[plant.site][plant.key] = jax.tree.map(jnp.zeros_like, seeds[plant.site][plant.key])
         if Stage.GERMINATED <= stage <= Stage.FOSSILIZED:
             pruned.append(plant)
             gone = _pruned(life[plant.site], plant.slot)
-            life[plant.site] = _with_slot(life[plant.site], plant.slot, gone)
+            life[plant.site] = with_slot(life[plant.site], plant.slot, gone)
     restored = state.replace(
         morph=morph.replace(host=saved["host"], seeds=seeds, state=life),
         opt_state=optimizer.replace(host=saved["optimizer"], seeds=opt_seeds),
@@ -80,7 +80,7 @@ def template(state: TrainState, fossils: Mapping[str, list[str]]) -> Snapshot:
             key: {
                 "seed": state.morph.seeds[path][key],
                 "optimizer": state.opt_state.seeds[path][key],
-                "life": _slot_of(state.morph.state[path], 0),
+                "life": slot_of(state.morph.state[path], 0),
             }
             for key in keys
         }
@@ -95,15 +95,7 @@ def fossil_names(snapshot: Snapshot) -> dict[str, list[str]]:
     return {path: sorted(slots) for path, slots in snapshot["fossils"].items()}
 
 
-def _slot_of(state: SeedState, slot: int) -> SeedState:
-    return jax.tree.map(lambda field: field[slot], state)
-
-
-def _with_slot(state: SeedState, slot: int, one: SeedState) -> SeedState:
-    return jax.tree.map(lambda field, value: field.at[slot].set(value), state, one)
-
-
 def _pruned(state: SeedState, slot: int) -> SeedState:
     """A slot PRUNED with nothing of its seed left but the count of generations."""
-    blank = _slot_of(SeedState.empty(1), 0)
+    blank = slot_of(SeedState.empty(1), 0)
     return blank.replace(stage=jnp.int32(Stage.PRUNED), generation=state.generation[slot])

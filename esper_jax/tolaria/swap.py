@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
 from ..kasmina import operate
 from ..kasmina.morph import Morph, with_spec
 from ..kasmina.spec import Plant, Spec
-from ..kasmina.state import SeedState
+from ..kasmina.state import SeedState, slot_of, with_slot
 from .optim import Growable, GrowState
 from .state import TrainState
 
@@ -92,7 +90,7 @@ def park(state: TrainState, waiting: Waiting | None) -> tuple[TrainState, Held |
     life = dict(view.state)
     for site, slot in waiting.parked:  # where others live too, the parked seed's slot sleeps: no tick moves it
         if site in life:
-            life[site] = _set_slot(life[site], slot, SeedState.empty(spec.slots))
+            life[site] = with_slot(life[site], slot, slot_of(SeedState.empty(1), 0))
     view = view.replace(state=life)
     return state.replace(morph=view, opt_state=_only(optimizer, view)), held
 
@@ -107,7 +105,8 @@ def unpark(view: TrainState, held: Held | None) -> TrainState:
     for plant in held.spec.plants:
         place = (plant.site, plant.slot)
         if place in held.seeds:
-            life[plant.site] = _set_slot(life[plant.site], plant.slot, held.life[plant.site])
+            as_it_was = slot_of(held.life[plant.site], plant.slot)
+            life[plant.site] = with_slot(life[plant.site], plant.slot, as_it_was)
             seeds.setdefault(plant.site, {})[plant.key] = held.seeds[place]
             optimizer.setdefault(plant.site, {})[plant.key] = held.optimizer[place]
     order = held.spec.planted_at
@@ -143,11 +142,6 @@ def grown(state: TrainState, plant: Plant, tx: Growable) -> TrainState:
 def abandon(state: TrainState, waiting: Waiting) -> TrainState:
     """The state without the parked seeds: their program could not be built."""
     return park(state, waiting)[0]
-
-
-def _set_slot(state: SeedState, slot: int, other: SeedState) -> SeedState:
-    """`state` with one slot as in `other`."""
-    return jax.tree.map(lambda mine, theirs: mine.at[slot].set(theirs[slot]), state, other)
 
 
 def _only(optimizer: GrowState, morph: Morph) -> GrowState:

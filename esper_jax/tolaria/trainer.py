@@ -227,7 +227,7 @@ class Tolaria:
         ):
             programs = (self._step, self._evaluator.plain, self._ticker.move, self._evaluator.rows)
             store = Programs(programs, compiler, self._prefetch_bytes)
-            changes = Changes(store, self.tx, self.controller, self._ticker.swap, self._prefetch, session, sink)
+            changes = Changes(store, self.tx, self._ticker.swap, self._prefetch, session, sink)
             run = Run(
                 self._step,
                 self._ticker,

@@ -37,7 +37,7 @@ def answer(job: bytes, functions: dict[int, Any]) -> dict[str, Any]:
 
     try:
         asked = cloudpickle.loads(job)
-        adopt(cloudpickle.loads(asked["blueprints"]))
+        adopt(asked["blueprints"])
         if asked["function"] is not None:
             functions[asked["key"]] = cloudpickle.loads(asked["function"])
         jitted = jax.jit(functions[asked["key"]], donate_argnums=asked["donate"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import _versions
 from ..kasmina.blueprints import registered
 from ..kasmina.spec import Site, freeze_config
 from ..kasmina.stored import misfit
@@ -70,10 +70,4 @@ def measured(name: str, value: Any) -> float | None:
 
 def versions() -> dict[str, str]:
     """The versions that a note names."""
-    found = {}
-    for name in ("esper_jax", "jax", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return _versions.versions("esper_jax", "jax", "safetensors")
