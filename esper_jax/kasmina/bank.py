@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from . import state as _state
 from ._pytree import Struct, pytree, static
-from .blend import join, open_input
+from .blend import LEASHED, blended, join, no_gradient, open_input, parted, sum_of_squares
 from .blueprints import get_blueprint, seed_apply
 from .probe import tap
 from .spec import Plant, Site
@@ -61,18 +62,101 @@ def _slot(bank: Bank, plant: Plant, u: Array, h: Array) -> Array:
     pulse = jnp.zeros(()) if bank.tap is None else bank.tap.faults[plant.slot]
     computes, enters = _state.computes(stage), _state.blends(stage)
     variables = bank.seeds[plant.key]
-    reads = get_blueprint(plant.blueprint).reads
+    source = u if get_blueprint(plant.blueprint).reads == "input" else None
+    if plant.resident:
+        return _resident((plant, bank.site), variables, source, h, alpha, enters, computes, pulse)
+    seed_input = open_input(h if source is None else source, enters & (alpha > 0))
+    f, gate = _seed(plant, bank.site, variables, seed_input, h)
+    return join(plant.blend, h, f, gate, alpha, enters, computes, pulse)
 
-    def run(variables: Any, u: Array, h: Array, alpha: Array, pulse: Array) -> Array:
-        seed_input = open_input(u if reads == "input" else h, enters & (alpha > 0))
-        f, gate = seed_apply(plant, bank.site, variables, seed_input)
-        if f.shape != h.shape:
-            raise ValueError(
-                f"site {plant.site!r}: blueprint {plant.blueprint!r} gives shape {f.shape}, the layer's output is "
-                f"{h.shape}. Give morph() model= and example= so that the layer is traced, or choose another blueprint"
-            )
-        return join(plant.blend, h, f.astype(h.dtype), gate.astype(h.dtype), alpha, enters, computes, pulse)
 
-    if not plant.resident:
-        return run(variables, u, h, alpha, pulse)
-    return jax.lax.cond(computes, run, lambda v, u, h, alpha, pulse: h, variables, u, h, alpha, pulse)
+def _seed(plant: Plant, site: Site, variables: Any, source: Array, h: Array) -> tuple[Array, Array]:
+    """The seed's output and gate in the dtype of the layer's output `h`."""
+    f, gate = seed_apply(plant, site, variables, source)
+    if f.shape != h.shape:
+        raise ValueError(
+            f"site {plant.site!r}: blueprint {plant.blueprint!r} gives shape {f.shape}, the layer's output is "
+            f"{h.shape}. Give morph() model= and example= so that the layer is traced, or choose another blueprint"
+        )
+    return f.astype(h.dtype), gate.astype(h.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _resident(
+    where: tuple[Plant, Site],
+    variables: Any,
+    source: Float[Array, "..."] | None,
+    h: Float[Array, "... O"],
+    alpha: Float[Array, ""],
+    enters: Bool[Array, ""],
+    computes: Bool[Array, ""],
+    pulse: Float[Array, ""],
+) -> Float[Array, "... O"]:
+    """What `open_input`, the seed and `join` are together, behind one branch in each direction.
+
+    `source` is what the seed reads, None where that is `h`. The backward branch runs the seed once more instead of
+    keeping its activations: a branch that is not taken fills what it keeps with zeros, and those cost a dormant seed
+    more than all else. What needs no branch (the cotangent of `h`, as a rule) goes past it, for a branch copies.
+    """
+    return _resident_fwd(where, variables, source, h, alpha, enters, computes, pulse)[0]
+
+
+def _resident_fwd(
+    where: tuple[Plant, Site],
+    variables: Any,
+    source: Array | None,
+    h: Array,
+    alpha: Array,
+    enters: Array,
+    computes: Array,
+    pulse: Array,
+) -> tuple[Array, tuple[Any, ...]]:
+    plant, site = where
+
+    def run(variables: Any, source: Array | None, h: Array) -> tuple[Array, ...]:
+        f, gate = _seed(plant, site, variables, h if source is None else source, h)
+        return *blended(plant.blend, h, f, gate, alpha, enters), sum_of_squares(h)
+
+    def rest(variables: Any, source: Array | None, h: Array) -> tuple[Array, ...]:
+        return h, jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.float32)
+
+    y, entered, sound, weight = jax.lax.cond(computes, run, rest, variables, source, h)
+    kept = h if source is None or plant.blend == "multiply" else None
+    return y, (variables, source, kept, weight, alpha, enters, computes, entered, sound)
+
+
+def _resident_bwd(where: tuple[Plant, Site], residuals: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+    plant, site = where
+    variables, source, kept, weight, alpha, enters, computes, entered, sound = residuals
+    past = source is not None and plant.blend in LEASHED  # these blends add to h: its cotangent is the output's
+
+    def run(variables: Any, source: Array | None, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
+        h = cotangent if kept is None else kept  # of its shape; the value is needed only where it was kept
+        read = h if source is None else source
+        (f, gate), back = jax.vjp(lambda v, x: _seed(plant, site, v, x, h), variables, read)
+        to_host, *to_seed = parted(plant.blend, h, weight, f, gate, alpha, entered, computes & sound, cotangent)
+        to_variables, to_read = back(tuple(to_seed))
+        opens = enters & (alpha > 0) & jnp.all(jnp.isfinite(to_read))
+        to_read = jnp.where(opens, to_read, 0)
+        if source is None:
+            return to_variables, None, jnp.where(opens, to_host + to_read, to_host)
+        return to_variables, to_read, None if past else to_host
+
+    def rest(variables: Any, source: Array | None, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
+        nothing = jax.tree.map(jnp.zeros_like, (variables, source))
+        return *nothing, None if past else cotangent
+
+    to_variables, to_source, to_host = jax.lax.cond(computes, run, rest, variables, source, kept, cotangent)
+    fault = (computes & ~sound).astype(jnp.float32)
+    return (
+        to_variables,
+        to_source,
+        cotangent if past else to_host,
+        jnp.zeros_like(alpha),
+        no_gradient(enters),
+        no_gradient(computes),
+        fault,
+    )
+
+
+_resident.defvjp(_resident_fwd, _resident_bwd)

@@ -61,7 +61,7 @@ def _open_fwd(u: Array, is_open: Array) -> tuple[Array, Array]:
 
 def _open_bwd(is_open: Array, cotangent: Array) -> tuple[Array, Any]:
     passes = is_open & jnp.all(jnp.isfinite(cotangent))
-    return jax.lax.platform_dependent(passes, cotangent, cpu=_by_cond, default=_by_where), _no_gradient(is_open)
+    return jax.lax.platform_dependent(passes, cotangent, cpu=_by_cond, default=_by_where), no_gradient(is_open)
 
 
 def _by_cond(passes: Array, cotangent: Array) -> Array:
@@ -110,50 +110,79 @@ def join(
 def _join_fwd(
     blend: str, h: Array, f: Array, gate: Array, alpha: Array, enters: Array, computes: Array, pulse: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    a = alpha.astype(h.dtype)
-    blended = BLENDS[blend](h, f, gate, a)
-    sound = jnp.all(jnp.isfinite(f) & (jnp.isfinite(blended) | ~jnp.isfinite(h)))
-    entered = enters & (alpha > 0) & sound
-    y = jnp.where(entered, blended, h)
+    y, entered, sound = blended(blend, h, f, gate, alpha, enters)
     fault = (computes & ~sound).astype(jnp.float32)
-    return y, (h, f, gate, a, entered, computes & sound, fault, enters)
+    return y, (h, f, gate, alpha, entered, computes & sound, fault, enters)
 
 
 def _join_bwd(blend: str, residuals: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
-    h, f, gate, a, entered, learns, fault, flag = residuals
-    effective = jnp.where(entered, a, jnp.ones_like(a))
+    h, f, gate, alpha, entered, learns, fault, flag = residuals
+    weight = sum_of_squares(h) if blend in LEASHED else jnp.zeros(())
+    to_host, to_seed, to_gate = parted(blend, h, weight, f, gate, alpha, entered, learns, cotangent)
+    alpha_gradient = jnp.zeros((), jnp.float32)
+    return to_host, to_seed, to_gate, alpha_gradient, no_gradient(flag), no_gradient(flag), fault
+
+
+join.defvjp(_join_fwd, _join_bwd)
+
+
+def blended(
+    blend: str, h: Array, f: Array, gate: Array, alpha: Array, enters: Array
+) -> tuple[Array, Bool[Array, ""], Bool[Array, ""]]:
+    """The forward half of `join`: the output, whether the seed entered it, and whether it was finite."""
+    mixed = BLENDS[blend](h, f, gate, alpha.astype(h.dtype))
+    sound = jnp.all(jnp.isfinite(f) & (jnp.isfinite(mixed) | ~jnp.isfinite(h)))
+    entered = enters & (alpha > 0) & sound
+    return jnp.where(entered, mixed, h), entered, sound
+
+
+def parted(
+    blend: str,
+    h: Array,
+    weight: Array,
+    f: Array,
+    gate: Array,
+    alpha: Array,
+    entered: Array,
+    learns: Array,
+    cotangent: Array,
+) -> tuple[Array, Array, Array]:
+    """The backward half of `join`: the output's cotangent as the host's, the seed's and the gate's.
+
+    `weight` is `sum_of_squares(h)`. `h` itself matters for "multiply" only; for the others its shape does.
+    """
+    effective = jnp.where(entered, alpha.astype(h.dtype), jnp.ones((), h.dtype))
     _, vjp = jax.vjp(lambda x, y, z: BLENDS[blend](x, y, z, effective), h, f, gate)
     to_host, to_seed, to_gate = vjp(cotangent)
     if blend in LEASHED:
-        to_seed = jnp.where(entered, to_seed, _leash(to_seed, f, h))
+        to_seed = jnp.where(entered, to_seed, _leash(to_seed, f, weight))
     passes = entered | learns
     return (
         jnp.where(entered, to_host, cotangent),
         jnp.where(passes, to_seed, 0),
         jnp.where(passes, to_gate, 0),
-        jnp.zeros((), jnp.float32),
-        _no_gradient(flag),
-        _no_gradient(flag),
-        fault,
     )
 
 
-def _leash(cotangent: Array, f: Array, h: Array) -> Array:
+def sum_of_squares(h: Array) -> Float[Array, ""]:
+    """The sum of the squares of all entries, float32."""
+    return jnp.sum(jnp.square(h.astype(jnp.float32)))
+
+
+def _leash(cotangent: Array, f: Array, weight: Array) -> Array:
     """The cotangent of an isolated seed, without what would make an output that is large enough grow further.
 
     In isolation the gradient is that at the host's own output, whatever the seed has learnt: nothing tells it when it
     has gone far enough. So once |f| exceeds `LEASH` |h| (over the whole batch), the outward component is turned inward.
     """
     f32, g32 = f.astype(jnp.float32), cotangent.astype(jnp.float32)
-    size = jnp.sum(jnp.square(f32))
+    size = sum_of_squares(f)
     along = jnp.sum(g32 * f32)
-    pulls_out = (size > LEASH**2 * jnp.sum(jnp.square(h.astype(jnp.float32)))) & (along < 0)
+    pulls_out = (size > LEASH**2 * weight) & (along < 0)
     held = g32 - 2 * along / jnp.maximum(size, 1e-30) * f32
     return jnp.where(pulls_out, held.astype(cotangent.dtype), cotangent)
 
 
-join.defvjp(_join_fwd, _join_bwd)
-
-
-def _no_gradient(flag: Array) -> np.ndarray:
+def no_gradient(flag: Array) -> np.ndarray:
+    """The cotangent of a flag."""
     return np.zeros(np.shape(flag), jax.dtypes.float0)
