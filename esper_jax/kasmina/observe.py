@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from . import lifecycle
 from .bank import Tap
 from .morph import Morph, check_morph, count
 from .operate import planted_state
 from .stages import Stage
-from .state import is_in, learns
+from .state import SeedState, computes, is_in, learns
 
 SMALL, LARGE = 1e-7, 10.0
 
@@ -33,9 +33,9 @@ def observe(morph: Morph, grads: Mapping[str, Any]) -> Morph:
       The morph with its state brought up to date. Works under `jit`.
     """
     check_morph(morph, "observe")
-    ok = jnp.isfinite(tree_norm(grads["host"]))
-    faulty = {path: ok & found for path, found in find_faults(morph, grads, {}).items()}
-    return morph.replace(state=observed_states(morph, grads, faulty, ok))
+    norm = tree_norm(grads["host"])
+    states, _ = observed_states(morph, grads, norm, {}, jnp.isfinite(norm))
+    return morph.replace(state=states)
 
 
 def silence(morph: Morph, site: str, slot: int = 0) -> Morph:
@@ -91,35 +91,55 @@ def gradient_health(grads: Any) -> tuple[Float[Array, ""], Float[Array, ""], Boo
 
 
 def observed_states(
-    morph: Morph, grads: Mapping[str, Any], faulty: Mapping[str, Array], ok: Bool[Array, ""]
-) -> dict[str, Any]:
-    """The seeds' states after the step: running statistics and faults; a skipped batch measures nothing."""
-    states: dict[str, Any] = {}
+    morph: Morph, grads: Mapping[str, Any], host_norm: Array, tapped: Mapping[str, Tap], ok: Bool[Array, ""]
+) -> tuple[dict[str, Any], Int[Array, ""]]:
+    """The seeds' states after a step with their running statistics and faults, and how many seeds faulted.
+
+    Args:
+      morph: the morph before the step.
+      grads: gradients in the form of `Morph.params`.
+      host_norm: `tree_norm` of the host's.
+      tapped: the gradients of `Graft.tapped`'s taps, which tell of seeds that were not finite on the way forward.
+      ok: whether the batch was good. One that breaks the host itself measures nothing, and no seed is to blame.
+    """
+    none = jnp.zeros((), jnp.int32)
     if not morph.spec.plants:
-        return states
-    n_host, host_norm = count(morph.params["host"]), tree_norm(grads["host"])
-    for path, plants in morph.spec.planted_at.items():
-        health, ratio, exploding = (jnp.zeros(morph.spec.slots) for _ in range(3))
-        for plant in plants:
-            own = grads["seeds"][path][plant.key]
-            h, e, _ = gradient_health(own)
-            r = tree_norm(own) / host_norm * jnp.sqrt(n_host / count(own))
-            health, ratio = health.at[plant.slot].set(h), ratio.at[plant.slot].set(r)
-            exploding = exploding.at[plant.slot].set(e)
-        state = morph.state[path]
-        state = lifecycle.observe(state, learns(state) & ok, health, ratio, exploding)
-        states[path] = lifecycle.count_faults(state, faulty[path])
-    return states
+        return {}, none
+
+    def look(states: Any, grads: Any) -> tuple[dict[str, Any], Array]:
+        looked, faults = {}, none
+        for path, state in states.items():
+            looked[path], faulty = _looked_at(morph, path, state, grads, host_norm, tapped.get(path), ok)
+            faults = faults + jnp.sum(faulty & computes(state.stage), dtype=jnp.int32)
+        return looked, faults
+
+    return when_seeds_compute(  # type: ignore[no-any-return]
+        morph, look, lambda states, grads: (states, none), dict(morph.state), grads["seeds"]
+    )
 
 
-def find_faults(morph: Morph, grads: Mapping[str, Any], tapped: Mapping[str, Tap]) -> dict[str, Bool[Array, " S"]]:
-    """Which seeds were not finite in a step: forwards by the gradients of `Graft.tapped`'s taps, or backwards."""
-    return {path: _faulty(morph, path, grads["seeds"], tapped.get(path)) for path in morph.state}
+def when_seeds_compute(morph: Morph, do: Callable[..., Any], skip: Callable[..., Any], *args: Any) -> Any:
+    """`do(*args)`, and `skip(*args)` while every seed rests, in one program: a branch, where any seed is planted."""
+    if not any(plant.resident for plant in morph.spec.plants):
+        return do(*args)
+    busy = jnp.any(jnp.stack([jnp.any(computes(state.stage)) for state in morph.state.values()]))
+    return jax.lax.cond(busy, do, skip, *args)
 
 
-def _faulty(morph: Morph, path: str, grads: Any, tapped: Tap | None) -> Bool[Array, " S"]:
-    bad = jnp.zeros(morph.spec.slots, bool) if tapped is None else tapped.faults > 0
+def _looked_at(
+    morph: Morph, path: str, state: SeedState, grads: Any, host_norm: Array, tapped: Tap | None, ok: Array
+) -> tuple[SeedState, Bool[Array, " S"]]:
+    """One site's seeds after the step, and which of them were not finite, forwards or backwards."""
+    health, ratio, exploding = (jnp.zeros(morph.spec.slots) for _ in range(3))
+    faulty = jnp.zeros(morph.spec.slots, bool) if tapped is None else tapped.faults > 0
+    n_host = count(morph.params["host"])
     for plant in morph.spec.planted_at[path]:
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads[path][plant.key])]))
-        bad = bad.at[plant.slot].set(bad[plant.slot] | ~finite)
-    return bad
+        own = grads[path][plant.key]
+        h, e, finite = gradient_health(own)
+        r = tree_norm(own) / host_norm * jnp.sqrt(n_host / count(own))
+        health, ratio = health.at[plant.slot].set(h), ratio.at[plant.slot].set(r)
+        exploding = exploding.at[plant.slot].set(e)
+        faulty = faulty.at[plant.slot].set(faulty[plant.slot] | ~finite)
+    faulty = faulty & ok
+    state = lifecycle.observe(state, learns(state) & ok, health, ratio, exploding)
+    return lifecycle.count_faults(state, faulty), faulty

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,13 @@ from jaxtyping import Array, Bool, Int
 
 from ..kasmina._pytree import Struct, pytree
 from ..kasmina.morph import Morph
+from ..kasmina.observe import when_seeds_compute
 from ..kasmina.state import learns
+
+Learnt = Callable[[Any, Any], Any]
+"""What comes of a seed's params and updates when it learns."""
+Kept = Callable[[Any], Any]
+"""What comes of its params when it does not."""
 
 
 @pytree
@@ -71,41 +78,81 @@ class Growable:
           TypeError: `params` is no Morph.
         """
         _check_morph(params, "update")
-        state = self.grow(state, params)
-        host, host_state = self.host.update(grads["host"], state.host, params.params["host"], **extra)
-        updates: dict[str, Any] = {}
+        host, host_state = self._host(grads, state, params, extra)
+        seeds, seed_states = self._seeds(grads, self.grow(state, params), params, extra, _updates, _no_updates)
+        return {"host": host, "seeds": seeds}, GrowState(host_state, seed_states)
+
+    def step(self, grads: dict[str, Any], state: GrowState, morph: Morph, **extra: Any) -> tuple[Any, GrowState]:
+        """`update` and `optax.apply_updates` in one: `(params, state)` after the step.
+
+        The same bits; but seeds that do not learn now are passed by, where `update` has to write their zeros.
+        """
+        _check_morph(morph, "step")
+        updates, host_state = self._host(grads, state, morph, extra)
+        host = optax.apply_updates(morph.params["host"], updates)
+        state = self.grow(state, morph)
+
+        def learn(seeds: Any, states: Any, grads: Any) -> tuple[Any, Any]:
+            given = morph.replace(seeds=seeds)
+            return self._seeds(grads, GrowState(None, states), given, extra, optax.apply_updates, _as_they_are)
+
+        seeds, states = when_seeds_compute(
+            morph, learn, lambda seeds, states, grads: (seeds, states), morph.seeds, state.seeds, grads
+        )
+        return {"host": host, "seeds": seeds}, GrowState(host_state, states)
+
+    def _host(self, grads: dict[str, Any], state: GrowState, morph: Morph, extra: Any) -> tuple[Any, Any]:
+        return self.host.update(grads["host"], state.host, morph.params["host"], **extra)
+
+    def _seeds(
+        self, grads: dict[str, Any], state: GrowState, morph: Morph, extra: Any, learnt: Learnt, kept: Kept
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        given: dict[str, Any] = {}
         states: dict[str, Any] = {}
-        for path, plants in params.spec.planted_at.items():
-            life = params.state[path]
+        for path, plants in morph.spec.planted_at.items():
+            life = morph.state[path]
             active = learns(life)
-            updates[path], states[path] = {}, {}
+            given[path], states[path] = {}, {}
             for plant in plants:
-                updates[path][plant.key], states[path][plant.key] = self._seed(
+                given[path][plant.key], states[path][plant.key] = self._seed(
                     grads["seeds"][path][plant.key],
                     state.seeds[path][plant.key],
-                    params.seeds[path][plant.key],
+                    morph.seeds[path][plant.key],
                     active[plant.slot],
                     life.generation[plant.slot],
                     extra,
+                    learnt,
+                    kept,
                 )
-        return {"host": host, "seeds": updates}, GrowState(host_state, states)
+        return given, states
 
     def _seed(
-        self, grads: Any, state: SeedOptState, params: Any, active: Bool[Array, ""], born: Int[Array, ""], extra: Any
+        self,
+        grads: Any,
+        state: SeedOptState,
+        params: Any,
+        active: Bool[Array, ""],
+        born: Int[Array, ""],
+        extra: Any,
+        learnt: Learnt,
+        kept: Kept,
     ) -> tuple[Any, SeedOptState]:
-        fresh = self.seeds.init(params)
-        inner = jax.tree.map(lambda old, new: jnp.where(state.generation == born, old, new), state.inner, fresh)
+        def begin(grads: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+            """A seed germinated since the last step starts afresh; one whose gradient is not finite stays."""
+            fresh = self.seeds.init(params)
+            inner = jax.tree.map(lambda old, new: jnp.where(state.generation == born, old, new), inner, fresh)
+            finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
+            return jax.lax.cond(finite, learn, rest, grads, inner, params)  # type: ignore[no-any-return]
 
         def learn(grads: Any, inner: Any, params: Any) -> tuple[Any, Any]:
             updates, after = self.seeds.update(grads, inner, params, **extra)
-            return jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params), after
+            return learnt(params, jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)), after
 
         def rest(grads: Any, inner: Any, params: Any) -> tuple[Any, Any]:
-            return jax.tree.map(jnp.zeros_like, params), inner
+            return kept(params), inner
 
-        moves = active & jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]))
-        updates, inner = jax.lax.cond(moves, learn, rest, grads, inner, params)
-        return updates, SeedOptState(inner, born)
+        given, inner = jax.lax.cond(active, begin, rest, grads, state.inner, params)
+        return given, SeedOptState(inner, jnp.where(active, born, state.generation))
 
     def _known(self, state: GrowState, path: str, slot: str, params: Any) -> SeedOptState:
         """The seed's state if its shapes are still right, else a fresh one."""
@@ -143,6 +190,18 @@ def growable(tx: optax.GradientTransformation, *, seeds: optax.GradientTransform
         if given is not None and not (hasattr(given, "init") and hasattr(given, "update")):
             raise TypeError(f"growable() needs an optax transformation for {name}, got {type(given).__name__}")
     return Growable(tx, tx if seeds is None else seeds)
+
+
+def _updates(params: Any, updates: Any) -> Any:
+    return updates
+
+
+def _no_updates(params: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def _as_they_are(params: Any) -> Any:
+    return params
 
 
 def _check_morph(morph: Any, call: str) -> None:

@@ -8,15 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float
 
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
-from ..kasmina.observe import find_faults, observed_states, tree_norm
+from ..kasmina.observe import observed_states, tree_norm
 from ..kasmina.sites import split_path
-from ..kasmina.state import computes
 from .optim import Growable, growable
 from .state import Meters, TrainState
 
@@ -183,22 +181,20 @@ def one_step(
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
 
     def learn(params: Any, others: Any, opt_state: Any, grads: Any, collections: Any) -> tuple[Any, Any, Any]:
-        updates, after = tx.update(grads, opt_state, morph)
+        learnt, after = tx.step(grads, opt_state, morph.with_params(params))
         changed = _collections(morph.with_collections(collections))
-        return _like((optax.apply_updates(params, updates), changed, after), (params, others, opt_state))
+        return _like((learnt, changed, after), (params, others, opt_state))
 
     old = morph.params, _collections(morph), tx.grow(state.opt_state, morph)
     params, others, opt_state = _if(ok, learn, old, grads, collections)
     kept = morph.with_params(params).with_collections(others)
-    # On a batch that breaks the host itself no seed is to blame: faults count on good batches only.
-    faulty = {path: ok & found for path, found in find_faults(morph, grads, tapped).items()}
+    states, faults = observed_states(morph, grads, norm, tapped, ok)
     new = state.replace(
         step=state.step + 1,
-        morph=kept.replace(state=observed_states(morph, grads, faulty, ok)),
+        morph=kept.replace(state=states),
         opt_state=opt_state,
         meters=_measured(state.meters, loss, ok, sample, tapped, grads["host"]),
     )
-    faults = sum((jnp.sum(f & computes(morph.state[p].stage)) for p, f in faulty.items()), jnp.zeros((), jnp.int32))
     return new, {"loss": loss, "grad_norm": norm, "skipped": 1.0 - ok, "faults": faults.astype(jnp.float32)}
 
 
