@@ -38,19 +38,26 @@ class Bank(Struct):
     plants: tuple[Plant, ...] = static()
 
 
-def apply_bank(bank: Bank, u: Float[Array, "... I"], h: Float[Array, "... O"]) -> Float[Array, "... O"]:
+def apply_bank(
+    bank: Bank,
+    u: Float[Array, "... I"],
+    h: Float[Array, "... O"],
+    linear: tuple[Array, Array | None] | None = None,
+) -> Float[Array, "... O"]:
     """The site's output: the host's output `h`, with the seeds that have entered blended in (the forward rule).
 
     Args:
       bank: the site's seeds.
       u: the layer's input, features last; at a convolution `[N, *spatial, I]`.
       h: the layer's own output, likewise.
+      linear: kernel `[I, O]` and bias of a layer that is `u @ kernel + bias` and no more; probes are cheaper with it.
 
     Raises:
       ValueError: at trace time, if a seed's output does not have `h`'s shape.
     """
     if bank.tap is not None and bank.sample is not None:
-        h = tap(jax.lax.stop_gradient(u), h, bank.tap.stats, bank.sample)
+        read, weights = jax.lax.stop_gradient((u, linear))
+        h = tap(read, h, bank.tap.stats, bank.sample, weights)
     for plant in bank.plants:
         h = _slot(bank, plant, u, h)
     return h

@@ -222,7 +222,18 @@ def with_seeds(module: nn.Module, bank: Bank, args: tuple[Any, ...], kwargs: dic
     if site.spatial:
         inputs = inputs.reshape(math.prod(inputs.shape[: -site.spatial - 1]), *inputs.shape[-site.spatial - 1 :])
         output = output.reshape(math.prod(output.shape[: -site.spatial - 1]), *output.shape[-site.spatial - 1 :])
-    return apply_bank(bank, inputs, output).reshape(h.shape)
+    return apply_bank(bank, inputs, output, _kernel_and_bias(module, site)).reshape(h.shape)
+
+
+def _kernel_and_bias(module: nn.Module, site: Site) -> tuple[Any, Any] | None:
+    """Kernel `[in, out]` and bias of a layer that is linear and nothing else; None for all others."""
+    if type(module) not in (nn.Dense, nn.DenseGeneral):
+        return None
+    params: Mapping[str, Any] = module.variables["params"]
+    if set(params) - {RESERVED} - {"kernel", "bias"}:
+        return None
+    bias = params["bias"].reshape(-1) if "bias" in params else None
+    return params["kernel"].reshape(site.in_features, site.out_features), bias
 
 
 def _mismatch(site: Site, module: nn.Module, found: str) -> ValueError:

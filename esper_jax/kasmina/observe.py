@@ -73,10 +73,23 @@ def contributions(morph: Morph, score: Callable[[Morph], Any]) -> tuple[dict[tup
 
 
 def tree_norm(tree: Any) -> Float[Array, ""]:
-    """The Euclidean norm of all leaves together, float32; written as products, which XLA's CPU backend sums fastest."""
-    flat = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
-    squares = [jnp.vdot(x, x, precision="highest", preferred_element_type=jnp.float32).real for x in flat]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    """The Euclidean norm of all leaves together, float32."""
+    return norm_of(squared_norms(tree))
+
+
+def squared_norms(tree: Any) -> Any:
+    """Each leaf's squared Euclidean norm, float32; written as a product, which XLA's CPU backend sums fastest."""
+
+    def square(leaf: Array) -> Array:
+        x = leaf.reshape(-1)
+        return jnp.vdot(x, x, precision="highest", preferred_element_type=jnp.float32).real
+
+    return jax.tree.map(square, tree)
+
+
+def norm_of(squares: Any) -> Float[Array, ""]:
+    """The Euclidean norm of everything whose `squared_norms` are given."""
+    return jnp.sqrt(sum(jax.tree.leaves(squares), jnp.zeros((), jnp.float32)))
 
 
 def gradient_health(grads: Any) -> tuple[Float[Array, ""], Float[Array, ""], Bool[Array, ""]]:

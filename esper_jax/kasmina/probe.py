@@ -42,33 +42,56 @@ SIZE = len(Probe._fields)
 
 @jax.custom_vjp
 def tap(
-    u: Float[Array, "... I"], h: Float[Array, "... O"], stats: Float[Array, " P"], sample: Bool[Array, ""]
+    u: Float[Array, "... I"],
+    h: Float[Array, "... O"],
+    stats: Float[Array, " P"],
+    sample: Bool[Array, ""],
+    linear: tuple[Array, Array | None] | None,
 ) -> Float[Array, "... O"]:
-    """`h` itself; where `sample`, the gradient of `stats` is the probe's vector for this call."""
+    """`h` itself; where `sample`, the gradient of `stats` is the probe's vector for this call.
+
+    `linear` is a linear layer's kernel `[I, O]` and bias, None for other layers. By these `h` is found again from `u`
+    when it is measured, and need not be kept: under `nn.remat` keeping it would run the layer once more in every step.
+    """
     return h
 
 
-def _tap_fwd(u: Array, h: Array, stats: Array, sample: Array) -> tuple[Array, Any]:
-    source = u if u.shape[:-1] == h.shape[:-1] else h
-    return h, (source, h, sample, u)
+def _tap_fwd(u: Array, h: Array, stats: Array, sample: Array, linear: Any) -> tuple[Array, Any]:
+    return h, (u, None if linear is not None else h, sample, linear)
 
 
 def _tap_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
-    source, h, sample, u = residuals
-    stats = jax.lax.cond(sample, _measure, lambda *_: jnp.zeros(SIZE, jnp.float32), source, h, cotangent)
-    return jnp.zeros_like(u), cotangent, stats, np.zeros(np.shape(sample), jax.dtypes.float0)
+    u, h, sample, linear = residuals
+    reads_input = u.shape[:-1] == cotangent.shape[:-1]
+    # As rows, the form in which XLA gives them to the layer's own products: another would be one more array.
+    source = _rows(u) if reads_input or linear is not None else None
+    stats = jax.lax.cond(sample, _measure, _nothing, source, None if h is None else _rows(h), linear, _rows(cotangent))
+    unread = jax.tree.map(jnp.zeros_like, (u, linear))
+    return unread[0], cotangent, stats, np.zeros(np.shape(sample), jax.dtypes.float0), unread[1]
 
 
 tap.defvjp(_tap_fwd, _tap_bwd)
 
 
+def _linear(u: Array, kernel: Array, bias: Array | None) -> Array:
+    h = u @ kernel.astype(u.dtype)
+    return h if bias is None else h + bias.astype(u.dtype)
+
+
+def _nothing(*_: Any) -> Float[Array, " P"]:
+    return jnp.zeros(SIZE, jnp.float32)
+
+
 @jax.named_scope("measure")
-def _measure(source: Array, h: Array, cotangent: Array) -> Float[Array, " P"]:
-    rows, gradient = _rows(h), _rows(cotangent)
+def _measure(source: Array | None, h: Array | None, linear: Any, cotangent: Array) -> Float[Array, " P"]:
+    if h is None:
+        h = _linear(source, *linear)
+    source = h if source is None else source
+    source, rows, gradient = (x.astype(jnp.float32) for x in (source, h, cotangent))
     variance = jnp.var(rows, axis=0)
     dead = jnp.mean(variance <= 1e-12)
     silent = jnp.mean(jnp.all(rows <= 0, axis=0))
-    moment = _rows(source).T @ gradient
+    moment = source.T @ gradient
     return jnp.stack(
         Probe(
             calls=jnp.float32(1),
@@ -83,7 +106,7 @@ def _measure(source: Array, h: Array, cotangent: Array) -> Float[Array, " P"]:
 
 
 def _rows(x: Array) -> Float[Array, "N F"]:
-    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    return x.reshape(-1, x.shape[-1])
 
 
 def _correlation(rows: Float[Array, "N F"]) -> Float[Array, ""]:

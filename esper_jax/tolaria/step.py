@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
-from ..kasmina.observe import observed_states, tree_norm
+from ..kasmina.observe import norm_of, observed_states, squared_norms
 from ..kasmina.sites import split_path
 from .optim import Growable, growable
 from .state import Meters, TrainState
@@ -177,45 +177,47 @@ def one_step(
         return calls.train(morph.with_params(params), taps, sample, batch, key)
 
     (loss, collections), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(morph.params, taps)
-    norm = tree_norm(grads["host"])
+    squares = squared_norms(grads["host"])
+    norm = norm_of(squares)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    def learn(params: Any, others: Any, opt_state: Any, grads: Any, collections: Any) -> tuple[Any, Any, Any]:
+    def learn(params: Any, others: Any, opt_state: Any, sums: Sums, grads: Any, collections: Any, new: Any) -> Any:
         learnt, after = tx.step(grads, opt_state, morph.with_params(params))
         changed = _collections(morph.with_collections(collections))
-        return _like((learnt, changed, after), (params, others, opt_state))
+        # What was measured goes through this branch too: XLA then knows that the probes have read the parameters by
+        # now, and lets the update write over them instead of over a copy.
+        sums = sums if sample is None else jax.lax.cond(sample, _added, lambda sums, *_: sums, sums, *new)
+        return *_like((learnt, changed, after), (params, others, opt_state)), sums
 
-    old = morph.params, _collections(morph), tx.grow(state.opt_state, morph)
-    params, others, opt_state = _if(ok, learn, old, grads, collections)
+    meters = state.meters
+    old = morph.params, _collections(morph), tx.grow(state.opt_state, morph), (meters.stats, meters.gradients)
+    measured = {path: tapped[path].stats for path in meters.stats if path in tapped}, squares
+    params, others, opt_state, sums = _if(ok, learn, old, grads, collections, measured)
     kept = morph.with_params(params).with_collections(others)
     states, faults = observed_states(morph, grads, norm, tapped, ok)
     new = state.replace(
         step=state.step + 1,
         morph=kept.replace(state=states),
         opt_state=opt_state,
-        meters=_measured(state.meters, loss, ok, sample, tapped, grads["host"]),
+        meters=Meters(
+            loss=meters.loss + jnp.where(ok, loss, 0),
+            batches=meters.batches + 1,
+            skipped=meters.skipped + (1 - ok),
+            stats=sums[0],
+            gradients=sums[1],
+        ),
     )
     return new, {"loss": loss, "grad_norm": norm, "skipped": 1.0 - ok, "faults": faults.astype(jnp.float32)}
 
 
-def _measured(meters: Meters, loss: Array, ok: Array, sample: Any, tapped: Any, host: Any) -> Meters:
-    sums = meters.replace(
-        loss=meters.loss + jnp.where(ok, loss, 0),
-        batches=meters.batches + 1,
-        skipped=meters.skipped + (1 - ok),
-    )
-    if sample is None:
-        return sums
-    paths = list(meters.gradients)
-    norms = jax.lax.cond(
-        sample & ok,
-        lambda g: {path: tree_norm(_at(g, path)) for path in paths},
-        lambda g: {path: jnp.zeros((), jnp.float32) for path in paths},
-        host,
-    )
-    return sums.replace(
-        stats={path: meters.stats[path] + jnp.where(ok, tapped[path].stats, 0) for path in paths},
-        gradients={path: meters.gradients[path] + norms[path] for path in paths},
+Sums = tuple[dict[str, Array], dict[str, Array]]
+"""The probes' vectors and the gradients' norms, summed since the tick, by site."""
+
+
+def _added(sums: Sums, stats: dict[str, Array], squares: Any) -> Sums:
+    return (
+        {path: total + stats[path] for path, total in sums[0].items()},
+        {path: total + norm_of(_at(squares, path)) for path, total in sums[1].items()},
     )
 
 
