@@ -55,7 +55,7 @@ class Steps:
         return metrics["loss"]
 
     def compiled(self) -> Any:
-        return self.steps.lower(self.state, self.batches[0], self.places).compile()
+        return self.steps.jitted.lower(self.state, self.batches[0], self.places).compile()
 
 
 def hidden(text: str) -> tuple[int, int]:

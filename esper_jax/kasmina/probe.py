@@ -73,7 +73,8 @@ def _tap_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
 tap.defvjp(_tap_fwd, _tap_bwd)
 
 
-def _linear(u: Array, kernel: Array, bias: Array | None) -> Array:
+def _linear(u: Array | None, kernel: Array, bias: Array | None) -> Array:
+    assert u is not None
     h = u @ kernel.astype(u.dtype)
     return h if bias is None else h + bias.astype(u.dtype)
 
