@@ -85,7 +85,8 @@ class Growable:
     def step(self, grads: dict[str, Any], state: GrowState, morph: Morph, **extra: Any) -> tuple[Any, GrowState]:
         """`update` and `optax.apply_updates` in one: `(params, state)` after the step.
 
-        The same bits; but seeds that do not learn now are passed by, where `update` has to write their zeros.
+        Seeds that do not learn now are passed by, where `update` has to write their zeros. The host gets the same bits;
+        a learning seed may differ by a rounding error, where XLA fuses the addition with what comes before it.
         """
         _check_morph(morph, "step")
         updates, host_state = self._host(grads, state, morph, extra)

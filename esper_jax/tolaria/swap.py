@@ -105,8 +105,9 @@ def unpark(view: TrainState, held: Held | None) -> TrainState:
     for plant in held.spec.plants:
         place = (plant.site, plant.slot)
         if place in held.seeds:
-            as_it_was = slot_of(held.life[plant.site], plant.slot)
-            life[plant.site] = with_slot(life[plant.site], plant.slot, as_it_was)
+            if plant.site in view.morph.state:  # others live there too
+                as_it_was = slot_of(held.life[plant.site], plant.slot)
+                life[plant.site] = with_slot(life[plant.site], plant.slot, as_it_was)
             seeds.setdefault(plant.site, {})[plant.key] = held.seeds[place]
             optimizer.setdefault(plant.site, {})[plant.key] = held.optimizer[place]
     order = held.spec.planted_at
