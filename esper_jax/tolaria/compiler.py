@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -341,7 +342,34 @@ def _loaded(job: Job, found: dict[str, Any]) -> Built:
     in_tree, out_tree = jax.tree.structure((job.args, {})), jax.tree.structure(skeleton)
     devices = jax.local_devices()[:1]
     call = serialize_executable.deserialize_and_load(found["payload"], in_tree, out_tree, execution_devices=devices)
+    with contextlib.suppress(Exception):
+        rehearse(call, job.args)
     return Built(call, found["trace"], found["compile"], "process", len(found["payload"]))
+
+
+def rehearse(call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Run a program once on made-up arrays of these shapes: zeros, and 1 for whole numbers behind the first argument.
+
+    XLA's CPU backend makes the kernels of its matrix products at a program's first run, which takes as long as several
+    steps. So that run is made here, beside the training. It needs the memory of one more state while it lasts.
+    """
+    if jax.default_backend() == "cpu":
+        first, rest = jax.tree.map(_zeros, args[0]), jax.tree.map(_zeros, args[1:])
+        rest = jax.tree.map(lambda leaf: leaf + 1 if np.ndim(leaf) == 0 and leaf.dtype.kind in "iu" else leaf, rest)
+        jax.block_until_ready(call(first, *rest))
+
+
+def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
+    if not jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return np.zeros(shape.shape, shape.dtype)
+    kinds: list[Any] = []
+
+    def data(key: jax.Array) -> jax.Array:
+        kinds.append(jax.random.key_impl(key))
+        return jax.random.key_data(key)
+
+    words = jax.eval_shape(data, shape)
+    return jax.random.wrap_key_data(np.zeros(words.shape, words.dtype), impl=kinds[0])
 
 
 def _configuration() -> dict[str, Any]:
