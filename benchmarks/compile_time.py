@@ -36,7 +36,7 @@ def main() -> None:
     """Measure and print."""
     made = parser(__doc__ or "")
     made.set_defaults(models=["mlp", "transformer"])
-    made.add_argument("--repeats", type=int, default=2, help="times each program is made, all caches cleared before")
+    made.add_argument("--repeats", type=int, default=1, help="times each program is made, all caches cleared before")
     made.add_argument("--grown", type=int, nargs="+", default=[1], help="seeds in the grown morphs")
     args = begin(made)
     if jax.config.jax_compilation_cache_dir:

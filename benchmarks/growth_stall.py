@@ -61,10 +61,10 @@ class Loop:
 
 def main() -> None:
     """Measure and print."""
-    made = parser(__doc__ or "", models=("digits", "mlp", "cnn", "transformer"))
+    made = parser(__doc__ or "", budget=4.0, models=("digits", "mlp", "cnn", "transformer"))
     made.set_defaults(models=["digits", "transformer"])
     made.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="ways to grow, besides GroMo")
-    made.add_argument("--repeats", type=int, default=2, help="events of each kind")
+    made.add_argument("--repeats", type=int, default=1, help="events of each kind")
     made.add_argument("--steps", type=int, default=300, help="steps before and after an event, at most")
     made.add_argument("--gromo", type=pathlib.Path, default=ROOT / ".venv-gromo/bin/python", help="python with GroMo")
     made.add_argument("--raw", action="store_true", help="write the seconds of every step into the JSON file")
