@@ -64,7 +64,9 @@ class Background(_Closing):
         self._spool_at = None if spool is None else pathlib.Path(spool)
         self._spool: Spool | None = None
         self._ready = threading.Condition()
-        self._queue: deque[tuple[Event, int]] = deque()  # with its number in the spool, 0 for a measurement, or UNSPOOLED
+        self._queue: deque[tuple[Event, int]] = (
+            deque()
+        )  # with its number in the spool, 0 for a measurement, or UNSPOOLED
         self._backlog = Backlog(self._to_spool, f"the spool of {self.name}")
         self._read = self._done = 0  # numbers of the spool: last taken into the queue, last delivered
         self._notices: list[Event] = []

@@ -289,8 +289,8 @@ class RedisBus:
         """New ids for our events behind that number, and a warning."""
         spool.fork(after)
         text = (
-            f"{self.address.stream} holds events under the ids of {self.run} that are not in {spool.directory} (the run "
-            "directory was copied and both go on, or a crash took the spool's end); from its event number "
+            f"{self.address.stream} holds events under the ids of {self.run} that are not in {spool.directory} (the "
+            "run directory was copied and both go on, or a crash took the spool's end); from its event number "
             f"{after + 1} on this run publishes under new ids. For a stream of its own give ?run=NAME in the URL"
         )
         with self._ready:
