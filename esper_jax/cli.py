@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .experiment import Train, read_config, run
+from .experiment import Train, resumed, run
 from .kasmina.summary import blueprints
+from .nissa.clean import clean
 from .oona import OonaError
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted
@@ -83,7 +84,7 @@ def _run(command: Any) -> None:
 def _train(options: Train) -> None:
     try:
         if options.resume is not None:
-            options = read_config(options.resume)
+            options = resumed(options)
         outcome = run(options)
     except TrainingInterrupted as interrupted:
         where = options.run_dir or "RUN_DIRECTORY"
@@ -122,7 +123,7 @@ def _first_sentence(box: str, arguments: Sequence[str]) -> str:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print(f"esper-jax: {sentence}", file=sys.stderr)
+    print(f"esper-jax: {clean(sentence)}", file=sys.stderr)
     sys.exit(2)
 
 

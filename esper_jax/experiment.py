@@ -94,7 +94,9 @@ class Train:
     wandb: str | None = None
     """Log to this project of Weights & Biases too."""
     resume: pathlib.Path | None = None
-    """Go on with the run in that directory, with the options it was started with (all others are ignored)."""
+    """Go on with the run in that directory, with the options it was started with; those given now take the place of
+    recorded ones where they say where events go (oona, oona-optional, tensorboard, prometheus, wandb), of quiet and of
+    figure. All others are ignored."""
 
     def check(self) -> None:
         """Raise ValueError or KeyError, in one sentence, for a value that cannot work."""
@@ -183,6 +185,23 @@ def read_config(run_dir: pathlib.Path) -> Train:
         raise FileNotFoundError(f"{run_dir} holds no run ({CONFIG} is missing); give the directory that train printed")
     data = json.loads(path.read_text())
     return Train(**{**data, "run_dir": run_dir, "resume": run_dir, "blueprints": tuple(data["blueprints"])})
+
+
+REPLACEABLE = ("oona", "oona_optional", "tensorboard", "prometheus", "wandb", "quiet", "figure")
+"""Options of a run that a resume may give anew: none of them changes what is trained."""
+
+
+def resumed(options: Train) -> Train:
+    """The options of the run that `options` resumes, with those of `REPLACEABLE` that `options` itself gives.
+
+    Raises:
+      FileNotFoundError: there is no run, in one sentence.
+    """
+    assert options.resume is not None
+    defaults = Train()
+    given = {name: getattr(options, name) for name in REPLACEABLE}
+    given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    return dataclasses.replace(read_config(options.resume), **given)
 
 
 def make_controller(options: Train, task: Task, sites: Sequence[str], epochs: int) -> Controller | None:

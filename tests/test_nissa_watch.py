@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from esper_jax import cli
-from esper_jax.nissa import Event, JsonlSink, events
+from esper_jax.nissa import Console, Event, Fanout, JsonlSink, ListSink, events
 from esper_jax.nissa.picture import Picture
 from esper_jax.nissa.watch import LogSource, sparkline, view, watch
 from esper_jax.protocol import Decision
@@ -256,3 +256,68 @@ def test_watching_without_rich_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(ImportError, match=r'pip install "esper_jax\[cli\]"'):
         watch(LogSource(pathlib.Path(tmp_path)), once=True)
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b'{"a": 1}\n', b"\xff\xfe\n", b"notes", b"[1, 2]\n", b"\x00" * 50])
+def test_a_file_that_is_no_event_log_is_an_error(tmp_path, content, capsys):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(content)
+    for given in (path, tmp_path):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["watch", str(given)])
+        assert stopped.value.code == 2 and "is no event log" in capsys.readouterr().err
+
+
+def test_a_run_that_has_no_events_or_fell_silent_is_said_once_and_still_followed(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.touch()
+    old = [Event(e.kind, e.epoch, e.step, e.message, e.data, e.time - 3600) for e in life()]
+    written = iter([[], [], old[:30], [], [], old[30:]])
+
+    def sleep(seconds: float) -> None:
+        with path.open("a") as file:
+            file.writelines(event.to_json() + "\n" for event in next(written))
+
+    file = io.StringIO()
+    assert watch(LogSource(tmp_path), file=file, sleep=sleep).ended == "finished"
+    text = file.getvalue()
+    assert text.count("no events yet") == 1 and text.count("no new event since") == 1
+    assert "may have ended" in text and text.index("no events yet") < text.index("no new event since")
+    path.write_text("".join(event.to_json() + "\n" for event in old[:30]))
+    file = io.StringIO()
+    watch(LogSource(tmp_path), file=file, once=True)
+    assert "may have ended" in file.getvalue()
+
+
+def test_no_display_passes_on_what_could_steer_a_terminal(tmp_path, capsys, monkeypatch):
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e\u200f"
+    bad = ("\x1b", "\x07", "\u202e", "\u200f")
+    rows = [{"site": f"a{evil}", "slot": 0, "blueprint": evil, "stage": "TRAINING", "alpha": 0.5}]
+    run = [
+        events.warning(1, 1, f"careful {evil}"),
+        events.outage(1, 1, service=evil, error=evil),
+        events.epoch(1, 1, train_loss=1.0, loss=1.0, score=1.0, seeds=rows),
+        events.run_ended(1, 1, outcome=evil),
+    ]
+    plain = io.StringIO()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for file in (plain, Terminal()):
+        console = Console(1, file=file)
+        for event in run:
+            console.emit(event)
+        console.close()
+        text = file.getvalue()
+        assert "careful" in text and "\x1b]0" not in text and "\x1b[2J\u202e" not in text
+        assert not any(one in text for one in bad[1:])
+    assert not any(one in plain.getvalue() for one in bad)
+    with pytest.warns(RuntimeWarning, match="fails") as said:
+        Fanout([ListSink()]).emit(run[1])
+    assert not any(one in str(said[0].message) for one in bad)
+    named = tmp_path / "run\x1b[2J"
+    named.mkdir()
+    with pytest.raises(SystemExit):
+        cli.main(["watch", str(named / "none"), "--once"])
+    assert "\x1b" not in capsys.readouterr().err
+    (named / "events.jsonl").write_text("".join(event.to_json() + "\n" for event in run))
+    cli.main(["watch", str(named), "--once"])
+    assert not any(one in capsys.readouterr().out for one in bad)

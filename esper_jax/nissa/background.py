@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pathlib
 import tempfile
@@ -14,10 +13,13 @@ from collections.abc import Iterable
 
 from ..recovery import Breaker, BreakerState, describe
 from . import events as make
+from .backlog import Backlog
 from .event import DROPPABLE, Event
 from .sinks import Sink, _Closing
 from .spool import Spool
 
+UNSPOOLED = -1
+"""Instead of a number in the spool: an event that the disk had no room for."""
 REPORT_EVERY = 10.0
 """Seconds between two reports of dropped metrics."""
 
@@ -29,7 +31,8 @@ class Background(_Closing):
     events are first written to a spool on disk; those that found no room in the queue are read back from there, in
     order. An event that the sink refuses is given again, less and less often while refusals go on; what is left at the
     end stays in the spool and is delivered first when a `Background` with the same directory is made again (an event
-    may then reach the sink twice, none is lost).
+    may then reach the sink twice, none is lost). While the disk has no room, events wait in memory and reach the sink
+    from there. A line in the spool that is no event is left out, counted in `spoilt` and told.
 
     Args:
       sink: the slow one.
@@ -56,10 +59,15 @@ class Background(_Closing):
         self.name = type(sink).__name__
         self.dropped = 0
         """Measurements that the sink did not get."""
+        self.spoilt = 0
+        """Lines in the spool that were no events: another program or the disk had changed them."""
         self._spool_at = None if spool is None else pathlib.Path(spool)
         self._spool: Spool | None = None
         self._ready = threading.Condition()
-        self._queue: deque[tuple[Event, int]] = deque()  # with its number in the spool, 0 for a measurement
+        self._queue: deque[tuple[Event, int]] = (
+            deque()
+        )  # with its number in the spool, 0 for a measurement, or UNSPOOLED
+        self._backlog = Backlog(self._to_spool, f"the spool of {self.name}")
         self._read = self._done = 0  # numbers of the spool: last taken into the queue, last delivered
         self._notices: list[Event] = []
         self._at = (0, 0)  # epoch and step of the last event
@@ -85,24 +93,22 @@ class Background(_Closing):
             spool = self._spool
             assert spool is not None
             self._at = (event.epoch, event.step)
-            room = len(self._queue) < self.size and self._read == spool.last
+            room = len(self._queue) < self.size and self._read == spool.last and not self._backlog
             if event.kind in DROPPABLE:
                 if room:
                     self._queue.append((event, 0))
                 else:
                     self.dropped += 1
-            else:
-                number = spool.append(event.to_json())
-                if room:
-                    self._queue.append((event, number))
-                    self._read = number
+            elif self._backlog.put(event) and room:
+                self._read = spool.last
+                self._queue.append((event, self._read))
             if self._idle:  # or else the thread looks again by itself
                 self._ready.notify()
 
     def notices(self) -> list[Event]:
         """Events to tell the other sinks: outages, recoveries, and how many measurements were dropped."""
         with self._ready:
-            found, self._notices = self._notices, []
+            found, self._notices = [*self._notices, *self._backlog.notices()], []
             late = clock.monotonic() >= self._reported_at + REPORT_EVERY or self._closing is not None
             if self.dropped > self._reported and late:
                 new, self._reported, self._reported_at = self.dropped - self._reported, self.dropped, clock.monotonic()
@@ -114,7 +120,7 @@ class Background(_Closing):
         """How many events wait, in the queue and on disk."""
         with self._ready:
             waiting = 0 if self._spool is None else self._spool.last - self._read
-            return len(self._queue) + waiting
+            return len(self._queue) + waiting + len(self._backlog)
 
     def flush(self, timeout: float = 10.0) -> bool:
         """Wait until everything was given to the sink; whether it was."""
@@ -134,24 +140,33 @@ class Background(_Closing):
             self._ready.notify()
         thread.join(self.linger + 1.0)
         with self._ready:
+            self._backlog.drain()
             left = spool.last - self._done
+            lost = len(self._backlog) + self._backlog.lost + sum(number == UNSPOOLED for _, number in self._queue)
+            self._backlog = Backlog(self._to_spool, self._backlog.service)
             self.dropped += sum(number == 0 for _, number in self._queue)
             self._queue.clear()
             self._thread = self._spool = None
             spool.note(self._done)
             spool.close(remove=left == 0)
+            texts = []
             if left:
-                self._notices.append(
-                    make.warning(
-                        *self._at,
-                        f"{left} events did not reach {self.name}; they are kept in {spool.directory} and are "
-                        "delivered when the run goes on with the same sink",
-                    )
+                texts.append(
+                    f"{left} events did not reach {self.name}; they are kept in {spool.directory} and are delivered "
+                    "when the run goes on with the same sink"
                 )
-                warnings.warn(self._notices[-1].message, RuntimeWarning, stacklevel=3)
+            if lost:
+                texts.append(f"{lost} events did not reach {self.name} and are lost to it: there was no room on disk")
+            for text in texts:
+                self._notices.append(make.warning(*self._at, text))
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
         if thread.is_alive():
             raise TimeoutError(f"{self.name} took an event and did not come back within {self.linger} s")
         self.sink.close()
+
+    def _to_spool(self, event: Event) -> None:
+        assert self._spool is not None
+        self._spool.append(event.to_json())
 
     def _start(self) -> None:
         if self._thread is not None:
@@ -168,7 +183,7 @@ class Background(_Closing):
             with self._ready:
                 try:
                     item = self._next(spool)
-                except OSError as error:  # the spool cannot be read
+                except Exception as error:  # the spool cannot be read
                     self._breaker.failed(error)
                     if self._closing is not None or self._spool is not spool:
                         return
@@ -202,11 +217,15 @@ class Background(_Closing):
             if self._spool is not spool or (self._closing is not None and clock.monotonic() >= self._closing):
                 return None
             if not self._queue and self._read < spool.last:
-                for number, line in spool.read(self._read, min(self.size, 100)):
-                    with contextlib.suppress(ValueError):  # a line that another program spoilt
-                        self._queue.append((Event.from_json(line), number))
-                    self._read = number
+                self._fetch(spool)
+                if not self._queue and self._read < spool.last:
+                    continue
+            if not self._queue and self._backlog and not self._backlog.drain():
+                self._queue.append((self._backlog.take(), UNSPOOLED))
+            elif not self._queue and self._read < spool.last:
+                continue  # the backlog went to the disk
             if not self._queue:
+                self._done = max(self._done, self._read)
                 if self._closing is not None:
                     return None
                 self._idle = True
@@ -218,6 +237,25 @@ class Background(_Closing):
                 return None
             else:
                 self._ready.wait(self._breaker.retry_in)
+
+    def _fetch(self, spool: Spool) -> None:
+        """Events from the spool into the queue, without lines that are none."""
+        lines = spool.read(self._read, min(self.size, 100))
+        spoilt = 0
+        for number, line in lines:
+            try:
+                self._queue.append((Event.from_json(line), number))
+            except (ValueError, TypeError, RecursionError):
+                spoilt += 1
+            spoilt += number - self._read - 1
+            self._read = number
+        if not lines:  # the end of the spool was cut off by another program
+            spoilt += spool.last - self._read
+            self._read = spool.last
+        if spoilt:
+            self.spoilt += spoilt
+            text = f"{spoilt} lines in {spool.directory} are no events or are gone; {self.name} does not get them"
+            self._notices.append(make.warning(*self._at, text))
 
     def _changed(self, before: BreakerState, after: BreakerState, error: Exception | None) -> None:
         if before == BreakerState.CLOSED and after == BreakerState.OPEN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import textwrap
@@ -9,6 +10,7 @@ import time as clock
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+from .clean import clean
 from .event import SERVICES, Event, Kind
 from .events import points
 
@@ -71,6 +73,7 @@ class Console:
             self._best = max(self._best, _finite(event.data.get("score")), _finite(event.data.get("best")))
         if not self._tells(event):
             return
+        event = dataclasses.replace(event, message=clean(event.message), data=clean(event.data))
         if event.kind == Kind.EPOCH:
             if self._display is not None:
                 self._display.update(event, self._best)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import deque
 from typing import Any, NamedTuple
 
+from .clean import clean as _clean
 from .event import Event, Kind
 
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _TOLD = (
     Kind.STAGE,
     Kind.FAULT,
@@ -145,12 +144,3 @@ def _check(data: dict[str, Any]) -> None:
     for site in data.get("sites", {}).values():
         for value in site.values():
             float(value)
-
-
-def _clean(value: Any) -> Any:
-    """Text without what could steer a terminal or cannot be written: control characters, lone surrogates."""
-    if isinstance(value, str):
-        return _CONTROL.sub(" ", value)
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    return [_clean(item) for item in value] if isinstance(value, list) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -14,6 +15,8 @@ from types import TracebackType
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
 from . import events as make
+from .backlog import Backlog
+from .clean import clean
 from .event import ENDINGS, Event, Kind
 
 _START = b'{"v": '
@@ -25,7 +28,8 @@ class Sink(Protocol):
 
     A sink may also have `open()`, called before the first event, which raises where it cannot work;
     `rewind(step, count=None)`, called when a run resumes; `notices()`, events of its own that others should get, asked
-    for after each event; and `slow = True`, for one that waits on a network: `Tolaria` puts a `Background` before it.
+    for after each event; `slow = True`, for one that waits on a network: `Tolaria` puts a `Background` before it; and
+    `record = True`, for one that is to hold what the others say as they close.
     """
 
     def emit(self, event: Event) -> None:
@@ -82,28 +86,68 @@ class JsonlSink(_Closing):
     """Appends events to a file, one JSON line each, flushed at once, so that a crash costs one line at most.
 
     An existing file is continued: a last line torn by a crash is dropped first, so that the file is always valid.
-    `len(sink)` is the number of events in the file; a trainer may keep it in a checkpoint and hand it to `rewind`.
+    While the file takes no more (a full disk) events wait in memory and are written later, in order (see `Backlog`),
+    with one outage and one recovery among the `notices`. `len(sink)` is the number of events in the file and waiting;
+    a trainer may keep it in a checkpoint and hand it to `rewind`.
     """
+
+    record = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._count = _mend(self.path)
-        self._file: BinaryIO | None = self.path.open("ab")
+        self._file: BinaryIO | None = self.path.open("ab", buffering=0)
+        self._end = self._file.seek(0, os.SEEK_END)  # of the last whole line
+        self._failed = False
+        self._closed = False
+        self._backlog = Backlog(self._write, os.fspath(self.path))
 
     def __len__(self) -> int:
-        return self._count
+        return self._count + len(self._backlog)
 
     def emit(self, event: Event) -> None:
-        """Write one line and flush it."""
-        line = event.to_json().encode("utf-8", "backslashreplace") + b"\n"
+        """Write one line; keep it for later where that fails."""
+        event.to_json()  # raises for what is no JSON
         with self._lock:
-            if self._file is None:
+            if self._closed:
                 raise ValueError(f"{self.path} is closed: emit events before close()")
-            self._file.write(line)
-            self._file.flush()
-            self._count += 1
+            self._backlog.put(event)
+
+    def notices(self) -> list[Event]:
+        """That the file takes no events now, and that it does again."""
+        with self._lock:
+            return self._backlog.notices()
+
+    def _write(self, event: Event) -> None:
+        """One whole line, or an OSError and nothing of it. After a failure the file is opened again."""
+        line = event.to_json().encode("utf-8", "backslashreplace") + b"\n"
+        if self._failed:
+            self._reopen()
+        assert self._file is not None
+        self._failed = True
+        written = self._file.write(line)
+        if written != len(line):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {self.path}")
+        self._failed = False
+        self._end += len(line)
+        self._count += 1
+
+    def _reopen(self) -> None:
+        """The file without the half line that a failed write may have left."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        file = self.path.open("ab", buffering=0)
+        try:
+            if file.seek(0, os.SEEK_END) > self._end:
+                file.truncate(self._end)
+            self._end = file.seek(0, os.SEEK_END)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
 
     def rewind(self, step: int, count: int | None = None) -> None:
         """Drop the events after `step` (see `rewound`); the file is replaced in one move, never half written.
@@ -112,23 +156,45 @@ class JsonlSink(_Closing):
         a step before it saves that step's checkpoint loses none and writes none twice.
         """
         with self._lock:
-            if self._file is None:
+            if self._closed:
                 raise ValueError(f"{self.path} is closed: rewind it before close()")
-            self._file.close()
-            self._file = None
+            self._backlog.drain()
+            if self._backlog.error is not None:
+                raise self._backlog.error
+            if self._file is not None:
+                self._file.close()
+                self._file = None
             try:
                 kept = rewound(read_events(self.path), step, count)
                 _replace(self.path, kept)
                 self._count = len(kept)
             finally:
-                self._file = self.path.open("ab")
+                self._file = self.path.open("ab", buffering=0)
+                self._end = self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits and close the file.
+
+        Raises:
+          OSError: events could not be written until the end; they are lost to the file.
+        """
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._backlog.drain()
+            with contextlib.suppress(OSError):  # no half line stays, if that can be had
+                if self._failed:
+                    self._reopen()
             file, self._file = self._file, None
             if file is not None:
                 file.close()
+            left = len(self._backlog) + self._backlog.lost
+            if left:
+                raise OSError(
+                    f"{left} events are lost to {self.path}, which took none until the end "
+                    f"({_said(self._backlog.error) if self._backlog.error else 'memory was full'})"
+                )
 
 
 class Fanout(_Closing):
@@ -181,10 +247,12 @@ class Fanout(_Closing):
     def close(self) -> None:
         """Close every sink; one that raises is named in a warning. The slow ones first: the others hear the outcome."""
         with self._lock:
-            slow = [sink for sink in self.sinks if hasattr(sink, "notices")]
+            slow = [sink for sink in self.sinks if hasattr(sink, "notices") and not getattr(sink, "record", False)]
             others = [sink for sink in self.sinks if not any(sink is one for one in slow)]
             self._close(slow)
             for notice in _notices(slow):
+                self._give(notice, others)
+            for notice in _notices(others):
                 self._give(notice, others)
             self._close(others)
 
@@ -287,7 +355,7 @@ def _notices(sinks: Iterable[Sink]) -> list[Event]:
 
 def _warn(text: str, stacklevel: int) -> None:
     with contextlib.suppress(RuntimeWarning):  # also where warnings are errors
-        warnings.warn(text, RuntimeWarning, stacklevel=stacklevel)
+        warnings.warn(clean(text), RuntimeWarning, stacklevel=stacklevel)
 
 
 def _name(sink: Sink) -> str:

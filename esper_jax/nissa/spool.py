@@ -10,11 +10,15 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import secrets
 import threading
 from typing import IO, Any, BinaryIO
 
 SEGMENT = 4096
+_SEGMENT = re.compile(r"\d{12,}\.jsonl")
+_TOKEN = re.compile(r"[0-9a-f]{8}")
+_OURS = ("lock", "token", "token.new", "delivered", "run")
 
 
 class Spool:
@@ -25,7 +29,7 @@ class Spool:
       segment: events in a file.
 
     Attributes:
-      token: eight random hex digits, made with the directory; `id(n)` names an event for ever.
+      token: eight random hex digits, made with the directory, or by the last `fork`; `id(n)` names an event for ever.
       last: the number of the newest event, 0 when there never was one.
 
     Raises:
@@ -39,13 +43,14 @@ class Spool:
         self._lock = threading.Lock()
         self._held: IO[Any] | None = _hold(self.directory)
         try:
-            self.token = self._token()
-            self._starts = sorted(int(path.stem) for path in self.directory.glob("*.jsonl"))
+            self._tokens = self._read_tokens()
+            self._starts = sorted(int(path.stem) for path in self.directory.iterdir() if _SEGMENT.fullmatch(path.name))
             self.last = self._mend()
         except BaseException:
             self._release()
             raise
         self._file: BinaryIO | None = None
+        self._torn: int | None = None  # where a line begins that was written in part and could not be cut off
         self._cursor = (0, 0, 0)  # segment, number of the next line to read there, and its place in bytes
 
     @property
@@ -53,9 +58,27 @@ class Spool:
         """The number of the oldest event that is still there; `last + 1` when there is none."""
         return self._starts[0] if self._starts else self.last + 1
 
+    @property
+    def token(self) -> str:
+        """Of the events that are appended now."""
+        return self._tokens[-1][1]
+
+    @property
+    def tokens(self) -> frozenset[str]:
+        """All that events of this spool have."""
+        return frozenset(token for _, token in self._tokens)
+
     def id(self, number: int) -> str:
         """The event's name, the same however often it is delivered."""
-        return f"{self.token}-{number}"
+        token = next((token for after, token in reversed(self._tokens) if after < number), self._tokens[0][1])
+        return f"{token}-{number}"
+
+    def fork(self, after: int) -> None:
+        """Give the events behind number `after` new names, for ever: the old ones turned out to be taken."""
+        with self._lock:
+            tokens = [pair for pair in self._tokens if pair[0] < after] + [(after, secrets.token_hex(4))]
+            self._write_tokens(tokens)
+            self._tokens = tokens
 
     def append(self, line: str) -> int:
         """Add an event, one line of JSON; its number. An `OSError` (a full disk) leaves the spool as it was."""
@@ -64,13 +87,17 @@ class Spool:
             if self._held is None:
                 raise ValueError(f"the spool {self.directory} is closed")
             file = self._open_last()
+            if self._torn is not None:
+                file.truncate(self._torn)
+                self._torn = None
             place = file.seek(0, os.SEEK_END)
             try:
                 if file.write(data) != len(data):
                     raise OSError(errno.ENOSPC, f"no room for an event in {self.directory}")
             except OSError:
-                with contextlib.suppress(OSError):
-                    file.truncate(place)
+                self._torn = place
+                file.truncate(place)
+                self._torn = None
                 raise
             self.last += 1
             return self.last
@@ -78,31 +105,40 @@ class Spool:
     def read(self, after: int, count: int = 500, size: int = 1 << 20) -> list[tuple[int, str]]:
         """Up to `count` events (and about `size` bytes) behind number `after`, oldest first, with their numbers.
 
-        Events that were forgotten are left out, so the first number may be greater than `after + 1`.
+        Events that were forgotten are left out, so the first number may be greater than `after + 1`; so are those of
+        a segment that another program cut short. Bytes that are not UTF-8 are read as U+FFFD.
         """
         with self._lock:
             wanted = max(after + 1, self.first)
-            last = self.last
-            start = max((start for start in self._starts if start <= wanted), default=None)
-            if start is None or wanted > last:
+            begin = max((start for start in self._starts if start <= wanted), default=None)
+            if begin is None or wanted > self.last:
                 return []
-            number, place = start, 0
-            if self._cursor[0] == start and start <= self._cursor[1] <= wanted:
-                _, number, place = self._cursor
-            found: list[tuple[int, str]] = []
-            with self._path(start).open("rb") as file:
-                file.seek(place)
-                while number <= last and len(found) < count and size > 0:
-                    line = file.readline()
-                    if not line.endswith(b"\n"):
-                        break
-                    if number >= wanted:
-                        found.append((number, line[:-1].decode("utf-8")))
-                        size -= len(line)
-                    number += 1
-                    place += len(line)
-            self._cursor = (start, number, place)
-            return found
+            for start in self._starts[self._starts.index(begin) :]:
+                found = self._segment_from(start, wanted, count, size)
+                if found:
+                    return found
+            return []
+
+    def _segment_from(self, start: int, wanted: int, count: int, size: int) -> list[tuple[int, str]]:
+        """`read` in one segment."""
+        end = min([self.last, *(other - 1 for other in self._starts if other > start)])
+        number, place = start, 0
+        if self._cursor[0] == start and start <= self._cursor[1] <= wanted:
+            _, number, place = self._cursor
+        found: list[tuple[int, str]] = []
+        with self._path(start).open("rb") as file:
+            file.seek(place)
+            while number <= end and len(found) < count and size > 0:
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    break
+                if number >= wanted:
+                    found.append((number, line[:-1].decode("utf-8", "replace")))
+                    size -= len(line)
+                number += 1
+                place += len(line)
+        self._cursor = (start, number, place)
+        return found
 
     def forget(self, upto: int) -> None:
         """Events up to that number are not needed any more; segments that hold no others are deleted."""
@@ -130,13 +166,14 @@ class Spool:
         return 0
 
     def close(self, *, remove: bool = False) -> None:
-        """Release the directory; `remove` deletes it with all that is in it."""
+        """Release the directory; `remove` deletes what the spool has in it, and it, if nothing else is there."""
         with self._lock:
             self._close_file()
             if remove and self._held is not None:
-                for path in self.directory.iterdir():
-                    path.unlink()
                 with contextlib.suppress(OSError):
+                    for path in self.directory.iterdir():
+                        if path.name in _OURS or _SEGMENT.fullmatch(path.name):
+                            path.unlink()
                     self.directory.rmdir()
             self._release()
 
@@ -162,15 +199,26 @@ class Spool:
     def _path(self, start: int) -> pathlib.Path:
         return self.directory / f"{start:012}.jsonl"
 
-    def _token(self) -> str:
+    def _read_tokens(self) -> list[tuple[int, str]]:
+        """Each token with the number behind which it names events; a file that makes no sense is written anew."""
         path = self.directory / "token"
-        with contextlib.suppress(FileNotFoundError):
-            token = path.read_text().strip()
-            if token:
-                return token
-        token = secrets.token_hex(4)
-        path.write_text(token + "\n")
-        return token
+        if path.is_file():
+            found = []
+            for line in path.read_text(errors="replace").splitlines():
+                token, _, after = line.partition(" ")
+                if _TOKEN.fullmatch(token) and (after or "0").isdecimal():
+                    found.append((int(after or 0), token))
+            if found:
+                return found
+        tokens = [(0, secrets.token_hex(4))]
+        self._write_tokens(tokens)
+        return tokens
+
+    def _write_tokens(self, tokens: list[tuple[int, str]]) -> None:
+        path = self.directory / "token"
+        beside = path.with_name("token.new")
+        beside.write_text("".join(f"{token} {after}\n" if after else f"{token}\n" for after, token in tokens))
+        os.replace(beside, path)
 
     def _mend(self) -> int:
         """Cut a line torn by a crash off the last segment; the number of the last event."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Any, Protocol
 
+from .clean import clean
 from .console import fill, number, shorten
 from .event import Event, Kind
 from .live import KIND_STYLES, STYLES, seed_grid, span
@@ -20,6 +21,8 @@ from .picture import Picture, Told
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LOG = "events.jsonl"
+QUIET = 60.0
+"""Seconds without an event after which a run may have ended without saying so."""
 
 
 class Source(Protocol):
@@ -38,6 +41,7 @@ class LogSource:
 
     Raises:
       FileNotFoundError: there is no such directory or file.
+      ValueError: the file is no event log.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -49,6 +53,8 @@ class LogSource:
         self.trouble = ""
         self._file: tuple[int, int] = (0, 0)  # inode, and bytes that were read
         self.unread = 0
+        if self.path.is_file() and not _is_log(self.path):
+            raise ValueError(f"{self.path} is no event log; give a run directory, its {_LOG} or the URL of a bus")
 
     def poll(self) -> tuple[bool, list[Event]]:
         """The lines that were added; all of them, afresh, when the log was cut back for a resume."""
@@ -62,6 +68,9 @@ class LogSource:
         except FileNotFoundError:
             self.trouble = f"{_LOG} is not there yet"
             return False, []
+        except OSError as error:
+            self.trouble = f"{self.path} cannot be read: {error.strerror or error}"
+            return False, []
         self.trouble = ""
         whole = content[: content.rfind(b"\n") + 1]
         self._file = (status.st_ino, (0 if afresh else place) + len(whole))
@@ -69,9 +78,22 @@ class LogSource:
         for line in whole.splitlines():
             try:
                 found.append(Event.from_json(line))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 self.unread += 1
         return afresh, found
+
+
+def _is_log(path: pathlib.Path) -> bool:
+    """Whether the file begins as a log does, or is empty."""
+    with path.open("rb") as file:
+        line = file.readline(1 << 24)
+    if not line.endswith(b"\n"):  # being written
+        return line.startswith(b'{"v": ') or b'{"v": '.startswith(line)
+    try:
+        Event.from_json(line)
+    except (ValueError, TypeError, RecursionError) as error:
+        return "schema" in str(error)  # of a later version
+    return True
 
 
 def view(picture: Picture, name: str, *, trouble: str = "", width: int = 80, height: int = 24, now: float = 0.0) -> Any:
@@ -141,12 +163,17 @@ def watch(
         return bool(found)
 
     def shown() -> Any:
-        size = console.size
-        return view(picture, source.name, trouble=source.trouble, width=size.width, height=size.height, now=time.time())
+        size, trouble, now = console.size, _state(source, picture)[1], time.time()
+        return view(picture, source.name, trouble=trouble, width=size.width, height=size.height, now=now)
 
     if once or not console.is_terminal:
+        said = ""
         while look() or not (once or picture.ended):
-            if not once:
+            if not once and not picture.ended:
+                kind, text = _state(source, picture)
+                if kind and kind != said:  # what a screen would show, once
+                    console.print(clean(text), markup=False, soft_wrap=True)
+                said = kind
                 sleep(interval)
         console.print(shown())
         return picture
@@ -161,6 +188,20 @@ def watch(
     return picture
 
 
+def _state(source: Source, picture: Picture) -> tuple[str, str]:
+    """Why there is nothing new, if so: a word or two that stay the same while it does, and a sentence."""
+    count = getattr(source, "unread", 0)
+    unread = f", and {count} lines that are none" if count else ""
+    if source.trouble:
+        return source.trouble, source.trouble
+    if not picture.events:
+        return f"no events{unread}", f"no events yet{unread}"
+    age = time.time() - picture.seen
+    if not picture.ended and age > QUIET:
+        return "quiet", f"no new event since {span(age)}: the run may have ended without saying so"
+    return "", ""
+
+
 def _head(picture: Picture, name: str, trouble: str, width: int, now: float) -> Iterable[Any]:
     from rich.text import Text
 
@@ -168,13 +209,13 @@ def _head(picture: Picture, name: str, trouble: str, width: int, now: float) -> 
     if picture.ended:
         state, style = picture.ended, "bold"
     planned = "" if picture.planned is None else f"/{picture.planned}"
-    line = Text(shorten(name, 34), style="bold", overflow="ellipsis", no_wrap=True)
+    line = Text(shorten(clean(name), 34), style="bold", overflow="ellipsis", no_wrap=True)
     line.append("  ").append(state, style=style).append(f"  epoch {picture.epoch}{planned}  step {picture.step:,}")
     if now and math.isfinite(picture.seen) and not picture.ended:
         line.append(f"  {span(max(0.0, now - picture.seen))} ago", style="bright_black")
     yield line
     if trouble:
-        yield Text(trouble, style="bold yellow")
+        yield Text(clean(trouble), style="bold yellow")
     data = picture.metrics
     if data:
         metrics = Text(overflow="ellipsis", no_wrap=True)

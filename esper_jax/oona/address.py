@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import re
 import urllib.parse
@@ -31,7 +32,8 @@ class Address:
 
     Args:
       url: `redis://[user[:password]@]host[:port][/db]`, `rediss://` (TLS) or `unix://path`. `run`, `maxlen` and
-        `timeout` may stand in its query. A password that is not in it is taken from the variable REDISCLI_AUTH.
+        `timeout` may stand in its query. A password that is not in it is taken from the variable REDISCLI_AUTH; one
+        that is in it is taken out of `url` and kept apart, so that no message and no file shows it.
       run: the run's name, letters, digits and `_.-`; None lets the run choose, and means the newest to readers.
       maxlen: events that the stream keeps, at least (Redis trims it in blocks).
       timeout: seconds for one answer of the server.
@@ -44,6 +46,9 @@ class Address:
     run: str | None = None
     maxlen: int = 100_000
     timeout: float = 5.0
+    username: str | None = None
+    secrets: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
+    """Passwords from the URL, by the names that redis gives them."""
 
     @staticmethod
     def of(given: str | Address) -> Address:
@@ -56,43 +61,62 @@ class Address:
             return given
         if not isinstance(given, str):
             raise TypeError(f"oona must be a URL such as 'redis://localhost:6379/0', got {type(given).__name__}")
-        parts = urllib.parse.urlsplit(given)
+        parts = _split(given)
         query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
         own = {name: query.pop(name) for name in ("run", "maxlen", "timeout") if name in query}
         rest = urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(query)))
         try:
             maxlen, timeout = int(own.get("maxlen", 100_000)), float(own.get("timeout", 5.0))
-        except ValueError as error:
-            raise ValueError(f"maxlen and timeout in {_hidden(given)} must be numbers") from error
+        except ValueError:
+            raise ValueError("maxlen and timeout in the URL of the bus must be numbers") from None
         return Address(rest, own.get("run"), maxlen, timeout)
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in _SCHEMES or not (parts.netloc or parts.path):
-            raise ValueError(
-                f"oona must be a URL such as 'redis://localhost:6379/0' (or rediss://, unix://), got {self.shown!r}"
-            )
+        parts = _split(self.url)
+        query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+        kept = [(name, value) for name, value in query if name != "username" and not _secret(name)]
+        secrets = [(name, value) for name, value in query if _secret(name)]
+        if parts.password:
+            secrets.append(("password", urllib.parse.unquote(parts.password)))
+        named = dict(query).get("username")
+        username = urllib.parse.unquote(parts.username) if parts.username else named
+        host = parts.netloc.rpartition("@")[2]
+        bare = urllib.parse.urlunsplit(parts._replace(netloc=host, query=urllib.parse.urlencode(kept)))
+        object.__setattr__(self, "url", bare)
+        object.__setattr__(self, "username", username or self.username)
+        object.__setattr__(self, "secrets", tuple(secrets) or self.secrets)
         if self.run is not None and not _NAME.fullmatch(self.run):
             raise ValueError(f"a run's name has letters, digits and _.- only, at most 200, got {self.run!r}")
-        if self.maxlen < 1 or not self.timeout > 0:
-            raise ValueError(f"maxlen must be 1 or more and timeout above 0, got {self.maxlen} and {self.timeout}")
+        if not 1 <= self.maxlen < 1 << 62:
+            raise ValueError(f"maxlen must be 1 or more (and below 2**62), got {self.maxlen}")
+        if not 0 < self.timeout <= 3600 or not math.isfinite(self.timeout):
+            raise ValueError(f"timeout must be above 0 and at most 3600 seconds, got {self.timeout}")
 
     @property
     def shown(self) -> str:
         """The URL without the password, for messages."""
-        return _hidden(self.url)
+        if not self.username and not self.secrets:
+            return self.url
+        return self._with((self._open_name or ("" if self.secrets else "***")) + ":***" * bool(self.secrets))
 
     @property
     def bare(self) -> str:
         """The URL without the password, as a configuration file may hold it."""
-        parts = urllib.parse.urlsplit(self.url)
-        user, at, host = parts.netloc.rpartition("@")
-        name = user.partition(":")[0]
-        url = urllib.parse.urlunsplit(parts._replace(netloc=f"{name}@{host}" if at and name else host))
+        url = self._with(self._open_name) if self._open_name else self.url
         own = {"run": self.run, "maxlen": self.maxlen, "timeout": self.timeout}
         default = {"run": None, "maxlen": 100_000, "timeout": 5.0}
         query = urllib.parse.urlencode({key: value for key, value in own.items() if value != default[key]})
-        return url + ("&" if parts.query else "?") * bool(query) + query
+        return url + ("&" if "?" in url else "?") * bool(query) + query
+
+    @property
+    def _open_name(self) -> str:
+        """The user's name, where a password says that it is one; alone it may be a token."""
+        known = self.secrets or os.environ.get("REDISCLI_AUTH")
+        return urllib.parse.quote(self.username, safe="") if self.username and known else ""
+
+    def _with(self, user: str) -> str:
+        parts = urllib.parse.urlsplit(self.url)
+        return urllib.parse.urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc}"))
 
     @property
     def stream(self) -> str:
@@ -113,13 +137,25 @@ class Address:
             "retry": retry.Retry(backoff.NoBackoff(), 0),
             "protocol": 2,
         }
+        options |= {"username": self.username} if self.username else {}
         password = os.environ.get("REDISCLI_AUTH")
-        if password and urllib.parse.urlsplit(self.url).password is None:
-            options["password"] = password
+        options |= {"password": password} if password else {}
+        options |= dict(self.secrets)
         try:
-            return redis.Redis.from_url(self.url, **options)
-        except ValueError as error:
-            raise OonaError(f"redis does not understand the URL {self.shown!r}: {error}", transient=False) from error
+            client = redis.Redis.from_url(self.url, **options)
+            client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)  # connects nowhere
+        except (ValueError, TypeError, AttributeError, redis.RedisError) as error:
+            said = self.said(error)
+            raise OonaError(f"redis does not understand the URL {self.shown!r}: {said}", transient=False) from None
+        return client
+
+    def said(self, error: BaseException | None) -> str:
+        """An error for people, without passwords, whoever wrote its text."""
+        text = describe(error)
+        lone = [self.username] if self.username and not self._open_name else []
+        for secret in [*dict(self.secrets).values(), os.environ.get("REDISCLI_AUTH"), *lone]:
+            text = text.replace(secret, "***") if secret else text
+        return text
 
     def trouble(self, error: Exception) -> OonaError:
         """What went wrong there, for people."""
@@ -129,10 +165,12 @@ class Address:
         what = (
             "refuses" if kind in ("AuthenticationError", "AuthorizationError", "NoPermissionError") else "cannot serve"
         )
-        hint = " (a password may also stand in the variable REDISCLI_AUTH)" if kind == "AuthenticationError" else ""
+        hint = ""
+        if kind in ("AuthenticationError", "AuthorizationError"):
+            hint = " (give the password in the URL or in the variable REDISCLI_AUTH; a run directory never keeps it)"
         if classify(error) == "transient" and kind != "OutOfMemoryError":
             what = "does not answer"
-        return OonaError(f"{self.shown} {what}: {describe(error)}{hint}", transient=classify(error) == "transient")
+        return OonaError(f"{self.shown} {what}: {self.said(error)}{hint}", transient=classify(error) == "transient")
 
     def __repr__(self) -> str:
         return f"Address({self.shown!r}, run={self.run!r})"
@@ -171,5 +209,20 @@ def runs(given: str | Address) -> list[str]:
         client.close()
 
 
-def _hidden(url: str) -> str:
-    return re.sub(r"(?<=://)([^:@/]*):[^@/]*@", r"\1:***@", url)
+def _split(url: str) -> urllib.parse.SplitResult:
+    """The parts of a URL of ours; ValueError, without a part of it in its text, for any other."""
+    wanted = "oona must be a URL such as 'redis://localhost:6379/0' (or rediss://, unix://)"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port, parts.hostname
+    except ValueError:  # which quotes what may be a password
+        raise ValueError(f"{wanted}; in a password / ? # @ and : are written %2F %3F %23 %40 and %3A") from None
+    if parts.scheme not in _SCHEMES or "://" not in url or not (parts.netloc or parts.path):
+        raise ValueError(f"{wanted}, got {'another scheme' if '://' in url else 'something else'}")
+    if parts.fragment or any("@" in part for part in parts[2:]):
+        raise ValueError(f"{wanted}; in a password / ? # and @ are written %2F %3F %23 and %40")
+    return parts
+
+
+def _secret(name: str) -> bool:
+    return "password" in name.lower()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import time
@@ -47,7 +48,7 @@ class Reader:
             known = runs(address)
             if not known:
                 raise OonaError(f"{address.shown} has no runs yet", transient=True)
-            address = Address(address.url, known[0], address.maxlen, address.timeout)
+            address = dataclasses.replace(address, run=known[0])
         self.address, self.group = address, group
         self.consumer = consumer or f"{socket.gethostname()}-{os.getpid()}"
         self.claim_after = claim_after

@@ -13,15 +13,17 @@ import warnings
 from typing import Any, Self
 
 from ..nissa import events as make
+from ..nissa.backlog import Backlog
 from ..nissa.event import Event
 from ..nissa.spool import Spool
-from ..recovery import Breaker, BreakerState, describe, retrying
+from ..recovery import Breaker, BreakerState, retrying
 from .address import RUNS, Address, OonaError, package
 
 BATCH = 500
 GATHER = 0.01
 """Seconds that the thread waits for more before it sends: a tick tells several events at once."""
-HELD = 10_000
+PAGE = 500
+"""Entries looked at together where the stream does not end with one of ours."""
 
 
 class RedisBus:
@@ -30,6 +32,8 @@ class RedisBus:
     The thread sends batches in pipelined transactions. Before each it reads, under `WATCH`, which of our events the
     stream ends with, and goes on from there: an answer that was lost is no duplicate, and what a server lost in a crash
     is sent again. While the server is away there is one outage notice, a breaker between attempts, and the spool grows.
+    Where the stream holds other events under our ids (a run directory was copied and both go on, or a power cut took
+    the spool's end), ours from there on get new ids, and a warning says so.
 
     Args:
       address: the server and, in `run`, the stream; a run without a name is called `name-token`.
@@ -60,13 +64,14 @@ class RedisBus:
         self._ready = threading.Condition()
         self._thread: threading.Thread | None = None
         self._acked = self._last = 0
-        self._token = ""
+        self._names: Spool | None = None  # the spool, also when it is closed
         self._closing = self._idle = False
-        self._held: list[str] = []  # lines that found no room on the disk
+        self._backlog = Backlog(self._to_disk, "the bus's disk")
+        self._newest = (0, "")  # number and line of what we sent last
         self.sent = 0
         """Events written to the stream by this object, those that the server lost and was sent again counted twice."""
         self.lost = 0
-        """Events that neither disk nor memory had room for."""
+        """Events that neither disk nor memory had room for, of sessions that ended."""
         self._notices: list[Event] = []
         self._at = (0, 0)
         self._missed_at = 0.0
@@ -103,8 +108,8 @@ class RedisBus:
         return self._breaker.outages
 
     def ids(self) -> list[str]:
-        """The ids of all events emitted, in order."""
-        return [f"{self._token}-{number}" for number in range(1, self._last + 1)]
+        """The ids of all events emitted, in order; known once the bus was open."""
+        return [] if self._names is None else [self._names.id(number) for number in range(1, self._last + 1)]
 
     def open(self) -> None:
         """Open the spool, reach the server, and start the thread.
@@ -121,7 +126,7 @@ class RedisBus:
             raise OonaError(str(error), transient=False) from error
         try:
             self._take_name(spool)
-            self._acked, self._last, self._token, self._closing = spool.noted(), spool.last, spool.token, False
+            self._acked, self._last, self._names, self._closing = spool.noted(), spool.last, spool, False
             self._client = self.address.client()
             self._greet()
         except BaseException:
@@ -135,7 +140,8 @@ class RedisBus:
         path = spool.directory / "run"
         run = self.address.run
         if run is None:
-            run = path.read_text().strip() if path.is_file() else f"{self.name}-{spool.token}"
+            known = path.read_text(errors="replace").strip() if path.is_file() else ""
+            run = known or f"{self.name}-{spool.token}"
             self.address = dataclasses.replace(self.address, run=run)
         path.write_text(run + "\n")
 
@@ -143,17 +149,17 @@ class RedisBus:
         """Publish the event: it is on disk when this returns, and on the stream soon."""
         if self._thread is None:
             self.open()
-        line = event.to_json()
+        event.to_json()  # raises for what is no JSON
         with self._ready:
             self._at = (event.epoch, event.step)
-            self._write(line)
+            self._backlog.put(event)
             if self._idle:  # or else the thread looks again by itself
                 self._ready.notify()
 
     def notices(self) -> list[Event]:
         """Events to tell the other sinks: an outage, a recovery, what was left undelivered."""
         with self._ready:
-            found, self._notices = self._notices, []
+            found, self._notices = [*self._notices, *self._backlog.notices()], []
             return found
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -169,15 +175,17 @@ class RedisBus:
             thread, spool = self._thread, self._spool
             if thread is None or spool is None:
                 return
-            with contextlib.suppress(OSError):
-                self._write(None)
+            self._backlog.drain()
             self._closing = True
             self._ready.notify()
         thread.join(self.linger)
         with self._ready:
             self._thread = None
-            left, self.lost = spool.last - self._acked, self.lost + len(self._held)
-            self._held = []
+            self._backlog.drain()
+            left, lost = spool.last - self._acked, len(self._backlog) + self._backlog.lost + self._backlog.dropped
+            self.lost += lost
+            self._notices += self._backlog.notices()
+            self._backlog = Backlog(self._to_disk, self._backlog.service)
             spool.note(self._acked)
             texts = []
             if left:
@@ -185,31 +193,16 @@ class RedisBus:
                     f"{left} events of {self.run} were not delivered to {self.address.shown}; they are kept in "
                     f"{spool.directory} and are sent when the run goes on, or by esper_jax.oona.deliver(that, url)"
                 )
-            if self.lost:
-                texts.append(
-                    f"{self.lost} events of {self.run} are lost to the bus: there was no room for them on disk"
-                )
+            if lost:
+                texts.append(f"{lost} events of {self.run} are lost to the bus: there was no room for them on disk")
             self._notices += [make.warning(*self._at, text) for text in texts]
             self._release(remove=self._spool_at is None and not left)
         for text in texts:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
-    def _write(self, line: str | None) -> None:
-        """Lines that were held back, then this one, to the disk; what it has no room for is held back."""
-        spool = self._spool
-        assert spool is not None
-        self._held += [] if line is None else [line]
-        try:
-            while self._held:
-                self._last = spool.append(self._held[0])
-                del self._held[0]
-        except OSError as error:
-            if len(self._held) == 1 and line is not None:
-                then = "its events wait in memory and training goes on"
-                self._notices.append(make.outage(*self._at, service="the bus's disk", error=describe(error), then=then))
-            if len(self._held) > HELD:
-                del self._held[-1]
-                self.lost += 1
+    def _to_disk(self, event: Event) -> None:
+        assert self._spool is not None
+        self._last = self._spool.append(event.to_json())
 
     def _release(self, *, remove: bool) -> None:
         client, self._client = self._client, None
@@ -229,7 +222,8 @@ class RedisBus:
             trouble = self.address.trouble(error)
             if not self.optional:
                 raise OonaError(
-                    f"{trouble}. Start or correct the server, or allow training without it with oona_optional=True",
+                    f"{trouble}. Start or correct the server, or allow training without it with oona_optional=True "
+                    "(--oona-optional)",
                     transient=trouble.transient,
                 ) from error
             self._breaker.failed(error)
@@ -271,7 +265,9 @@ class RedisBus:
         stream = self.address.stream
         with self._client.pipeline(transaction=True) as pipe:
             pipe.watch(stream)
-            top, ours = self._end_of(pipe, spool)
+            top, ours, taken = self._end_of(pipe, spool)
+            if taken:
+                self._fork(spool, ours)
             batch = spool.read(ours, BATCH)
             if batch:
                 pipe.multi()
@@ -283,35 +279,67 @@ class RedisBus:
                 pipe.zremrangebyrank(RUNS, 0, -1001)  # the newest thousand
                 pipe.execute()
         with self._ready:
-            self._acked = batch[-1][0] if batch else min(ours, spool.last)
+            if batch:
+                self._newest = batch[-1]
+            self._acked = batch[-1][0] if batch else ours
             self.sent += len(batch)
             spool.forget(self._acked - self.address.maxlen)
 
-    def _end_of(self, pipe: Any, spool: Spool) -> tuple[int, int]:
-        """The stream's last entry id, and the number of the last event in it that is ours."""
-        stream, mine = self.address.stream, f"{spool.token}-".encode()
+    def _fork(self, spool: Spool, after: int) -> None:
+        """New ids for our events behind that number, and a warning."""
+        spool.fork(after)
+        text = (
+            f"{self.address.stream} holds events under the ids of {self.run} that are not in {spool.directory} (the "
+            "run directory was copied and both go on, or a crash took the spool's end); from its event number "
+            f"{after + 1} on this run publishes under new ids. For a stream of its own give ?run=NAME in the URL"
+        )
+        with self._ready:
+            self._notices.append(make.warning(*self._at, text))
+
+    def _end_of(self, pipe: Any, spool: Spool) -> tuple[int, int, bool]:
+        """The stream's last entry id, the number of our last event in it, and whether others stand under our ids."""
+        stream = self.address.stream
         try:
             about = pipe.xinfo_stream(stream)
         except self._redis.ResponseError as error:
             if "no such key" not in str(error):
                 raise
-            return 0, 0
+            return 0, 0, False
         top = int(about["last-generated-id"].split(b"-")[0])
-        last = about["last-entry"]
-        entries = [last] if last else []
-        if last and not last[1].get(b"id", b"").startswith(mine):  # another run of the same name wrote meanwhile
-            entries = pipe.xrevrange(stream, count=10_000)
-        for _, entry in entries:
-            if entry.get(b"id", b"").startswith(mine):
-                return top, int(entry[b"id"][len(mine) :])
-        return top, self._acked
+        entries = [about["last-entry"]] if about["last-entry"] else []
+        taken = False
+        while entries:  # more than one look only where another run of the same name wrote meanwhile
+            for _, entry in entries:
+                number = self._ours(entry, spool)
+                if number is not None and number >= 0:
+                    return top, number, taken
+                taken = taken or number is not None
+            entries = pipe.xrevrange(stream, max=b"(" + entries[-1][0], count=PAGE)
+        # None of ours: trimmed away behind what others wrote, or the server lost them.
+        trimmed = about["length"] >= self.address.maxlen
+        return top, min(self._acked, spool.last) if trimmed else 0, taken
+
+    def _ours(self, entry: dict[bytes, bytes], spool: Spool) -> int | None:
+        """The number of the event there if it is ours, -1 if it is another under an id of ours, None otherwise."""
+        name = entry.get(b"id", b"").decode(errors="replace")
+        token, _, digits = name.rpartition("-")
+        if token not in spool.tokens or not digits.isdecimal():
+            return None
+        number = int(digits)
+        if number <= spool.last:
+            if spool.id(number) != name:
+                return None  # it was found out before, and ours have other ids
+            known = [self._newest] if self._newest[0] == number else spool.read(number - 1, 1)
+            if not known or known[0][0] != number or known[0][1] == entry.get(b"event", b"").decode(errors="replace"):
+                return number  # the same, or forgotten because it was delivered
+        return -1 if token == spool.token else None
 
     def _changed(self, before: BreakerState, after: BreakerState, error: Exception | None) -> None:
         with self._ready:
             if before == BreakerState.CLOSED and after == BreakerState.OPEN:
                 self._missed_at = time.monotonic()
                 then = "events wait on disk and training goes on"
-                said = describe(error)
+                said = self.address.said(error)
                 self._notices.append(make.outage(*self._at, service=self.address.shown, error=said, then=then))
             elif after == BreakerState.CLOSED:
                 seconds = time.monotonic() - self._missed_at

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
+import traceback
 import warnings
 
 import pytest
 
+from esper_jax import cli
 from esper_jax.nissa import Event, Fanout, Kind, ListSink, events
 from esper_jax.oona import Address, OonaError, Reader, RedisBus, deliver, runs
 from tests.servers import RedisServer, free_port, needs_redis
@@ -364,3 +367,79 @@ def test_a_url_carries_the_settings_and_hides_the_password():
     with pytest.raises(ValueError, match="must be numbers") as refused:
         Address.of("redis://me:secret@h/0?timeout=x")
     assert "secret" not in str(refused.value)
+
+
+SECRET = "pa%2Fs%40s%3Fw%23o"  # pa/s@s?w#o
+SECRETS = ("pa/s", "s@s", "s?w", "w#o", "pa%2F", "%40s")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://:{SECRET}@h:1/0",
+        f"redis://me:{SECRET}@h:1/0",
+        f"redis://h:1/0?password={SECRET}",
+        f"redis://h:1/0?username=me&password={SECRET}&timeout=2",
+        f"rediss://h:1/0?ssl_password={SECRET}",
+        f"unix:///run/redis.sock?password={SECRET}",
+        "redis://:pa/s@s?w#o@h:1/0",
+        "redis://:s?w@h",
+        "redis://:w#o@h",
+        "redis://:pa/s",
+        "redis://me:pa/s@h:1/0?timeout=x",
+        "http://me:pa/s@h",
+        "redis:me:s@s",
+        "redis://[pa/s",
+    ],
+)
+def test_a_password_is_in_no_text_however_it_is_given(url):
+    try:
+        address = Address.of(url)
+    except ValueError as refused:
+        texts = ["".join(traceback.format_exception(refused))]
+    else:
+        assert "pa/s@s?w#o" in dict(address.secrets).values() and address.url == Address.of(address.bare).url
+        assert address.client().connection_pool.connection_kwargs["socket_timeout"] == address.timeout
+        echo = redis.AuthenticationError("pa/s@s?w#o is wrong")
+        texts = [repr(address), str(address), address.shown, address.bare, address.url, str(address.trouble(echo))]
+        again = dataclasses.replace(address, run="other")
+        assert again.secrets == address.secrets and again.username == address.username
+    for text in texts:
+        assert not any(secret in text for secret in SECRETS), text
+
+
+@pytest.mark.parametrize("how", ["redis://:{p}@{h}/0", "redis://{h}/0?password={p}", "redis://default:{p}@{h}/0"])
+def test_a_password_with_any_letters_reaches_the_server_however_it_is_given(tmp_path, how):
+    with RedisServer(password="pa/s@s?w#o") as server:
+        url = how.format(p=SECRET, h=f"127.0.0.1:{server.port}")
+        with RedisBus(url, spool=tmp_path / "oona") as bus:
+            publish(bus, 0, 3)
+            assert bus.flush()
+        with Reader(url) as reader:  # the newest run
+            assert len(reader.read()) == 3
+
+
+def test_a_name_alone_may_be_a_token_and_is_not_shown(monkeypatch):
+    monkeypatch.delenv("REDISCLI_AUTH", raising=False)
+    address = Address.of("redis://token@h/0")
+    assert (address.shown, address.bare, address.username) == ("redis://***@h/0", "redis://h/0", "token")
+    monkeypatch.setenv("REDISCLI_AUTH", "right")
+    assert address.bare == "redis://token@h/0"
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("timeout=inf", "timeout must be above 0 and at most 3600"),
+        ("timeout=nan", "timeout must be above 0"),
+        ("maxlen=0", "maxlen must be 1 or more"),
+        ("foo=1", "does not understand the URL.*foo"),
+        ("db=x", "does not understand the URL.*db"),
+        ("socket_timeout=x", "does not understand the URL.*socket_timeout"),
+    ],
+)
+def test_a_setting_that_redis_or_we_do_not_have_is_one_sentence_for_the_command(query, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["watch", f"redis://localhost:1/0?{query}", "--once"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(sentence, said) and said.count("\n") == 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
-from esper_jax import cli
-from esper_jax.experiment import read_config
+from esper_jax import cli, experiment
+from esper_jax.experiment import Train, read_config
 from esper_jax.nissa import read_events
 from esper_jax.oona import Address, Reader
 from tests.servers import RedisServer, needs_redis
@@ -40,3 +42,38 @@ def test_a_url_that_is_none_is_one_sentence(capsys, tmp_path):
         cli.main(["train", "--run-dir", str(tmp_path / "r"), "--oona", "localhost"])
     assert stopped.value.code == 2 and "oona must be a URL such as" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resume_takes_the_options_of_the_run_and_those_given_now_that_say_where_events_go(tmp_path):
+    run_dir = tmp_path / "r"
+    begun = Train(run_dir=run_dir, epochs=3, oona="redis://me:secret@h/0?run=x", oona_optional=True, tensorboard=True)
+    experiment._write_config(begun, run_dir)
+    assert "secret" not in (run_dir / "config.json").read_text()
+    kept = experiment.resumed(Train(resume=run_dir, epochs=9))
+    assert (kept.epochs, kept.oona, kept.oona_optional, kept.tensorboard) == (3, "redis://me@h/0?run=x", True, True)
+    other = experiment.resumed(Train(resume=run_dir, oona="redis://:other@g/0", quiet=True, prometheus=0))
+    assert (other.oona, other.quiet, other.prometheus) == ("redis://:other@g/0", True, 0)
+
+
+@needs_redis
+@pytest.mark.slow
+def test_a_run_is_resumed_from_the_command_line_while_its_server_is_away(tmp_path, capsys):
+    run_dir = tmp_path / "r"
+    options = ["--quiet", "--controller", "none", "--epochs", "5", "--no-baseline", "--no-figure"]
+    with RedisServer(password="right-secret") as server:
+        cli.main(["train", *options, "--run-dir", str(run_dir), "--oona", server.url])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:  # no password is kept
+            cli.main(["train", "--resume", str(run_dir)])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and "REDISCLI_AUTH" in said and "a run directory never keeps it" in said
+        cli.main(["train", "--resume", str(run_dir), "--oona", server.url])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--resume", str(run_dir)])
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and "does not answer" in said and "--oona-optional" in said and "\n" not in said
+    with warnings.catch_warnings(record=True, action="always") as told:
+        cli.main(["train", "--resume", str(run_dir), "--oona-optional"])
+    assert [event.kind for event in read_events(run_dir / "events.jsonl")][-1] in ("run_ended", "warning")
+    texts = [str(one.message) for one in told if one.category is RuntimeWarning]
+    assert len(texts) == 2 and "events wait on disk" in texts[0] and "were not delivered" in texts[1]
