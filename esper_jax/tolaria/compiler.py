@@ -369,7 +369,7 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
         return jax.random.key_data(key)
 
     words = jax.eval_shape(data, shape)
-    return jax.random.wrap_key_data(np.zeros(words.shape, words.dtype), impl=kinds[0])
+    return jax.random.wrap_key_data(jax.numpy.zeros(words.shape, words.dtype), impl=kinds[0])
 
 
 def _configuration() -> dict[str, Any]:
