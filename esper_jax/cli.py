@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -50,17 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if stop.code:
             _fail(_first_sentence(complaint.getvalue(), sys.argv[1:] if arguments is None else arguments))
         raise
+    with warnings.catch_warnings():
+        warnings.showwarning = _note
+        _do(command)
+
+
+def _do(command: Any) -> None:
     if isinstance(command, Train):
         _train(command)
-    elif isinstance(command, Watch | Schema | TamiyoCommand):
-        _run(command)
     elif isinstance(command, Tasks):
         for name, build in TASKS.items():
             print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
+    elif isinstance(command, Blueprints):
+        print(blueprints())
     elif isinstance(command, urza.Command):
         _urza(command)
     else:
-        print(blueprints())
+        _run(command)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +102,7 @@ def _train(options: Train) -> None:
     except TrainingDiverged as diverged:
         print(f"esper-jax: {diverged}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, CheckpointError, OonaError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, OSError, CheckpointError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
     print(f"\n{outcome.table()}\n\nrun directory: {outcome.run_dir}")
     if outcome.figure is not None:
@@ -104,8 +111,8 @@ def _train(options: Train) -> None:
 
 def _urza(command: urza.Command) -> None:
     try:
-        print(urza.run(command))
-    except (ValueError, ImportError, UrzaError) as error:
+        print("\n".join(clean(line) for line in urza.run(command).splitlines()))
+    except (ValueError, KeyError, TypeError, ImportError, OSError, UrzaError) as error:
         _fail(str(error))
 
 
@@ -120,6 +127,11 @@ def _first_sentence(box: str, arguments: Sequence[str]) -> str:
         i for i, line in enumerate(text) if line.startswith(("Got errors", "For full helptext", "Argument helptext"))
     ]
     return " ".join(text[: min(ends, default=len(text))]) + f" See esper-jax {command} --help."
+
+
+def _note(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as one line, without the place in the source that warned."""
+    print(f"esper-jax: {clean(str(message))}", file=sys.stderr)
 
 
 def _fail(sentence: str) -> NoReturn:

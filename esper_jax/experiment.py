@@ -18,7 +18,7 @@ from . import nissa
 from .kasmina import Gates, Lifecycle, Morph, get_blueprint, morph
 from .kasmina.morph import count
 from .kasmina.summary import compare
-from .oona import Address, OonaError
+from .oona import Address
 from .protocol import Controller
 from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
 from .tamiyo.client import TOKEN
@@ -158,8 +158,9 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
     started = time.perf_counter()
     try:
         state, history = trainer.fit(state, task.train, task.validation, epochs=epochs)
-    except OonaError:
-        if options.resume is None:
+    except Exception:
+        log = run_dir / "events.jsonl"
+        if options.resume is None and not (log.exists() and log.stat().st_size):
             (run_dir / CONFIG).unlink()  # nothing was trained: the directory is free for another attempt
         raise
     finally:

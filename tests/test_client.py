@@ -248,7 +248,7 @@ def test_a_token_is_in_no_repr_and_wrong_arguments_are_one_sentence() -> None:
         ({"url": "http://user:pw@host/"}, "a service is http://host:port"),
         ({"url": "http://h:1", "token": "a\r\nX: b"}, "printable ASCII"),
         ({"url": "http://h:1", "lag": -1}, "lag must be a whole number of 0 or more"),
-        ({"url": "http://h:1", "timeout": 0}, "timeout must be seconds above 0"),
+        ({"url": "http://h:1", "timeout": 0}, "timeout must be a finite number of seconds above 0"),
         ({"url": "http://h:1", "attempts": 0}, "attempts must be a whole number of 1 or more"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from .._checks import whole
 from .event import DROPPABLE, Event, Kind
 from .metrics import METRICS, samples
 from .sinks import _Closing
@@ -86,6 +87,9 @@ class PrometheusSink(_Closing):
 
     def __init__(self, port: int = 9464, *, host: str = "127.0.0.1") -> None:
         prometheus = self._module = _needed("prometheus_client", "prometheus-client", "sinks")
+        whole("port", port, 0)
+        if port > 65535:
+            raise ValueError(f"port must be 65535 or less, got {port}")
         self.host, self.port = host, port
         self.registry = prometheus.CollectorRegistry()
         options = {"registry": self.registry}

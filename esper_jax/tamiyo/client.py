@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import re
 from typing import Any
 
+from .._checks import flag, seconds, whole
 from ..kasmina.spec import Spec
 from ..protocol import Decision, Feedback, Notice, Report
 from ..recovery import Breaker
@@ -12,6 +13,12 @@ from .remote import RemoteState
 
 TOKEN = "ESPER_TAMIYO_TOKEN"
 """The environment variable with the bearer token, for the service and on the command line."""
+
+
+def check_token(token: str | None) -> None:
+    """ValueError, without the token, for a bearer token that a header cannot carry as it is (RFC 6750)."""
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ValueError("the bearer token must be printable ASCII without spaces and not empty")
 
 
 class TamiyoClient:
@@ -64,11 +71,15 @@ class TamiyoClient:
             raise ImportError(
                 f'TamiyoClient needs the package {error.name}, which is not installed: pip install "esper_jax[service]"'
             ) from error
-        for name, whole in (("attempts", attempts), ("max_bytes", max_bytes), ("max_parameters", max_parameters)):
-            _whole(name, whole, 1)
-        _whole("lag", lag, 0)
-        if not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
-            raise ValueError(f"timeout must be seconds above 0, got {timeout!r}")
+        counts = {"attempts": attempts, "max_bytes": max_bytes, "max_parameters": max_parameters, "failures": failures}
+        for name, count in counts.items():
+            whole(name, count, 1)
+        whole("lag", lag, 0)
+        seconds("timeout", timeout)
+        for name, pause in (("cooldown", cooldown), ("max_cooldown", max_cooldown)):
+            seconds(name, pause, zero=True)
+        flag("allow_mock", allow_mock)
+        check_token(token)
         self.url, self.lag = url, lag
         self.setting = turn.Setting(url, lag, max_parameters, allow_mock)
         self._turn = turn.Turn
@@ -109,8 +120,3 @@ class TamiyoClient:
 
     def __repr__(self) -> str:
         return f"TamiyoClient({self.url!r}, lag={self.lag})"
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")

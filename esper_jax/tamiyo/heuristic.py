@@ -252,12 +252,14 @@ class Tamiyo(Keeper):
 
 
 def check_names(blueprints: Any, configs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Blueprint names as a tuple; ValueError where there is none, one twice, or a config for another."""
+    """Blueprint names as a tuple. ValueError: none, one twice, a config for another. KeyError: an unknown one."""
     names = (blueprints,) if isinstance(blueprints, str) else tuple(blueprints)
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError(f"blueprints must be one or more different names, got {blueprints!r}")
     if extra := [name for name in configs if name not in names]:
         raise ValueError(f"configs has {extra[0]!r}, which is not among the blueprints {', '.join(names)}")
+    for name in names:
+        get_blueprint(name)
     return names
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..kasmina.gates import Gates
 from ..protocol import Controller
-from .client import TOKEN
+from .client import TOKEN, check_token
 from .heuristic import Tamiyo
 from .mock import MockController
 from .schedules import FixedSchedule, RandomSchedule
@@ -47,13 +47,13 @@ def serve(
     try:
         import uvicorn
 
+        from .patience import Patient
         from .server import service
     except ImportError as error:
         raise ImportError(
             f'the service needs the package {error.name}, which is not installed: pip install "esper_jax[service]"'
         ) from error
-    if token is not None and (not token.strip() or not token.isascii() or not token.isprintable()):
-        raise ValueError("the bearer token must be printable ASCII and not empty")
+    check_token(token)
     if token is None and not _loopback(host):
         raise ValueError(
             f"{host} can be reached by others, so a bearer token is needed: set {TOKEN}, or listen on 127.0.0.1"
@@ -70,6 +70,7 @@ def serve(
 
     config = uvicorn.Config(
         app,
+        http=Patient,
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -108,8 +109,8 @@ def make_controller(name: str, settings: Sequence[str] = ()) -> Controller:
             options["plan"] = {int(epoch): entries for epoch, entries in options["plan"].items()}
         if callable(made) and not callable(getattr(made, "decide", None)) or isinstance(made, type):
             return made(**options)
-    except (TypeError, ValueError, KeyError) as error:
-        said = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+    except Exception as error:  # a controller's own code: whatever it does not like
+        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error) or type(error).__name__
         raise ValueError(f"controller {name} cannot be made: {said}") from None
     if options:
         raise ValueError(f"{name} is a ready-made object and takes no settings, got {', '.join(settings)}")

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._checks import flag, instance, whole
 from ..kasmina.graft import graft
 from ..kasmina.lifecycle import Lifecycle
 from ..kasmina.morph import Morph, morph
@@ -132,16 +133,20 @@ class Tolaria:
         progress: bool = True,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size), ("keep", keep)):
-            _positive(name, value)
+            whole(name, value, 1)
         for name, maybe in (("tick_every", tick_every), ("checkpoint_every", checkpoint_every), ("patience", patience)):
-            _positive(name, 1 if maybe is None else maybe)
-        if resident_bytes < 0:
-            raise ValueError(f"resident_bytes must be 0 or more, got {resident_bytes}")
-        for name in ("init", "decide") if controller is not None else ():
-            if not callable(getattr(controller, name, None)):
-                raise TypeError(f"controller {controller!r} has no {name}(); see esper_jax.protocol.Controller")
-        if urza is not None and not callable(getattr(urza, "get", None)):
-            raise TypeError(f"urza takes a library such as Urza(url), got {type(urza).__name__}")
+            whole(name, 1 if maybe is None else maybe, 1)
+        counts = {"resident_bytes": resident_bytes, "prefetch": prefetch, "prefetch_bytes": prefetch_bytes}
+        for name, value in (*counts.items(), ("max_rollbacks", max_rollbacks), ("probe_every", probe_every)):
+            whole(name, value, 0)
+        if controller is not None:
+            instance("controller", controller, "init", "decide", example="a controller such as Tamiyo()")
+        if urza is not None:
+            instance("urza", urza, "get", example="a library such as Urza(url)")
+        for sink in sinks:
+            instance("a sink", sink, "emit", "close", example="one such as ListSink()")
+        for name, given in (("oona_optional", oona_optional), ("progress", progress)):
+            flag(name, given)
         self.forward, self.tx, self.loss = graft(model), growable(tx), loss
         self.controller = controller
         self.checkpoint_dir = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
@@ -166,9 +171,6 @@ class Tolaria:
             prefetch,
             urza,
         )
-        for name, value in (("prefetch", prefetch), ("prefetch_bytes", prefetch_bytes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number of 0 or more, got {value!r}")
         self._compile_in, self._prefetch, self._prefetch_bytes = check_place(compile_in), prefetch, prefetch_bytes
         self._compile_cache = compile_cache
         self._resumed: tuple[Morph, Session] | None = None
@@ -211,7 +213,7 @@ class Tolaria:
         """
         if not isinstance(state, TrainState):
             raise TypeError(f"fit() needs the TrainState of init() or restore(), got {type(state).__name__}")
-        _positive("epochs", epochs)
+        whole("epochs", epochs, 1)
         wanted = jax.eval_shape(self.tx.init, state.morph)
         if jax.tree.structure(wanted) != jax.tree.structure(state.opt_state):
             raise ValueError(
@@ -342,11 +344,6 @@ class Tolaria:
                     f"{int(state.step)}; go on with restore(), or choose another checkpoint_dir"
                 )
             yield checkpoints
-
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
 
 
 def _run_name(directory: pathlib.Path | None) -> str:

@@ -59,12 +59,14 @@ def check_finite(blueprint: str, arrays: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} of {blueprint!r} is not finite; such a seed is not worth keeping")
 
 
-def measured(name: str, value: Any) -> float | None:
+def measured(name: str, value: Any, least: float = -math.inf) -> float | None:
     """A measured number, None for NaN; TypeError or ValueError for anything that cannot have been measured."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
     if math.isinf(float(value)):
         raise ValueError(f"{name} must be finite, or NaN where it was not measured, got {value!r}")
+    if float(value) < least:
+        raise ValueError(f"{name} must be {least:g} or more, or NaN where it was not measured, got {value!r}")
     return None if math.isnan(float(value)) else float(value)
 
 

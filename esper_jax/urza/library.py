@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._checks import whole
 from ..kasmina.blend import check_blend
 from ..kasmina.blueprints import registered
 from ..kasmina.spec import Site
@@ -137,15 +139,15 @@ class Urza:
         written = None
         if programs:
             as_arrays = pack_programs(programs)
-            data = pack(as_arrays)
+            data = pack(as_arrays, owner=seed_id)
             written = Program(File(sha256(data), len(data)), describe(as_arrays), jax.__version__)
             files[written.file.name] = data
         note = Note(
             seed_id,
             time.time(),
             contribution=measured("contribution", gain),
-            flops=measured("flops", counted if flops is None else flops),
-            latency_ms=measured("latency_ms", timed if latency_ms is None else latency_ms),
+            flops=measured("flops", counted if flops is None else flops, least=0),
+            latency_ms=measured("latency_ms", timed if latency_ms is None else latency_ms, least=0),
             measured_on=on,
             provenance=history,
             versions=versions(),
@@ -211,6 +213,9 @@ class Urza:
         """
         if order not in ORDERS:
             raise ValueError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
+        for name, most in (("max_params", max_params), ("limit", limit)):
+            if most is not None:
+                whole(name, most, 0)
         if compatible_with is not None and not isinstance(compatible_with, Site):
             raise TypeError(
                 f"compatible_with takes a Site such as morph.spec.by_path['Dense_0'], got {compatible_with!r}"
@@ -322,6 +327,15 @@ class Urza:
             if found[-1].seed != seed_id:
                 raise DamagedSeed(f"{name} is a note of seed {found[-1].seed[:12]}, not of {seed_id[:12]}")
         return with_notes(entry, found)
+
+    def programs(self, seed_id: str) -> set[str]:
+        """The names of the files of all programs that the seed's notes tell of, older ones too."""
+        told = set()
+        for name in self.store.names(f"notes/{seed_id}"):
+            with contextlib.suppress(FileNotFoundError, UrzaError):
+                note = Note.read(self.store.read(name), name.split("/")[-1].removesuffix(".json"), name)
+                told |= {note.program.file.name} if note.program is not None else set()
+        return told
 
     def _arrays(self, file: File, specs: tuple[ArraySpec, ...], seed_id: str) -> dict[str, np.ndarray]:
         data = self._cache.get(file.digest)

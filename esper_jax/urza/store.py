@@ -40,11 +40,13 @@ class Store:
         self.url, self._attempts, self._wait = os.fspath(url), attempts, wait
         try:
             self.fs, root = fsspec.core.url_to_fs(self.url, **options)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # whatever the file system behind the URL raises
             raise UrzaError(f"{self.url} cannot be opened as a library of seeds ({describe(error)})") from error
         self.root = root.rstrip("/")
         protocol = self.fs.protocol
         self.local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        if self.local and os.path.exists(self.root) and not os.path.isdir(self.root):
+            raise UrzaError(f"{self.url} is a file; a library of seeds is a directory, or any fsspec URL")
 
     def exists(self) -> bool:
         """Whether there is anything at the root."""

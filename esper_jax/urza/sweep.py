@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 from typing import TYPE_CHECKING
 
+from .._checks import seconds, whole
 from .errors import DamagedSeed, UrzaError
 from .record import Entry, Note
 from .store import TEMPORARY
+from .tensors import owner_of
 
 if TYPE_CHECKING:
     from .library import Urza
@@ -25,7 +28,8 @@ _OURS = re.compile(
 class Swept:
     """What was removed (or, on a dry run, would be): ids of seeds, names of files.
 
-    `unread` says of each seed that stays and cannot be read why; while there is one, files of parameters are not freed.
+    `unread` says of each seed that stays and cannot be read, or has lost a note, why; while a record cannot be read,
+    files of parameters are not freed, and the program that only a lost note named never is.
     `young` counts unused files that are younger than the grace and stay for now.
     """
 
@@ -40,10 +44,9 @@ def sweep(urza: Urza, *, keep: int | None, damaged: bool, grace: float, dry_run:
 
     While a seed's record cannot be read and is kept, no file is freed: it might be that seed's.
     """
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 0):
-        raise ValueError(f"keep must be a whole number of seeds, 0 or more, got {keep!r}")
-    if grace < 0:
-        raise ValueError(f"grace must be 0 seconds or more, got {grace}")
+    if keep is not None:
+        whole("keep", keep, 0)
+    seconds("grace", grace, zero=True)
     store = urza.store
     bad_notes = _bad_notes(urza) if damaged else []
     entries, broken = urza.entries(without=bad_notes)
@@ -72,6 +75,8 @@ def sweep(urza: Urza, *, keep: int | None, damaged: bool, grace: float, dry_run:
     spare += [name for name in store.names("notes") if name.split("/")[1] not in held and name not in files]
     spare += store.names(TEMPORARY)
     spare = [name for name in spare if _OURS.fullmatch(name)]
+    orphans = _orphans(urza, spare, held)
+    spare = [name for name in spare if name not in orphans]
     young = 0
     for name in spare:
         if grace > 0 and store.age(name) < grace:
@@ -80,7 +85,23 @@ def sweep(urza: Urza, *, keep: int | None, damaged: bool, grace: float, dry_run:
         if not dry_run:
             store.remove(name)
         files.append(name)
-    return Swept(tuple(leaving), tuple(files), {seed_id: str(broken[seed_id]) for seed_id in unread}, young)
+    why = {seed_id: str(broken[seed_id]) for seed_id in unread}
+    lost = "is the stored program of seed {}, and no note says so any more: a note was lost; put the seed again"
+    why |= {owner: f"{name} {lost.format(owner[:12])}" for name, owner in orphans.items()}
+    return Swept(tuple(leaving), tuple(files), why, young)
+
+
+def _orphans(urza: Urza, spare: list[str], held: set[str]) -> dict[str, str]:
+    """Files that say that they are a program of a seed that stays, though none of its notes tells of them."""
+    found: dict[str, str] = {}
+    told: dict[str, set[str]] = {}
+    for name in spare:
+        if name.startswith("files/"):
+            with contextlib.suppress(FileNotFoundError):
+                owner = owner_of(urza.store.read(name))
+                if owner in held and name not in told.setdefault(owner, urza.programs(owner)):
+                    found[name] = owner
+    return found
 
 
 def _worth(entry: Entry) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,8 +44,8 @@ def describe(arrays: Mapping[str, Any]) -> tuple[ArraySpec, ...]:
     return tuple(ArraySpec(name, jnp.dtype(a.dtype).name, tuple(a.shape)) for name, a in sorted(arrays.items()))
 
 
-def pack(arrays: Mapping[str, Any]) -> bytes:
-    """The arrays as one safetensors file; the same arrays give the same bytes."""
+def pack(arrays: Mapping[str, Any], owner: str | None = None) -> bytes:
+    """The arrays as one safetensors file, which may say whose they are; the same arrays give the same bytes."""
     save = needed("safetensors.numpy").save
     ready = {}
     for name, array in sorted(arrays.items()):
@@ -52,7 +53,16 @@ def pack(arrays: Mapping[str, Any]) -> bytes:
         if jnp.dtype(plain.dtype).name not in _NATIVE:
             plain = np.frombuffer(plain.tobytes(), np.uint8)
         ready[name] = plain
-    return bytes(save(ready))
+    return bytes(save(ready, {"seed": owner} if owner else None))
+
+
+def owner_of(data: bytes) -> str:
+    """Whose the arrays of a file are, as `pack` was told; "" where it was not, or it is no such file."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        return str(json.loads(data[8 : 8 + size])["__metadata__"]["seed"])
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 def unpack(data: bytes, specs: Sequence[ArraySpec]) -> dict[str, np.ndarray]:

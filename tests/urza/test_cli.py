@@ -76,7 +76,7 @@ def test_gc_removes_what_it_says(library, tmp_path: pathlib.Path, capsys) -> Non
         (["list", "nowhere"], "there is no library of seeds at nowhere"),
         (["list", "{root}", "--order", "best"], "unknown order 'best'; choose one of contribution"),
         (["show", "{root}", "ffff0000"], "there is no seed 'ffff0000'"),
-        (["gc", "{root}", "--keep", "-1"], "keep must be a whole number of seeds, 0 or more, got -1"),
+        (["gc", "{root}", "--keep", "-1"], "keep must be a whole number of 0 or more, got -1"),
         (["list", "nosuch://x"], "nosuch://x cannot be opened as a library of seeds"),
         (["sweep"], "invalid choice|Unrecognized|list, show, gc"),
     ],

@@ -209,3 +209,28 @@ def test_sweeping_a_directory_that_is_no_library_takes_nothing_away(tmp_path) ->
         swept = Urza(tmp_path).gc(grace=0, damaged=damaged)
         assert swept.seeds == () and swept.files == ()
     assert all(path.read_text() == "mine" for path in strangers)
+
+
+def test_a_lost_note_is_told_and_the_program_that_it_named_stays(library) -> None:
+    """Only the note says which file is the seed's program; the file itself still says whose it is."""
+    root, seed_id = library
+    (note,) = (root / "notes").rglob("*.json")
+    (program,) = set((root / "files").iterdir()) - {root / Urza(root).entry(seed_id).files[0].name}
+    with changed(note, None):
+        swept = Urza(root).gc(grace=0.0)
+        assert swept.files == () and program.is_file()
+        assert "a note was lost" in swept.unread[seed_id] and program.name in swept.unread[seed_id]
+    assert Urza(root).gc(grace=0.0).unread == {}
+
+
+def test_a_program_that_a_newer_one_has_replaced_is_freed(tmp_path: pathlib.Path) -> None:
+    urza, seed = Urza(tmp_path), stored("mlp", DENSE_0, hidden=2)
+    seed_id = urza.put(seed, program=True, measure=False)
+    (old,) = {tmp_path / file.name for file in urza.entry(seed_id).files} - {
+        tmp_path / urza.entry(seed_id).file.name  # type: ignore[union-attr]
+    }
+    whole = urza.get(seed_id)
+    import dataclasses
+
+    urza.put(dataclasses.replace(whole, programs={2: b"another"}), measure=False)
+    assert old.name in {pathlib.Path(name).name for name in urza.gc(grace=0.0).files}

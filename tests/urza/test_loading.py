@@ -250,7 +250,7 @@ def test_what_cannot_be_loaded_is_refused_and_the_training_goes_on(urza: Urza, l
     assert state.morph.spec.plants == () and len(history) == 2 and len(controller.heard) == len(cases)
     _, seed, why = resolve(cases[-1][0], None)
     assert seed is None and why == "stored: this run has no library of seeds; give Tolaria(urza=...)"
-    with pytest.raises(TypeError, match=r"urza takes a library such as Urza\(url\), got str"):
+    with pytest.raises(TypeError, match=r"urza 'seeds' has no get\(\); give a library such as Urza\(url\)"):
         trainer(None, None, "seeds")
 
 
