@@ -150,7 +150,8 @@ def observe(
     """
 
     def mean(old: Float[Array, " S"], new: Float[Array, " S"]) -> Float[Array, " S"]:
-        return jnp.where(mask, jnp.where(jnp.isnan(old), new, EMA * old + (1 - EMA) * new), old)
+        moved = jnp.where(mask, jnp.where(jnp.isnan(old), new, EMA * old + (1 - EMA) * new), old)
+        return moved.astype(old.dtype)
 
     return state.replace(
         health=mean(state.health, health),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,8 +97,8 @@ def gradient_health(grads: Any) -> tuple[Float[Array, ""], Float[Array, ""], Boo
     """A seed's gradient health in [0, 1], its share of exploding entries, and whether all are finite (contract 8)."""
     leaves = [jnp.abs(g.astype(jnp.float32)) for g in jax.tree.leaves(grads)]
     total = sum(g.size for g in leaves)
-    small = sum(jnp.sum(g < SMALL) for g in leaves) / total
-    large = sum(jnp.sum(g > LARGE) for g in leaves) / total
+    small = sum(jnp.sum(g < SMALL, dtype=jnp.float32) for g in leaves) / total
+    large = sum(jnp.sum(g > LARGE, dtype=jnp.float32) for g in leaves) / total
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
     health = jnp.clip(1 - 0.5 * small - 0.8 * large, 0, 1)
     return jnp.where(finite, health, 0.0), jnp.where(finite, large, 1.0), finite
@@ -143,13 +144,13 @@ def _looked_at(
     morph: Morph, path: str, state: SeedState, grads: Any, host_norm: Array, tapped: Tap | None, ok: Array
 ) -> tuple[SeedState, Bool[Array, " S"]]:
     """One site's seeds after the step, and which of them were not finite, forwards or backwards."""
-    health, ratio, exploding = (jnp.zeros(morph.spec.slots) for _ in range(3))
+    health, ratio, exploding = (jnp.zeros(morph.spec.slots, jnp.float32) for _ in range(3))
     faulty = jnp.zeros(morph.spec.slots, bool) if tapped is None else tapped.faults > 0
     n_host = count(morph.params["host"])
     for plant in morph.spec.planted_at[path]:
         own = grads[path][plant.key]
         h, e, finite = gradient_health(own)
-        r = tree_norm(own) / host_norm * jnp.sqrt(n_host / count(own))
+        r = tree_norm(own) / host_norm * math.sqrt(n_host / count(own))
         health, ratio = health.at[plant.slot].set(h), ratio.at[plant.slot].set(r)
         exploding = exploding.at[plant.slot].set(e)
         faulty = faulty.at[plant.slot].set(faulty[plant.slot] | ~finite)

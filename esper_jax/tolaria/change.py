@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +14,11 @@ from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from ..nissa import events
 from ..nissa.event import Event
+from ..protocol import Decision
 from . import swap
 from .optim import Growable
 from .programs import Programs
-from .session import Session
+from .session import Pending, Session
 from .state import TrainState
 from .swap import Held, Swap, Waiting
 
@@ -69,10 +71,16 @@ class Changes:
 
     def guess(self, view: TrainState, candidates: tuple[Plant, ...]) -> None:
         """Have the programs built that would be needed if one of these seeds were grown next."""
-        for plant in candidates[: self.prefetch]:
-            spec = view.morph.spec
-            if self.session.waiting is None and spec.plant(plant.site, plant.slot) is None:
-                self.programs.prefetch(jax.eval_shape(lambda s, p=plant: swap.grown(s, p, self.tx), view))
+        spec = view.morph.spec
+        free = [plant for plant in candidates[: self.prefetch] if spec.plant(plant.site, plant.slot) is None]
+        self.programs.outlive([spec.with_plant(plant) for plant in free])
+        for plant in free if self.session.waiting is None else ():
+            self.programs.prefetch(jax.eval_shape(lambda s, p=plant: swap.grown(s, p, self.tx), view))
+
+    def tell(self, now: tuple[int, int]) -> None:
+        """Emit what the programs have to say."""
+        for notice in self.programs.notices():
+            self.sink(events.warning(*now, notice))
 
     def steps_left(self, step: int) -> int | None:
         """Train steps until the program changes, if that hangs on their number."""
@@ -90,24 +98,28 @@ class Changes:
             return self.programs.ready(swap.target_spec(self.whole(view).morph))
         return at_tick if waiting.at is None else step >= waiting.at
 
-    def make(self, view: TrainState, step: int) -> TrainState:
-        """The state in its next program; or in the one it has, without the parked seeds, where the next one failed."""
-        waiting, self.session.waiting = self.session.waiting, None
-        assert waiting is not None
-        state, self.held = self.whole(view), None
+    def make(self, view: TrainState, step: int, stop: Callable[[], bool]) -> TrainState:
+        """The state in its next program; or in the one it has, without the parked seeds, where the next one failed.
+
+        The view itself, and all waits as before, where `stop()` became true while the run waited.
+        """
+        state = self.whole(view)
         now = (int(state.ticks), step)
         target = swap.lean(state, self.tx)
-        outcome = self.programs.wait(target.morph.spec)
+        outcome = self.programs.wait(target.morph.spec, stop)
+        if outcome is None:
+            return view
+        waiting, self.session.waiting, self.held = self.session.waiting, None, None
+        assert waiting is not None
         began = time.perf_counter()
-        if notice := getattr(self.programs.compiler, "notice", ""):
-            self.programs.compiler.notice = ""  # type: ignore[attr-defined]
-            self.sink(events.warning(*now, notice))
+        self.tell(now)
         if outcome.error:
             self._failed(state, waiting, now, outcome.error)
             return self.enter(swap.abandon(state, waiting))
         grown = [list(place) for place in waiting.parked]
         left = [[p.site, p.slot] for p in state.morph.spec.plants if target.morph.spec.plant(p.site, p.slot) is None]
         target = self.enter(target)
+        self.programs.retire(target.morph.spec)
         self.sink(
             events.swap(
                 *now,
@@ -132,9 +144,16 @@ class Changes:
             assert plant is not None
             at: dict[str, Any] = {"site": site, "slot": slot, "blueprint": plant.blueprint}
             self.sink(events.stage(*now, **at, before=Stage.GERMINATED, after="PRUNED", reason=reason, alpha=0.0))
+        told = {(one.decision.site, one.slot) for one in self.session.pending if one.decision.action == "germinate"}
         self.session.pending = [
             dataclasses.replace(pending, outcome="refused", reason=reason)
             if (pending.decision.site, pending.slot) in waiting.parked and pending.decision.action == "germinate"
             else pending
             for pending in self.session.pending
         ]
+        score = self.session.records[-1]["score"] if self.session.records else math.nan
+        for site, slot in waiting.parked:  # a decision that was answered as applied, before this was known
+            plant = state.morph.spec.plant(site, slot)
+            if (site, slot) not in told and plant is not None:
+                decision = Decision("germinate", site, None, plant.blueprint, dict(plant.config))
+                self.session.pending.append(Pending(decision, "refused", reason, score, math.nan, slot))

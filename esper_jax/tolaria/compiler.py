@@ -7,17 +7,17 @@ with steps that were dispatched before and a second process could not have the d
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
 import pickle
-import queue
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -38,6 +38,9 @@ if hasattr(os, "SCHED_IDLE"):
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 else:
     os.nice(19)"""
+
+
+_BEGAN = time.time()
 
 
 class BuildError(RuntimeError):
@@ -82,8 +85,12 @@ class Compiler(Protocol):
         """Get ready for the first job."""
         ...
 
-    def submit(self, job: Job) -> Future[Built]:
-        """The program to come. A `BuildError` in it means that the program itself is at fault."""
+    def submit(self, job: Job, *, guess: bool = False) -> Future[Built]:
+        """The program to come; a guess comes after all others. A `BuildError` means that the program is at fault."""
+        ...
+
+    def hasten(self, future: Future[Built]) -> None:
+        """What was a guess is needed now: it goes before all guesses."""
         ...
 
     def hurry(self, on: bool) -> None:
@@ -145,48 +152,61 @@ def build_here(job: Job) -> Built:
 
 
 class _Queued:
-    """One thread that takes jobs in turn; `_build` is what it does with one."""
+    """One thread that takes jobs in turn, guesses last; `_build` is what it does with one."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Job, Future[Built]] | None] = queue.SimpleQueue()
+        self._more = threading.Condition()
+        self._asked: collections.deque[tuple[Job, Future[Built]]] = collections.deque()
+        self._guessed: collections.deque[tuple[Job, Future[Built]]] = collections.deque()
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def start(self) -> None:
         """Nothing to do in a thread."""
 
-    def submit(self, job: Job) -> Future[Built]:
+    def submit(self, job: Job, *, guess: bool = False) -> Future[Built]:
         """See `Compiler`."""
         future: Future[Built] = Future()
-        if self._closed:
-            future.cancel()
-            future.set_running_or_notify_cancel()
-            return future
-        self._jobs.put((job, future))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="esper_jax compiler", daemon=True)
-            self._thread.start()
+        with self._more:
+            if self._closed:
+                _cancel(future)
+                return future
+            (self._guessed if guess else self._asked).append((job, future))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="esper_jax compiler", daemon=True)
+                self._thread.start()
+            self._more.notify()
         return future
+
+    def hasten(self, future: Future[Built]) -> None:
+        """See `Compiler`."""
+        with self._more:
+            for one in [one for one in self._guessed if one[1] is future]:
+                self._guessed.remove(one)
+                self._asked.append(one)
 
     def hurry(self, on: bool) -> None:
         """Nothing to do in a thread."""
 
     def close(self) -> None:
         """See `Compiler`."""
-        self._closed = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                waiting = self._jobs.get_nowait()
-                if waiting is not None:
-                    waiting[1].cancel()
-                    waiting[1].set_running_or_notify_cancel()
-        self._jobs.put(None)
+        with self._more:
+            self._closed = True
+            for _, future in (*self._asked, *self._guessed):
+                _cancel(future)
+            self._asked.clear()
+            self._guessed.clear()
+            self._more.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()  # a compilation under way at the interpreter's exit would abort it
 
     def _serve(self) -> None:
-        while (taken := self._jobs.get()) is not None:
-            job, future = taken
+        while True:
+            with self._more:
+                self._more.wait_for(lambda: self._asked or self._guessed or self._closed)
+                if self._closed:
+                    return
+                job, future = (self._asked or self._guessed).popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -196,6 +216,11 @@ class _Queued:
 
     def _build(self, job: Job) -> Built:
         raise NotImplementedError
+
+
+def _cancel(future: Future[Built]) -> None:
+    future.cancel()
+    future.set_running_or_notify_cancel()
 
 
 class ThreadCompiler(_Queued):
@@ -217,7 +242,7 @@ class ProcessCompiler(_Queued):
 
     def __init__(self) -> None:
         super().__init__()
-        self.notice = ""
+        self.notice, self._told = "", False
         self._broken = ""
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: Any = None
@@ -271,7 +296,8 @@ class ProcessCompiler(_Queued):
         except WorkerError as error:
             if self._closed:
                 raise
-            self.notice = self.notice or f"programs are compiled in a thread of this process, because {error}"
+            if not self._told:
+                self.notice, self._told = f"programs are compiled in a thread of this process, because {error}", True
             return build_here(job)
 
     def _remote(self, job: Job) -> Built:
@@ -303,6 +329,10 @@ class ProcessCompiler(_Queued):
             raise WorkerError(f"the compiling process ended: {self._last_words() or error}") from error
         self._sent[id(job.function)] = job.function
         found = pickle.loads(answer)
+        if edited := _edited(found.get("sources", ())):
+            raise WorkerError(
+                f"{edited} was written to after this process began: the compiling process would read another program"
+            )
         if found.get("at fault") == "program":
             raise BuildError(f"{job.name}: {found['error']}")
         if "error" in found:
@@ -323,6 +353,15 @@ class ProcessCompiler(_Queued):
 
     def __repr__(self) -> str:
         return f"ProcessCompiler({'running' if self._process is not None else 'not started'})"
+
+
+def _edited(files: Iterable[str]) -> str:
+    """The first of these source files that was written to since this module was imported; "" where none was."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            if os.path.getmtime(file) > _BEGAN:
+                return file
+    return ""
 
 
 def _set_idle(process: int, idle: bool) -> None:

@@ -58,7 +58,12 @@ class Evaluator:
 
     def __call__(self, morph: Morph, data: Data) -> tuple[float, float]:
         """Mean loss, and mean score in points (x 100), over the validation data."""
-        found = self._over(data, lambda batch: self.plain(morph, batch))
+
+        def measure(batch: Any) -> Any:
+            self.rows.expect(batch)
+            return self.plain(morph, batch)
+
+        found = self._over(data, measure)
         if not found:
             raise ValueError("the validation data gave no batch")
         loss, score = _weighted(found)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -49,6 +50,8 @@ class Program:
         self.shapes: dict[Hashable, Any] = {}
         self.ran: set[Signature] = set()
         self.ahead: dict[Signature, Future[Built]] = {}
+        self.notice = ""
+        """What is to be told of the last call, for whoever tells it and clears it."""
 
     def __call__(self, first: Any, *rest: Any) -> Any:
         """The function's result, from a program built ahead where there is one."""
@@ -58,12 +61,18 @@ class Program:
         if future is not None and (built := built_or_none(future)) is not None:
             try:
                 return built.call(first, *rest)
-            except (TypeError, ValueError):  # checked before it runs: other dtypes, devices or shardings than foreseen
+            except (TypeError, ValueError) as error:  # checked before it runs: other dtypes, devices or shardings
                 del self.ahead[key]
+                said = " ".join(str(error).split())[:300]
+                self.notice = f"the {self.name} program that was built ahead does not fit and is compiled anew: {said}"
         if key not in self.ran:
             self.ran.add(key)
             self.shapes.setdefault(shape, _abstract(rest[self.extras :]))
         return self.jitted(first, *rest)
+
+    def expect(self, *rest: Any) -> None:
+        """Remember the shapes of a call that may come, so that its program can be built ahead."""
+        self.shapes.setdefault(_signature(rest), _abstract(rest))
 
     def _cache_size(self) -> int:
         """How many programs were compiled when they were first called."""
@@ -104,14 +113,18 @@ class Programs:
         """Whether the shapes of training batches are known, so that something can be asked for."""
         return any(program.shapes for program in self.programs if program.name == "train")
 
-    def request(self, state: TrainState) -> int:
+    def request(self, state: TrainState, *, guess: bool = False) -> int:
         """Ask for what this structure lacks of programs; how many are being built now.
 
         Args:
           state: a state of that structure, concrete or abstract; only shapes and dtypes are read.
+          guess: it is not needed yet, and what is goes before it.
         """
         spec, asked = self.same(state.morph.spec), 0
-        self._guesses.pop(spec, None)
+        if not guess and spec in self._guesses:
+            del self._guesses[spec]
+            for future in self._futures(spec):
+                self.compiler.hasten(future)
         state = state.replace(governor=None, control=None, morph=state.morph.replace(spec=spec))
         bare = _abstract(state)
         blueprints = tuple(get_blueprint(name) for name in sorted({plant.blueprint for plant in spec.plants}))
@@ -123,33 +136,63 @@ class Programs:
                 if key in program.ran or key in program.ahead and not failed(program.ahead[key]):
                     continue
                 job = Job(program.name, program.function, program.donate, (first, *extra, *rest), spec, blueprints)
-                program.ahead[key] = self.compiler.submit(job)
+                program.ahead[key] = self.compiler.submit(job, guess=guess)
                 asked += 1
         return asked
 
     def prefetch(self, state: TrainState) -> None:
         """Ask for the programs of a structure that may come next, within the budget."""
         spec = self.same(state.morph.spec)
-        guessed = spec in self._guesses
-        if self.request(state) or guessed:
+        if self.request(state, guess=True) or spec in self._guesses:
             self._guesses[spec] = None
+            self._guesses.move_to_end(spec)
         sizes = {guess: self._size(guess) for guess in self._guesses}
         while self._guesses and sum(sizes.values()) > self.budget:
             oldest, _ = self._guesses.popitem(last=False)
             sizes.pop(oldest)
             self.forget(oldest)
 
+    def outlive(self, likely: Collection[Spec]) -> None:
+        """Drop guesses that are likely no more and not built yet; what is built stays within the budget."""
+        for spec in [spec for spec in self._guesses if spec not in likely]:
+            if not all(future.done() for future in self._futures(spec)):
+                del self._guesses[spec]
+                self.forget(spec)
+
+    def notices(self) -> list[str]:
+        """What the programs and the compiler have to say since the last call."""
+        told = []
+        for one in (*self.programs, self.compiler):
+            if notice := getattr(one, "notice", ""):
+                told.append(notice)
+                one.notice = ""  # type: ignore[attr-defined]
+        return told
+
+    def retire(self, spec: Spec) -> None:
+        """A structure is in use: keep its programs, those of leaner ones and the guesses, and let all others go."""
+        for known in {known for program in self.programs for known, _ in program.ahead}:
+            if known not in self._guesses and not set(known.plants) <= set(spec.plants):
+                self.forget(known)
+
     def ready(self, spec: Spec) -> bool:
         """Whether all that `wait` would wait for is built (or has failed)."""
         return all(future.done() for future in self._futures(spec, late=False))
 
-    def wait(self, spec: Spec) -> Outcome:
-        """Wait until this structure's programs are built; those marked `late` are waited for when they are called."""
+    def wait(self, spec: Spec, stop: Callable[[], bool] = lambda: False) -> Outcome | None:
+        """Wait until this structure's programs are built; those marked `late` are waited for when they are called.
+
+        None when `stop()` became true first.
+        """
         futures = self._futures(spec, late=False)
         began = time.perf_counter()
         hurried = not self.ready(spec)
         if hurried:
             self.compiler.hurry(True)
+        while not self.ready(spec) and not stop():
+            concurrent.futures.wait(futures, timeout=0.1)
+        if not self.ready(spec):
+            self.compiler.hurry(False)
+            return None
         built, error = [], ""
         for future in futures:
             try:

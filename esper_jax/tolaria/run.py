@@ -89,6 +89,8 @@ class Run:
                 return "stopped early"
             if self.batch == 0:
                 raise ValueError(f"epoch {self.epoch} of the training data gave no batch")
+            if self.tick_every is None:
+                self.restructure(stop, at_tick=True)
             self.epoch, self.batch = self.epoch + 1, 0
             if self.tick_every is None and self.tick(validation):
                 return "stopped early"
@@ -97,15 +99,17 @@ class Run:
     def through(self, feed: Feed, validation: Data, stop: threading.Event) -> bool:
         """Train on the rest of this epoch, with the ticks that fall into it; whether to stop early."""
         batches = feed.epoch(self.state.morph, self.epoch, self.batch)
-        while (chunk := batches.take(self.room())) is not None:
+        while True:
+            if self.tick_every is not None and self.unticked >= self.tick_every:
+                self.restructure(stop, at_tick=True)
+                if self.tick(validation):
+                    return True
+            if (chunk := batches.take(self.room())) is None:
+                return False
             self.dispatch(*chunk)
-            self.restructure(at_tick=False)
-            due = self.tick_every is not None and self.unticked >= self.tick_every
-            if due and self.tick(validation):
-                return True
+            self.restructure(stop, at_tick=False)
             if stop.is_set():
                 self.interrupt()
-        return False
 
     def room(self) -> int:
         """How many steps may be made before something else is due: a number that follows from the state alone."""
@@ -125,7 +129,6 @@ class Run:
 
     def tick(self, validation: Data) -> bool:
         """One tick, and a checkpoint where it is due; whether to stop early."""
-        self.restructure(at_tick=True)
         session = self.session
         state = self.ticker(self.whole(), session, validation, self.sink)
         self.control = (state.governor, state.control)
@@ -133,6 +136,7 @@ class Run:
         self.changes.guess(self.state, self.ticker.candidates)
         self.unticked = 0
         ticks = int(state.ticks)
+        self.changes.tell((ticks, int(state.step)))
         if ticks % self.checkpoint_every == 0:
             self.save()
         waited = ticks - session.best_tick
@@ -142,10 +146,12 @@ class Run:
             return True
         return False
 
-    def restructure(self, *, at_tick: bool) -> None:
-        """Let a grown or leaner program take over where that is due."""
+    def restructure(self, stop: threading.Event, *, at_tick: bool) -> None:
+        """Let a grown or leaner program take over where that is due; Ctrl-C ends a wait for it."""
         if self.changes.due(self.state, self.made, at_tick=at_tick):
-            self.state = self.changes.make(self.state, self.made)
+            self.state = self.changes.make(self.state, self.made, stop.is_set)
+            if stop.is_set():
+                self.interrupt()
 
     def save(self) -> None:
         """A checkpoint of this very step, unless there is one."""

@@ -202,12 +202,13 @@ def one_step(
         meters=Meters(
             loss=meters.loss + jnp.where(ok, loss, 0),
             batches=meters.batches + 1,
-            skipped=meters.skipped + (1 - ok),
+            skipped=meters.skipped + (~ok).astype(jnp.int32),
             stats=sums[0],
             gradients=sums[1],
         ),
     )
-    return new, {"loss": loss, "grad_norm": norm, "skipped": 1.0 - ok, "faults": faults.astype(jnp.float32)}
+    found = {"loss": loss, "grad_norm": norm, "skipped": ~ok, "faults": faults}
+    return new, {name: value.astype(jnp.float32) for name, value in found.items()}
 
 
 Sums = tuple[dict[str, Array], dict[str, Array]]

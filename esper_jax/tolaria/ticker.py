@@ -63,6 +63,7 @@ class Ticker:
 
     def __post_init__(self) -> None:
         self.candidates: tuple[Plant, ...] = ()
+        self._unmeasured: set[Any] = set()
         self.move = Program("tick", functools.partial(_move, self.lifecycle))
 
     def __call__(self, state: TrainState, session: Session, validation: Data, sink: Sink) -> TrainState:
@@ -81,7 +82,7 @@ class Ticker:
         if rolled:
             view, held = _swap.park(state, session.waiting)
             loss, score = self.evaluator(view.morph, validation)
-        contributions = self.evaluator.contributions(view.morph, validation, measured_plants(view.morph))
+        contributions = self._contributions(view.morph, validation, sink)
         view = _with_contributions(view, contributions)
         morph, ticked = self.move(view.morph, jnp.float32(score))
         state = _swap.unpark(view.replace(morph=morph), held)
@@ -113,6 +114,19 @@ class Ticker:
         if score > session.best_score:
             session.best_score, session.best_tick = score, now[0]
         return state.replace(meters=Meters.zero(state.morph))
+
+    def _contributions(self, morph: Morph, validation: Data, sink: Sink) -> Contributions:
+        """What the seeds add to the score; nothing, and an event for each structure, where that cannot be compiled."""
+        plants = measured_plants(morph)
+        try:
+            return self.evaluator.contributions(morph, validation, plants)
+        except Exception as error:
+            if morph.spec not in self._unmeasured:
+                self._unmeasured.add(morph.spec)
+                reason = f"contributions cannot be measured: {type(error).__name__}: {error}"
+                seeds = [[plant.site, plant.slot] for plant in plants]
+                sink(events.compile_failed(*self._now, seeds=seeds, reason=reason))
+            return Contributions({}, {})
 
     def _tell(
         self,
@@ -162,6 +176,12 @@ class Ticker:
         gone = [[plant.site, plant.slot] for plant in pruned]
         sink(events.rollback(*self._now, reason=verdict.reason, to_step=step, rule=verdict.rule, pruned=gone))
         self._dropped = f"rollback: {verdict.reason}"
+        waiting = session.waiting
+        if waiting is not None and any((plant.site, plant.slot) in waiting.parked for plant in pruned):
+            for plant in pruned:
+                if (plant.site, plant.slot) in waiting.parked:  # no program knows it yet: it goes, and nothing waits
+                    sink(_stage(self._now, plant, Stage.GERMINATED, Stage.PRUNED, self._dropped))
+            state, session.waiting = _swap.abandon(state, waiting), None
         if session.rollbacks > self.max_rollbacks:
             error = TrainingDiverged(
                 f"training was rolled back {session.rollbacks} times (max_rollbacks={self.max_rollbacks}); the last "

@@ -21,8 +21,11 @@ def main() -> None:
     try:
         _configure(pickle.loads(frames.read(sys.stdin.buffer)))
         functions: dict[int, Any] = {}
+        ours = set(sys.modules)
         while True:
-            frames.write(channel, pickle.dumps(answer(frames.read(sys.stdin.buffer), functions)))
+            found = answer(frames.read(sys.stdin.buffer), functions)
+            files = (getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - ours)
+            frames.write(channel, pickle.dumps({**found, "sources": [file for file in files if file]}))
     except (EOFError, BrokenPipeError):
         return
 

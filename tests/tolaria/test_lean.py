@@ -205,7 +205,9 @@ def test_prefetched_programs_are_there_when_the_decision_comes(monkeypatch) -> N
     """Tamiyo's candidates are compiled ahead; the growth that follows builds nothing more."""
     asked: list[Spec] = []
     request = Programs.request
-    monkeypatch.setattr(Programs, "request", lambda self, state: counted(asked, state, request(self, state)))
+    monkeypatch.setattr(
+        Programs, "request", lambda self, state, **how: counted(asked, state, request(self, state, **how))
+    )
     tamiyo = Tamiyo(
         blueprints=("lora",), gates=GATES, min_epoch=4, plateau=1, stable_ticks=1, stable_low=-9, stable_high=9
     )

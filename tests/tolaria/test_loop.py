@@ -190,7 +190,7 @@ def test_options_that_cannot_work_are_refused_in_a_sentence() -> None:
         trainer(dispatch="loop", steps_per_dispatch=2)
     with pytest.raises(ValueError, match="compute_dtype must be a floating dtype"):
         trainer(compute_dtype=jnp.int8)
-    with pytest.raises(ValueError, match="resident_bytes must be 0 or more"):
+    with pytest.raises(ValueError, match="resident_bytes must be a whole number of 0 or more"):
         trainer(resident_bytes=-1)
 
 
