@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..kasmina import operate
 from ..kasmina.lifecycle import Lifecycle, Ticked
@@ -292,7 +293,7 @@ def _move(lifecycle: Lifecycle, morph: Morph, score: Any) -> Any:
 def _with_contributions(state: TrainState, measured: Contributions) -> TrainState:
     life = dict(state.morph.state)
     for (site, slot), value in measured.single.items():
-        life[site] = life[site].replace(contribution=life[site].contribution.at[slot].set(value))
+        life[site] = life[site].replace(contribution=life[site].contribution.at[slot].set(np.float32(value)))
     return state.replace(morph=state.morph.replace(state=life))
 
 
