@@ -41,7 +41,7 @@ IDENTICAL, COPY = "jaxpr identical", "the same once more"
 
 def main() -> None:
     """Measure and print."""
-    made = parser(__doc__ or "", rounds=200, budget=0.5)
+    made = parser(__doc__ or "", rounds=200, budget=0.4)
     made.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes")
     args = begin(made)
     report = Report("dormant", __doc__ or "", args)

@@ -118,7 +118,7 @@ def counted(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    made = parser(__doc__ or "", rounds=40, budget=8.0)
+    made = parser(__doc__ or "", rounds=40, budget=4.0)
     made.add_argument("--instructions", action="store_true", help="count instructions too; minutes for each model")
     made.add_argument("--counted", type=int, help=argparse.SUPPRESS)
     args = begin(made)
