@@ -218,6 +218,25 @@ def test_a_source_file_written_to_during_the_run_is_not_compiled_elsewhere(tmp_p
     assert "users_model.py was written to after this process began" in compiler.notice
 
 
+def settle(x: jax.Array) -> jax.Array:
+    """What depends on settings: the type of a Python float, and the precision of a product."""
+    return (x @ x) * jnp.ones(())
+
+
+@pytest.mark.parametrize("kind", [ThreadCompiler, ProcessCompiler])
+def test_settings_of_an_enclosing_with_block_hold_where_the_program_is_built(kind: Any) -> None:
+    compiler = kind()
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        compiler.start()
+        wanted = jax.jit(settle).lower(jax.ShapeDtypeStruct((2, 2), np.float32)).compile()
+        asked = Job("settle", settle, (), (jax.ShapeDtypeStruct((2, 2), np.float32),), Spec(()))
+        built = compiler.submit(asked).result(timeout=120)
+        assert built.call(np.ones((2, 2), np.float32)).dtype == jnp.float64
+        assert "f64" in wanted.as_text()
+    compiler.close()
+    assert built.where == ("thread" if kind is ThreadCompiler else "process")
+
+
 @pytest.mark.slow
 def test_the_loop_grows_under_x64() -> None:
     program = (
