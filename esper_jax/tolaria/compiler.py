@@ -17,18 +17,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
-from jax.experimental.compilation_cache import compilation_cache
 
 from ..kasmina.blueprints import Blueprint
 from ..kasmina.spec import Spec
 from . import frames
+from .settings import sendable, settings, under
 
 # Before anything is imported: idle priority, so that the process runs on what the training leaves of the cores, and
 # deafness to Ctrl-C, which is for the training process to answer.
@@ -109,29 +109,6 @@ def check_place(where: str) -> str:
     return where
 
 
-@contextlib.contextmanager
-def compile_cache(directory: str | os.PathLike[str] | None) -> Iterator[None]:
-    """JAX's persistent compilation cache in `directory` for the time of the block; None changes nothing."""
-    if directory is None:
-        yield
-        return
-    wanted = {
-        "jax_compilation_cache_dir": os.fspath(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    try:
-        for name, value in wanted.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
 def make_compiler(where: str) -> Compiler:
     """A compiler: "process", "thread", or "auto", which is a process on the CPU and a thread elsewhere."""
     if check_place(where) == "auto":
@@ -151,13 +128,17 @@ def build_here(job: Job) -> Built:
     return Built(compiled, traced - began, time.perf_counter() - traced, "thread")
 
 
+Asked = tuple[Job, Future[Built], dict[str, Any]]
+"""A job, what comes of it, and JAX's settings in the thread that asked."""
+
+
 class _Queued:
     """One thread that takes jobs in turn, guesses last; `_build` is what it does with one."""
 
     def __init__(self) -> None:
         self._more = threading.Condition()
-        self._asked: collections.deque[tuple[Job, Future[Built]]] = collections.deque()
-        self._guessed: collections.deque[tuple[Job, Future[Built]]] = collections.deque()
+        self._asked: collections.deque[Asked] = collections.deque()
+        self._guessed: collections.deque[Asked] = collections.deque()
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -171,7 +152,7 @@ class _Queued:
             if self._closed:
                 _cancel(future)
                 return future
-            (self._guessed if guess else self._asked).append((job, future))
+            (self._guessed if guess else self._asked).append((job, future, settings()))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="esper_jax compiler", daemon=True)
                 self._thread.start()
@@ -192,7 +173,7 @@ class _Queued:
         """See `Compiler`."""
         with self._more:
             self._closed = True
-            for _, future in (*self._asked, *self._guessed):
+            for _, future, _ in (*self._asked, *self._guessed):
                 _cancel(future)
             self._asked.clear()
             self._guessed.clear()
@@ -206,11 +187,13 @@ class _Queued:
                 self._more.wait_for(lambda: self._asked or self._guessed or self._closed)
                 if self._closed:
                     return
-                job, future = (self._asked or self._guessed).popleft()
+                job, future, wanted = (self._asked or self._guessed).popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(self._build(job))
+                with under(wanted):
+                    built = self._build(job)
+                future.set_result(built)
             except BaseException as error:
                 future.set_exception(error)
 
@@ -267,7 +250,7 @@ class ProcessCompiler(_Queued):
             stderr=self._errors,
             env=environment,
         )
-        frames.write(self._process.stdin, pickle.dumps(_configuration()))
+        frames.write(self._process.stdin, pickle.dumps(sendable(settings())))
 
     def hurry(self, on: bool) -> None:
         """Give the process ordinary priority while somebody waits for it."""
@@ -409,8 +392,3 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
 
     words = jax.eval_shape(data, shape)
     return jax.random.wrap_key_data(jax.numpy.zeros(words.shape, words.dtype), impl=kinds[0])
-
-
-def _configuration() -> dict[str, Any]:
-    """JAX's settings in this process, as far as they can be sent."""
-    return {name: value for name, value in jax.config.values.items() if isinstance(value, bool | int | float | str)}

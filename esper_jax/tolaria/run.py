@@ -19,7 +19,7 @@ from ..nissa import events
 from . import persist
 from .change import Changes
 from .checkpoint import Checkpoints
-from .data import Data
+from .data import Data, Held
 from .feed import Feed
 from .programs import Program
 from .session import Session
@@ -84,6 +84,8 @@ class Run:
 
     def until(self, epochs: int, feed: Feed, validation: Data, stop: threading.Event) -> str:
         """Train; why it ended."""
+        if self.session.waiting is not None and not self.changes.programs.known():
+            self.foresee(feed, validation)
         while self.epoch < epochs:
             if self.through(feed, validation, stop):
                 return "stopped early"
@@ -104,12 +106,24 @@ class Run:
                 self.restructure(stop, at_tick=True)
                 if self.tick(validation):
                     return True
+            self.restructure(stop, at_tick=False)
             if (chunk := batches.take(self.room())) is None:
                 return False
             self.dispatch(*chunk)
-            self.restructure(stop, at_tick=False)
             if stop.is_set():
                 self.interrupt()
+
+    def foresee(self, feed: Feed, validation: Data) -> None:
+        """Ask for the next program by the shapes of batches that no program has met: this run was resumed in a wait."""
+        first = feed.epoch(self.state.morph, self.epoch, 0)
+        for most in (sys.maxsize, 1):
+            if (chunk := first.take(most)) is not None:
+                self.steps.expect(chunk[0], np.int32(chunk[1]))
+        for batch, _ in validation.batches if isinstance(validation, Held) else ():
+            self.ticker.evaluator.plain.expect(batch)
+            self.ticker.evaluator.rows.expect(batch)
+        self.ticker.move.expect(jnp.float32(0))
+        self.changes.ask(self.state)
 
     def room(self) -> int:
         """How many steps may be made before something else is due: a number that follows from the state alone."""

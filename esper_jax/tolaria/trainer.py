@@ -28,7 +28,7 @@ from ..protocol import Controller, Library
 from . import persist, snapshot
 from .change import Changes
 from .checkpoint import CheckpointError, Checkpoints
-from .compiler import Compiler, check_place, compile_cache, make_compiler
+from .compiler import Compiler, check_place, make_compiler
 from .data import Batches, Data, held
 from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
@@ -38,6 +38,7 @@ from .optim import growable
 from .programs import Programs
 from .run import Run, interrupts
 from .session import History, Session
+from .settings import compile_cache
 from .state import TrainState
 from .step import Calls, Loss
 from .swap import check_swap

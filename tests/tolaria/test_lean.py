@@ -21,9 +21,10 @@ from esper_jax import FixedSchedule, Gates, Lifecycle, Stage, Tamiyo, TrainingIn
 from esper_jax.kasmina.spec import Spec
 from esper_jax.tolaria import compiler as compilers
 from esper_jax.tolaria import swap
-from esper_jax.tolaria.compiler import BuildError, Job, ProcessCompiler, ThreadCompiler, compile_cache
+from esper_jax.tolaria.compiler import BuildError, Job, ProcessCompiler, ThreadCompiler
 from esper_jax.tolaria.data import Batches
 from esper_jax.tolaria.programs import Program, Programs
+from esper_jax.tolaria.settings import compile_cache
 from tests.tolaria import growing
 from tests.tolaria.test_resume import bits
 

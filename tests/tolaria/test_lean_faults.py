@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import esper_jax
-from esper_jax import FixedSchedule, Gates, Lifecycle, TrainingInterrupted
+from esper_jax import FixedSchedule, Gates, Lifecycle, TrainingInterrupted, register_blueprint
 from esper_jax.kasmina.spec import Spec
 from esper_jax.tolaria import compiler as compilers
 from esper_jax.tolaria.compiler import BuildError, Built, Job, ProcessCompiler, ThreadCompiler
@@ -152,6 +152,53 @@ def test_ctrl_c_ends_a_wait_for_a_program_and_the_run_resumes_to_the_same_bits(t
     chex.assert_trees_all_equal(bits(state), bits(expected))
 
 
+def picky_apply(params: dict[str, jax.Array], u: jax.Array) -> jax.Array:
+    """Fits every shape that germination tries, and fails on batches of 32."""
+    if u.shape[0] == 32:
+        raise RuntimeError("no batches of 32, please")
+    return u @ params["w"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("swap", "step"), [("epoch", 24), (5, 21)])
+def test_a_run_resumed_in_a_wait_changes_its_program_where_it_would_have_and_survives_one_that_fails(
+    tmp_path: Any, monkeypatch: Any, swap: Any, step: int
+) -> None:
+    """Before its first step: the shapes of its batches are known from its data."""
+    register_blueprint(
+        "test-picky-32", init=lambda key, site: {"w": jnp.zeros((site.in_features, site.out_features))},
+        apply=picky_apply, reads="input", kinds=("dense",), replace=True,
+    )  # fmt: skip
+    plan = {2: [("Dense_1", "test-picky-32", {})]}
+
+    class Endless(ThreadCompiler):
+        def _build(self, job: Job) -> Built:
+            while not self._closed:
+                time.sleep(0.01)
+            raise BuildError("closed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("esper_jax.tolaria.trainer.make_compiler", lambda where: Endless())
+        patched.setattr(Programs, "wait", interrupted(Programs.wait))
+        with pytest.raises(TrainingInterrupted, match=f"at step {step}"):
+            fit(trainer(tmp_path, plan, swap=swap), 5)
+    made = trainer(tmp_path, plan, swap=swap)
+    state, history = made.fit(made.restore(), growing.TRAIN, growing.VALIDATION, epochs=5)
+    (failed,) = history.of_kind("compile_failed")
+    assert failed.step == step and "no batches of 32" in failed.message
+    assert int(state.step) == 40 and state.morph.spec.plants == ()
+
+
+def interrupted(wait: Any) -> Any:
+    """`Programs.wait`, with a Ctrl-C while the run waits."""
+
+    def call(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return wait(*args)
+
+    return call
+
+
 def test_a_source_file_written_to_during_the_run_is_not_compiled_elsewhere(tmp_path: Any, monkeypatch: Any) -> None:
     """The other process would import what is on disk now, which is another program."""
     path = tmp_path / "users_model.py"
@@ -169,6 +216,25 @@ def test_a_source_file_written_to_during_the_run_is_not_compiled_elsewhere(tmp_p
         compiler.close()
     assert built.where == "thread" and float(built.call(np.float32(2))) == 4.0
     assert "users_model.py was written to after this process began" in compiler.notice
+
+
+def settle(x: jax.Array) -> jax.Array:
+    """What depends on settings: the type of a Python float, and the precision of a product."""
+    return (x @ x) * jnp.ones(())
+
+
+@pytest.mark.parametrize("kind", [ThreadCompiler, ProcessCompiler])
+def test_settings_of_an_enclosing_with_block_hold_where_the_program_is_built(kind: Any) -> None:
+    compiler = kind()
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        compiler.start()
+        wanted = jax.jit(settle).lower(jax.ShapeDtypeStruct((2, 2), np.float32)).compile()
+        asked = Job("settle", settle, (), (jax.ShapeDtypeStruct((2, 2), np.float32),), Spec(()))
+        built = compiler.submit(asked).result(timeout=120)
+        assert built.call(np.ones((2, 2), np.float32)).dtype == jnp.float64
+        assert "f64" in wanted.as_text()
+    compiler.close()
+    assert built.where == ("thread" if kind is ThreadCompiler else "process")
 
 
 @pytest.mark.slow
