@@ -284,7 +284,7 @@ def test_a_process_that_dies_is_replaced_by_a_thread_and_what_it_said_last_is_to
     morph = esper_jax.morph({"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}})
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), morph)
     job = Job("double", double, (), (abstract, jax.ShapeDtypeStruct((3,), jnp.float32)), morph.spec)
-    built = compiler.submit(job).result(timeout=60)
+    built = compiler.submit(job).result(timeout=300)
     assert built.where == "thread" and "the compiling process ended" in compiler.notice
     assert np.array_equal(built.call(morph, np.ones(3, np.float32)), [2, 2, 2])
     compiler.close()
@@ -297,10 +297,10 @@ def test_ctrl_c_does_not_reach_the_process() -> None:
     morph = esper_jax.morph({"Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}})
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), morph)
     job = Job("double", double, (), (abstract, jax.ShapeDtypeStruct((3,), jnp.float32)), morph.spec)
-    assert compiler.submit(job).result(timeout=60).where == "process"
+    assert compiler.submit(job).result(timeout=300).where == "process"
     assert compiler._process is not None
     compiler._process.send_signal(signal.SIGINT)
-    assert compiler.submit(job).result(timeout=60).where == "process" and not compiler.notice
+    assert compiler.submit(job).result(timeout=300).where == "process" and not compiler.notice
     compiler.close()
 
 

@@ -101,7 +101,7 @@ def test_what_is_needed_overtakes_guesses_and_a_guess_that_is_needed_overtakes_t
     compiler.hasten(guesses[2])
     begin.set()
     for future in (first, *guesses, needed):
-        future.result(timeout=60)
+        future.result(timeout=300)
     compiler.close()
     assert order == ["0", "4", "3", "1", "2"]
 
