@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from .spec import Plant, Site, freeze_config
 
 Params = Any
-DENSE = ("dense", "dense_general")
-NORMS = ("layer_norm", "batch_norm")
-KINDS = (*DENSE, "conv", "attention", *NORMS)
+DENSE = ("dense", "dense_general", "einsum")
+CONVS = ("conv", "conv_transpose")
+NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
+KINDS = (*DENSE, *CONVS, "embed", "attention", *NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Blueprint:
 
     `reads` says what `u` is: the layer's `"input"` (parallel: in -> out features) or its `"output"` (residual:
     out -> out). `u` has any leading dimensions; at a convolution it is `[N, *spatial, features]`.
+
+    `merge(host, params, alpha, site=site, **config) -> host` is given by a seed that folds away: the layer's own
+    parameters with which it alone computes what layer and seed compute together, in the same shapes and dtypes.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Blueprint:
     config: Mapping[str, Any]
     about: str = ""
     citation: str = ""
+    merge: Callable[..., Params] | None = None
 
     def fits(self, site: Site) -> bool:
         """Whether the blueprint is made for that kind of site."""
@@ -62,6 +67,7 @@ def register_blueprint(
     config: Mapping[str, Any] | None = None,
     about: str = "",
     citation: str = "",
+    merge: Callable[..., Params] | None = None,
     replace: bool = False,
 ) -> Blueprint:
     """Add a blueprint under `name`, from a pair of functions or from a Flax module.
@@ -72,10 +78,12 @@ def register_blueprint(
       apply: `apply(params, u) -> f`; it is also given `site` and the config keywords that its signature names.
       module: instead of the pair, `module(site, **config) -> flax.linen.Module` with parameters only.
       reads: `"input"` for a seed parallel to the layer, `"output"` for one that follows it.
-      kinds: the site kinds it is made for, of `dense, dense_general, conv, attention, layer_norm, batch_norm`.
+      kinds: the site kinds it is made for, of `dense, dense_general, einsum, conv, conv_transpose, embed, attention,
+        layer_norm, rms_norm, group_norm, batch_norm`.
       config: config keys and their defaults; with functions, taken from `init`'s keyword defaults when None.
       about: what it is, in a line, shown by `blueprints()`.
       citation: the paper, shown likewise.
+      merge: how the seed folds into its host (see `Blueprint`); None for one that cannot.
       replace: allow a name that is taken.
 
     Returns:
@@ -101,7 +109,7 @@ def register_blueprint(
         apply = _taking(apply, ("site", *defaults))
     else:
         raise ValueError(f"blueprint {name!r} needs either init= and apply=, or module=")
-    _REGISTRY[name] = Blueprint(name, init, apply, reads, kinds, defaults, about, citation)
+    _REGISTRY[name] = Blueprint(name, init, apply, reads, kinds, defaults, about, citation, merge)
     return _REGISTRY[name]
 
 

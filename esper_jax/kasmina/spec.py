@@ -18,7 +18,9 @@ class Site:
     `path` is the module path joined by `/` (`"."` is the model itself). `in_shape` and `out_shape` are the feature
     dimensions alone, without batch and spatial ones: `(784,)` for a Dense, `(4, 16)` for a DenseGeneral into heads.
     `spatial` is the number of spatial dimensions (2 for an image convolution, else 0). `traced` says that shapes and
-    kind come from a trace of the model and not from the shapes of its parameters.
+    kind come from a trace of the model and not from the shapes of its parameters. `layers` is the number of layers that
+    a lifted transform stacked at this path (12 for a block under `nn.scan` of length 12), 0 for a layer of its own.
+    `geometry` is what else a trace knows of the layer, e.g. strides and padding of a convolution.
     """
 
     path: str
@@ -28,6 +30,8 @@ class Site:
     dtype: str = "float32"
     spatial: int = 0
     traced: bool = False
+    layers: int = 0
+    geometry: Config = ()
 
     @property
     def in_features(self) -> int:
@@ -45,6 +49,7 @@ class Plant:
     """What sits in one slot: a blueprint's name, its full config, and how it is blended.
 
     `resident` seeds were planted ahead of time and stay in the program when they are reset; the others leave it.
+    `source` is the site whose input the seed reads where that is another layer than its own: the seed is a span.
     """
 
     site: str
@@ -53,6 +58,7 @@ class Plant:
     config: Config = ()
     blend: str = "add"
     resident: bool = False
+    source: str = ""
 
     @property
     def key(self) -> str:
@@ -131,10 +137,7 @@ class Spec:
     def from_json(text: str) -> Spec:
         """The spec that `to_json` wrote."""
         data = json.loads(text)
-        sites = tuple(
-            Site(**{**site, "in_shape": tuple(site["in_shape"]), "out_shape": tuple(site["out_shape"])})
-            for site in data["sites"]
-        )
+        sites = tuple(Site(**{name: _hashable(value) for name, value in site.items()}) for site in data["sites"])
         plants = tuple(Plant(**{**plant, "config": freeze_config(dict(plant["config"]))}) for plant in data["plants"])
         return Spec(sites, data["slots"], plants)
 

@@ -246,11 +246,12 @@ def _site_line(site: Site) -> SiteLine:
 
 
 def _line(value: Any, kind: type[L]) -> L:
-    """A dataclass as the line with the same fields."""
+    """A dataclass as the line with those of its fields that travel."""
     reals = _reals(kind)
     fields = {
         field.name: _real(item) if field.name in reals else _plain(item)
         for field in dataclasses.fields(value)
+        if field.name in kind.__struct_fields__
         for item in [getattr(value, field.name)]
     }
     return kind(**fields)

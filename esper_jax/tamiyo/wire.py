@@ -59,7 +59,7 @@ State = Annotated[list[Leaf], Meta(max_length=4096)]
 
 
 class SiteLine(Line, frozen=True):
-    """A `Site`."""
+    """A `Site`, without its geometry."""
 
     path: Name
     kind: Name
@@ -68,6 +68,7 @@ class SiteLine(Line, frozen=True):
     dtype: Name
     spatial: Count
     traced: bool
+    layers: Count = 0
 
 
 class SiteReportLine(Line, frozen=True):
