@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,8 +51,8 @@ class Deepened:
         `blank` puts zeros where a layer is an added one.
         """
         for place in self.stacks:
-            take = lambda leaf, place=place: self._taken(leaf, place, place.axis, blank)  # noqa: E731
-            tree = _at(tree, split_path(place.path), lambda node, take=take: jax.tree.map(take, node))
+            take = functools.partial(self.taken, place, place.axis, blank)
+            tree = _at(tree, split_path(place.path), functools.partial(jax.tree.map, take))
         return tree
 
     def like_seeds(self, tree: Any, site: str, *, blank: bool) -> Any:
@@ -59,9 +60,10 @@ class Deepened:
         place = next((p for p in self.stacks if _under(site, p.path)), None)
         if place is None:
             return tree
-        return jax.tree.map(lambda leaf: self._taken(leaf, place, 0, blank), tree)
+        return jax.tree.map(functools.partial(self.taken, place, 0, blank), tree)
 
-    def _taken(self, leaf: Any, place: Stack, axis: int, blank: bool) -> Any:
+    def taken(self, place: Stack, axis: int, blank: bool, leaf: Any) -> Any:
+        """An array of a stack with its new rows along `axis`, those of added layers at zero where `blank`."""
         taken = jnp.take(leaf, jnp.asarray(self.rows[place.path]), axis=axis)
         if not blank:
             return taken
@@ -130,7 +132,7 @@ def _deeper(made: Deepened, zeroed: tuple[str, ...], order: str) -> Morph:
     params = made.like_host(old.params["host"], blank=False)
     blank = made.like_host(old.params["host"], blank=True)
     for path in zeroed:
-        params = _at(params, split_path(path), lambda _, path=path: _get(blank, split_path(path)))
+        params = _at(params, split_path(path), functools.partial(_instead, _get(blank, split_path(path))))
     seeds, state = {}, {}
     for site, plants in old.spec.planted_at.items():
         life = made.like_seeds(old.state[site], site, blank=False)
@@ -158,8 +160,8 @@ def _others(made: Deepened, tree: Any) -> Any:
     for place in made.stacks:
         parts = split_path(place.path)
         if _get(tree, parts) is not None:
-            take = lambda leaf, place=place: made._taken(leaf, place, place.axis, False)  # noqa: E731
-            tree = _at(tree, parts, lambda node, take=take: jax.tree.map(take, node))
+            take = functools.partial(made.taken, place, place.axis, False)
+            tree = _at(tree, parts, functools.partial(jax.tree.map, take))
     return tree
 
 
@@ -213,24 +215,32 @@ def _passes(
         for place in stacks:
             at = place.layers - 1 if last else 0
 
-            def first(leaf: Any, place: Stack = place) -> Any:
-                return jnp.take(leaf, jnp.zeros(place.layers, int), axis=place.axis)
-
-            def others(leaf: Any, place: Stack = place, at: int = at) -> Any:
-                shape = [1] * leaf.ndim
-                shape[place.axis] = place.layers
-                return jnp.where((jnp.arange(place.layers) == at).reshape(shape), leaf, 0)
-
-            params = _at(params, split_path(place.path), lambda node, first=first: jax.tree.map(first, node))
+            first = functools.partial(_first_row, place)
+            params = _at(params, split_path(place.path), functools.partial(jax.tree.map, first))
             for path in zeroed:
                 if _under(path, place.path):
-                    params = _at(params, split_path(path), lambda node, o=others: jax.tree.map(o, node))
+                    only = functools.partial(_one_row, place, at)
+                    params = _at(params, split_path(path), functools.partial(jax.tree.map, only))
         bare = Morph(morph.with_params({"host": params, "seeds": {}}).host, {}, {}, Spec(morph.spec.sites, 1))
         return forward(bare, *inputs, **options)
 
     run = jax.jit(run, static_argnums=0)
     close = lambda a, b: np.allclose(np.float64(a), np.float64(b), rtol=TIGHT, atol=TIGHT)  # noqa: E731
     return all(close(a, b) for a, b in zip(jax.tree.leaves(run(False)), jax.tree.leaves(run(True)), strict=True))
+
+
+def _first_row(place: Stack, leaf: Any) -> Any:
+    return jnp.take(leaf, jnp.zeros(place.layers, int), axis=place.axis)
+
+
+def _one_row(place: Stack, at: int, leaf: Any) -> Any:
+    shape = [1] * leaf.ndim
+    shape[place.axis] = place.layers
+    return jnp.where((jnp.arange(place.layers) == at).reshape(shape), leaf, 0)
+
+
+def _instead(new: Any, old: Any) -> Any:
+    return new
 
 
 def _stacks(morph: Morph, where: Any) -> tuple[Stack, ...]:

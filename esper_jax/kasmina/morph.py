@@ -232,7 +232,7 @@ def _ahead(spec: Spec, planted: Any, blend: str) -> list[Plant]:
 def _blended(state: SeedState, slot: int) -> bool:
     if isinstance(state.stage, jax.core.Tracer):
         return False
-    return bool(np.any(blends(np.asarray(state.stage)[..., slot])))
+    return bool(np.any(blends(state.stage)[..., slot]))
 
 
 def _plants_text(morph: Morph) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,7 +131,7 @@ class Growable:
             life = morph.state[path]
             active = learns(life)
             given[path], states[path] = {}, {}
-            one = lambda *seed: self._seed(*seed, extra, learnt, kept)  # noqa: E731
+            one = functools.partial(self._seed, extra, learnt, kept)
             update = jax.vmap(one) if morph.spec.by_path[path].layers else one
             for plant in plants:
                 given[path][plant.key], states[path][plant.key] = update(
@@ -144,14 +145,14 @@ class Growable:
 
     def _seed(
         self,
+        extra: Any,
+        learnt: Learnt,
+        kept: Kept,
         grads: Any,
         state: SeedOptState,
         params: Any,
         active: Bool[Array, ""],
         born: Int[Array, ""],
-        extra: Any,
-        learnt: Learnt,
-        kept: Kept,
     ) -> tuple[Any, SeedOptState]:
         def begin(grads: Any, inner: Any, params: Any) -> tuple[Any, Any]:
             """A seed germinated since the last step starts afresh; one whose gradient is not finite stays."""
