@@ -228,6 +228,19 @@ def test_a_layers_broken_seed_is_bypassed_and_counted_there(model):
     assert state.morph.state[site].stage[:, 0].tolist() == [0, Stage.PRUNED, 0]
 
 
+def test_a_layers_seed_is_stored_and_germinates_in_another_layer():
+    """A stored seed is that of one layer, with that layer's own measurements."""
+    model, site = Scanned(0), "blocks/Dense_0"
+    morph = planted(model, 1, stage=Stage.HOLDING)
+    with pytest.raises(ValueError, match=r"stack of 3 layers; say which one with layer="):
+        esper_jax.seed_of(morph, site)
+    stored = esper_jax.seed_of(morph, site, layer=1)
+    assert stored.site.layers == 0 and stored.provenance["layer"] == 1
+    again = esper_jax.germinate(morph, site, stored, layer=2)
+    up = again.seeds[site]["slot_0"]["up"]
+    assert np.array_equal(up[2], up[1]) and again.state[site].stage[2, 0] == Stage.GERMINATED
+
+
 def test_contributions_are_measured_layer_by_layer():
     """Contract 24."""
     morph = planted(Scanned(0), 1, stage=Stage.HOLDING)
