@@ -16,6 +16,7 @@ import numpy as np
 from .._checks import flag, instance, whole
 from ..kasmina.graft import graft
 from ..kasmina.lifecycle import Lifecycle
+from ..kasmina.linen import unboxed
 from ..kasmina.morph import Morph, morph
 from ..kasmina.spec import Spec
 from ..nissa import events
@@ -190,7 +191,7 @@ class Tolaria:
           example: as for `morph`.
         """
         if not isinstance(params, Morph):
-            params = morph(_plain(params), model=model, example=example, **self._morph_options)
+            params = morph(_plain(unboxed(params)), model=model, example=example, **self._morph_options)
         state = TrainState.create(params, self.tx, key=key)
         governor, control = self._first_control(params.spec, state.key)
         return state.replace(governor=governor, control=control)

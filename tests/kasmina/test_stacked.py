@@ -99,6 +99,39 @@ def test_a_stack_is_one_site_that_knows_its_layers(model):
         assert guessed == {s.path: (s.kind, s.in_shape, s.out_shape, s.layers) for s in morph.spec.sites}
 
 
+def test_parameters_boxed_with_partition_names_are_found_and_grow():
+    """A host initialised with `nn.with_partitioning` keeps its boxes; seeds have none."""
+
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+            return x + nn.Dense(6, kernel_init=init)(nn.LayerNorm()(x)), None
+
+    class Host(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            blocks = nn.scan(
+                Named,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=DEPTH,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return blocks(name="blocks")(x, None)[0]
+
+    model = Host()
+    variables = model.init(jax.random.key(0), X)
+    morph = esper_jax.morph(variables, model=model, example=X)
+    assert morph.spec.sites == esper_jax.morph(nn.meta.unbox(variables), model=model, example=X).spec.sites
+    morph = esper_jax.germinate(morph, "blocks/Dense_0", "lora", key=jax.random.key(0), layer=1)
+    step = esper_jax.make_train_step(model, lambda y, t: jnp.square(y - t), optax.sgd(0.1), donate=False)
+    state = esper_jax.TrainState.create(morph, esper_jax.growable(optax.sgd(0.1)), key=jax.random.key(0))
+    state, metrics = step(state, (X, X))
+    assert not metrics["skipped"]
+    assert state.morph.host["params"]["blocks"]["Dense_0"]["kernel"].names == ("layers", "in", "out")
+
+
 def test_a_stack_of_stacks_is_skipped_by_name():
     """Layers stacked along two axes are not supported; the rest of the model is."""
     model = Twice()
