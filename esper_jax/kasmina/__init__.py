@@ -3,12 +3,13 @@
 from . import lifecycle, seeds
 from .blueprints import Blueprint, get_blueprint, register_blueprint
 from .gates import Gates
+from .germination import germinate
 from .graft import Graft, graft
 from .lifecycle import Lifecycle
 from .modules import KasminaAttention, KasminaBatchNorm, KasminaConv, KasminaDense, KasminaLayerNorm, with_seeds_of
 from .morph import Morph, morph, sites, unmorph
 from .observe import contributions, observe, silence
-from .operate import advance, fossilize, germinate, prune, set_alpha, shed, tick, unload
+from .operate import advance, fossilize, prune, set_alpha, shed, tick, unload
 from .spec import Plant, Site, Spec
 from .stages import Stage
 from .state import SeedState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,6 +14,7 @@ from . import state as _state
 from ._pytree import Struct, pytree, static
 from .blend import LEASHED, blended, join, no_gradient, open_input, parted, sum_of_squares
 from .blueprints import get_blueprint, seed_apply
+from .layout import from_stack, to_stack
 from .probe import tap
 from .spec import Plant, Site
 from .state import SeedState
@@ -36,6 +38,19 @@ class Bank(Struct):
     sample: Bool[Array, ""] | None
     site: Site = static()
     plants: tuple[Plant, ...] = static()
+
+
+def stacked(bank: Bank) -> Bank:
+    """The bank of a site whose layers a lifted transform stacked, in the form in which it slices it a layer."""
+    if not bank.site.layers:
+        return bank
+    sample = None if bank.sample is None else jnp.broadcast_to(bank.sample, (bank.site.layers,))
+    return to_stack(dataclasses.replace(bank, sample=sample), dict(bank.site.geometry)["stack"])  # type: ignore[no-any-return]
+
+
+def unstacked(bank: Bank) -> Bank:
+    """One layer's bank, from the slice that it was given of a `stacked` one."""
+    return from_stack(bank, dict(bank.site.geometry)["stack"]) if bank.site.layers else bank
 
 
 def apply_bank(
@@ -136,12 +151,18 @@ def _resident_bwd(where: tuple[Plant, Site], residuals: tuple[Any, ...], cotange
     plant, site = where
     variables, source, kept, weight, alpha, enters, computes, entered, sound = residuals
     past = source is not None and plant.blend in LEASHED  # these blends add to h: its cotangent is the output's
+    ids = source is not None and not jnp.issubdtype(source.dtype, jnp.inexact)  # such an input has no gradient
 
     def run(variables: Any, source: Array | None, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
         h = cotangent if kept is None else kept  # of its shape; the value is needed only where it was kept
         read = h if source is None else source
-        (f, gate), back = jax.vjp(lambda v, x: _seed(plant, site, v, x, h), variables, read)
+        if ids:
+            (f, gate), back = jax.vjp(lambda v: _seed(plant, site, v, read, h), variables)
+        else:
+            (f, gate), back = jax.vjp(lambda v, x: _seed(plant, site, v, x, h), variables, read)
         to_host, *to_seed = parted(plant.blend, h, weight, f, gate, alpha, entered, computes & sound, cotangent)
+        if ids:
+            return *back(tuple(to_seed)), None, None if past else to_host
         to_variables, to_read = back(tuple(to_seed))
         opens = enters & (alpha > 0) & jnp.all(jnp.isfinite(to_read))
         to_read = jnp.where(opens, to_read, 0)
@@ -150,14 +171,14 @@ def _resident_bwd(where: tuple[Plant, Site], residuals: tuple[Any, ...], cotange
         return to_variables, to_read, None if past else to_host
 
     def rest(variables: Any, source: Array | None, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
-        nothing = jax.tree.map(jnp.zeros_like, (variables, source))
+        nothing = jax.tree.map(jnp.zeros_like, (variables, None if ids else source))
         return *nothing, None if past else cotangent
 
     to_variables, to_source, to_host = jax.lax.cond(computes, run, rest, variables, source, kept, cotangent)
     fault = (computes & ~sound).astype(jnp.float32)
     return (
         to_variables,
-        to_source,
+        no_gradient(source) if ids else to_source,
         cotangent if past else to_host,
         jnp.zeros_like(alpha),
         no_gradient(enters),

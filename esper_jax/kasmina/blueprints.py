@@ -160,7 +160,13 @@ def make_plant(site: Site, slot: int, name: str, config: Mapping[str, Any], blen
 
 
 def seed_init(plant: Plant, site: Site, key: jax.Array) -> Params:
-    """Fresh variables of the plant: the blueprint's params, with a gate beside them for the blend "gate"."""
+    """Fresh variables of the plant: the blueprint's params, with a gate beside them for the blend "gate".
+
+    At a site of stacked layers each leaf has a leading axis of them, and each layer a key of its own.
+    """
+    if site.layers:
+        one = dataclasses.replace(site, layers=0)
+        return jax.vmap(lambda key: seed_init(plant, one, key))(jax.random.split(key, site.layers))
     blueprint = get_blueprint(plant.blueprint)
     if plant.blend != "gate":
         return blueprint.init(key, site, **dict(plant.config))
@@ -189,10 +195,11 @@ def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
     """Trace the seed on a small imaginary input and compare its output with the site's."""
     features = site.in_features if blueprint.reads == "input" else site.out_features
     space = (2,) + (8,) * site.spatial
-    u = jax.ShapeDtypeStruct((*space, features), site.dtype)
+    ids = blueprint.reads == "input" and site.kind == "embed"
+    u = jax.ShapeDtypeStruct(space, jnp.int32) if ids else jax.ShapeDtypeStruct((*space, features), site.dtype)
     where = f"blueprint {plant.blueprint!r} with {dict(plant.config)} at site {site.path!r}"
     try:
-        variables = seed_shapes(plant, site)
+        variables = seed_shapes(plant, dataclasses.replace(site, layers=0))
         f, _ = jax.eval_shape(lambda v, x: seed_apply(plant, site, v, x), variables, u)
     except Exception as error:
         raise ValueError(f"{where} cannot be built: {type(error).__name__}: {error}") from error

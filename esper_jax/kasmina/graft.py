@@ -81,7 +81,8 @@ def graft(apply: Any) -> Graft:
 def zero_taps(morph: Morph) -> dict[str, Tap]:
     """Zeros for `Graft.tapped`, one for every site."""
     slots = morph.spec.slots
-    return {site.path: Tap(jnp.zeros(slots), jnp.zeros(SIZE)) for site in morph.spec.sites}
+    rows = {site.path: (site.layers,) if site.layers else () for site in morph.spec.sites}
+    return {path: Tap(jnp.zeros((*row, slots)), jnp.zeros((*row, SIZE))) for path, row in rows.items()}
 
 
 def _check_morph(morph: Any) -> None:

@@ -15,7 +15,7 @@ from ._pytree import Struct, pytree
 from .gates import Gates
 from .ramp import alpha_at, curve_code
 from .stages import LEGAL, Stage
-from .state import SeedState, choose, computes, is_in, live
+from .state import SeedState, choose, computes, is_in, layers_of, live
 
 MAX_FAULTS = 3
 EMA = 0.9
@@ -60,18 +60,18 @@ def transition(
 
     A seed that a scheduled prune has claimed may go to PRUNED only.
     """
-    slots = state.stage.shape[0]
-    target = jnp.broadcast_to(jnp.asarray(target, jnp.int32), (slots,))
+    shape = state.stage.shape
+    target = jnp.broadcast_to(jnp.asarray(target, jnp.int32), shape)
     ok = mask & jnp.asarray(LEGAL)[state.stage, target] & (~state.pruning | (target == Stage.PRUNED))
     entered = lambda stage: target == stage  # noqa: E731
     silent = ~computes(target) | entered(Stage.TRAINING)
     full = entered(Stage.HOLDING) | entered(Stage.FOSSILIZED)
-    fresh = SeedState.empty(slots).replace(generation=state.generation)
+    fresh = SeedState.empty(shape[-1], layers_of(state)).replace(generation=state.generation)
     wiped = choose(entered(Stage.GERMINATED) | entered(Stage.DORMANT), fresh, state)
     moved = wiped.replace(
         stage=target,
-        steps=jnp.zeros(slots, jnp.int32),
-        stage_score=jnp.broadcast_to(jnp.asarray(score, jnp.float32), (slots,)),
+        steps=jnp.zeros(shape, jnp.int32),
+        stage_score=jnp.broadcast_to(jnp.asarray(score, jnp.float32), shape),
         generation=state.generation + entered(Stage.GERMINATED),
         alpha=jnp.where(silent, 0.0, wiped.alpha),
         pruning=wiped.pruning & ~entered(Stage.PRUNED),
@@ -180,10 +180,9 @@ def tick(
     Returns:
       The new state, and what moved or why not. A slot makes at most one transition a tick.
     """
-    slots = state.stage.shape[0]
     before = state.stage
     score = jnp.asarray(score, jnp.float32)
-    ready, finite = (jnp.broadcast_to(jnp.asarray(flag), (slots,)) for flag in (ready, finite))
+    ready, finite = (jnp.broadcast_to(jnp.asarray(flag), before.shape) for flag in (ready, finite))
     occupied = state.stage != Stage.DORMANT
     ramping = (state.stage == Stage.BLENDING) & (state.ramp_done < state.ramp_steps)
     done = state.ramp_done + ramping

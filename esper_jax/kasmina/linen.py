@@ -1,31 +1,22 @@
-"""The Linen adapter: finds a model's layers and intercepts their calls. The only file of the core that knows Linen."""
+"""The Linen adapter: finds a model's layers and intercepts their calls. With `linen_layers`, all that knows Linen."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .bank import Bank, apply_bank
-from .sites import Where, infer_site, join_path, nodes, own_arrays, select, split_path
+from .bank import Bank, stacked, unstacked
+from .layout import common_axis, stack_axes
+from .linen_layers import equation_of, first_input, traced_site, with_seeds
+from .sites import RESERVED, Where, infer_site, join_path, nodes, own_arrays, select, split_path
 from .spec import Site
-
-RESERVED = "__esper_seeds__"
-_KINDS: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.MultiHeadDotProductAttention, "attention"),
-    (nn.Dense, "dense"),
-    (nn.DenseGeneral, "dense_general"),
-    (nn.Conv, "conv"),
-    (nn.LayerNorm, "layer_norm"),
-    (nn.BatchNorm, "batch_norm"),
-)
 
 
 def model_of(apply: Any) -> nn.Module | None:
@@ -75,7 +66,7 @@ def call(
             or not module.scope.has_variable("params", RESERVED)
         ):
             return next_call(*args, **kwargs)
-        bank = module.scope.get_variable("params", RESERVED)
+        bank = unstacked(module.scope.get_variable("params", RESERVED))
         if bank.site.path in inside:  # a subclass that calls super().__call__
             return next_call(*args, **kwargs)
         visited.add(bank.site.path)
@@ -109,13 +100,18 @@ def trace_sites(
     model: nn.Module, variables: Mapping[str, Any], example: Any, where: Where, kwargs: Mapping[str, Any]
 ) -> tuple[Site, ...]:
     """The model's sites with kinds, shapes and dtypes read off a trace of one call on `example` (shapes only)."""
-    seen: dict[str, tuple[nn.Module, Any, Any]] = {}
+    seen: dict[str, Seen] = {}
+    tied: set[str] = set()
 
     def intercept(next_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
-        output = next_call(*args, **kwargs)
-        if context.method_name == "__call__":
-            first = _first_input(context.module, args, kwargs)
-            seen.setdefault(join_path(context.module.path), (context.module.clone(), first, output))
+        output, module = next_call(*args, **kwargs), context.module
+        path = join_path(module.path)
+        if context.method_name == "__call__" and module.scope is not None and path not in seen:
+            shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _own_params(module))
+            known = {"equation": equation_of(module, args, kwargs)} if isinstance(module, nn.Einsum) else {}
+            seen[path] = Seen(module.clone(), first_input(module, args, kwargs), output, shapes, known)
+        elif context.method_name == "attend":
+            tied.add(path)
         return output
 
     inputs = example if isinstance(example, tuple) else (example,)
@@ -123,23 +119,51 @@ def trace_sites(
         jax.eval_shape(
             lambda v, a: model.apply(v, *a, **{**mode(model, False), **kwargs}, mutable=False), variables, inputs
         )
+    axes = _stacks(variables["params"], seen)
     found: list[Site] = []
     skipped: list[tuple[str, str]] = []
     statistics = {path for path, node in nodes(variables.get("batch_stats", {})) if own_arrays(node)}
     for parts, node in nodes(variables["params"]):
         path = join_path(parts)
-        guessed = infer_site(parts, node, parts in statistics)
         if path not in seen:
             if own_arrays(node):
                 skipped.append((path, "never called on the example"))
             continue
-        module, u, h = seen[path]
-        site = traced_site(path, module, guessed, u, h, node)
-        if site is not None:
+        at = seen[path]
+        guessed = infer_site(parts, node, parts in statistics)
+        known = {**at.known, **({"tied": True} if path in tied else {})}
+        if any(other[: len(parts)] == parts for other in axes):
+            known["stack"] = common_axis(parts, axes)
+        site = traced_site(path, at.module, guessed, at.u, at.h, node, known)
+        if isinstance(site, Site):
             found.append(site)
         elif own_arrays(node):
-            skipped.append((path, type(module).__name__))
+            skipped.append((path, site))
     return select(found, skipped, where)
+
+
+class Seen(NamedTuple):
+    """One layer's first call in a trace."""
+
+    module: nn.Module
+    u: Any
+    h: Any
+    params: Any
+    known: dict[str, Any]
+
+
+def _stacks(params: Mapping[str, Any], seen: Mapping[str, Seen]) -> dict[tuple[str, ...], frozenset[int]]:
+    """Of each layer that saw other shapes than the host holds: the axes along which its arrays may be stacked."""
+    found = {}
+    for parts, node in nodes(params):
+        own, at = own_arrays(node), seen.get(join_path(parts))
+        if own and at is not None and any(jnp.shape(own[n]) != jnp.shape(at.params[n]) for n in own if n in at.params):
+            found[parts] = stack_axes(own, at.params)
+    return found
+
+
+def _own_params(module: Any) -> dict[str, Any]:
+    return dict(module.variables.get("params", {}))
 
 
 def blueprint_functions(
@@ -169,119 +193,6 @@ def blueprint_functions(
     return init, apply
 
 
-def traced_site(
-    path: str, module: nn.Module, guessed: Site | None, u: Any, h: Any, node: Mapping[str, Any]
-) -> Site | None:
-    """The site of a layer that was seen called with input `u` and output `h`; None if it can carry no seeds."""
-    kind = next((kind for cls, kind in _KINDS if isinstance(module, cls)), None)
-    shaped = hasattr(u, "shape") and hasattr(h, "shape")
-    if not shaped or (kind is None and (guessed is None or type(module).__module__.startswith("flax."))):
-        return None
-    arrays = jax.tree.leaves(dict(node))
-    if not arrays or not _last_axis(module, u) or _is_stacked(module, node):
-        return None
-    dtype = str(jnp.dtype(arrays[0].dtype))
-    if kind == "dense_general":
-        axes, batch = _dense_axes(module), module.batch_dims
-        if batch:
-            return None
-        inputs = tuple(u.shape[axis] for axis in axes)
-        features = module.features if isinstance(module.features, tuple | list) else (module.features,)
-        return Site(path, kind, inputs, tuple(features), dtype, traced=True)
-    if kind == "conv":
-        size = module.kernel_size
-        spatial = 1 if isinstance(size, int) else len(size)
-        return Site(path, kind, u.shape[-1:], h.shape[-1:], dtype, spatial, traced=True)
-    if kind is None:
-        assert guessed is not None
-        agrees = u.shape[-1] == guessed.in_features and h.shape[-1] == guessed.out_features
-        return guessed if agrees and guessed.kind != "dense_general" else None
-    return Site(path, kind, u.shape[-1:], h.shape[-1:], dtype, traced=True)
-
-
-def with_seeds(module: nn.Module, bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> Any:
-    """The layer's output with its bank applied, in the layout that the layer gave it."""
-    site, u = bank.site, _first_input(module, args, kwargs)
-    if not (hasattr(u, "shape") and hasattr(h, "shape")):
-        raise _mismatch(site, module, "takes or gives more than one array")
-    kind = next((kind for cls, kind in _KINDS if isinstance(module, cls)), site.kind)
-    if kind != site.kind and {kind, site.kind} != {"dense", "dense_general"}:
-        raise _mismatch(site, module, f"is a {kind} layer")
-    if not _last_axis(module, u):
-        raise _mismatch(site, module, "normalises another axis than the last")
-    inputs = jnp.asarray(u)
-    if isinstance(module, nn.DenseGeneral):
-        axes = _dense_axes(module)
-        inputs = jnp.moveaxis(inputs, axes, range(-len(axes), 0))
-        inputs = inputs.reshape(*inputs.shape[: inputs.ndim - len(axes)], -1)
-    output = h.reshape(*h.shape[: h.ndim - len(site.out_shape)], -1)
-    if inputs.shape[-1] != site.in_features and not (site.kind == "conv" and not site.traced):
-        raise _mismatch(site, module, f"has an input of {inputs.shape[-1]} features")
-    if h.shape[h.ndim - len(site.out_shape) :] != site.out_shape:
-        raise _mismatch(site, module, f"has an output of shape {h.shape}")
-    if site.spatial:
-        inputs = inputs.reshape(math.prod(inputs.shape[: -site.spatial - 1]), *inputs.shape[-site.spatial - 1 :])
-        output = output.reshape(math.prod(output.shape[: -site.spatial - 1]), *output.shape[-site.spatial - 1 :])
-    return apply_bank(bank, inputs, output, _kernel_and_bias(module, site)).reshape(h.shape)
-
-
-def _kernel_and_bias(module: nn.Module, site: Site) -> tuple[Any, Any] | None:
-    """Kernel `[in, out]` and bias of a layer that is linear and nothing else; None for all others."""
-    if type(module) not in (nn.Dense, nn.DenseGeneral):
-        return None
-    params: Mapping[str, Any] = module.variables["params"]
-    if set(params) - {RESERVED} - {"kernel", "bias"}:
-        return None
-    bias = params["bias"].reshape(-1) if "bias" in params else None
-    return params["kernel"].reshape(site.in_features, site.out_features), bias
-
-
-def _mismatch(site: Site, module: nn.Module, found: str) -> ValueError:
-    return ValueError(
-        f"site {site.path!r} was taken for {site.kind} {site.in_shape} -> {site.out_shape}, but the layer called there "
-        f"is {type(module).__name__}, which {found}. Give morph() model= and example= so that kinds and shapes are "
-        "traced, or leave the site out with where= (layers stacked by nn.scan or nn.vmap cannot carry seeds yet)"
-    )
-
-
-def _first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args:
-        return args[0]
-    name = next(iter(list(inspect.signature(type(module).__call__).parameters)[1:]), None)
-    return kwargs.get(name) if name else None
-
-
-def _last_axis(module: nn.Module, u: Any) -> bool:
-    """Whether a norm's features are the last axis of its input; True for all other layers."""
-    last = (-1, u.ndim - 1)
-    if isinstance(module, nn.BatchNorm):
-        return module.axis in last
-    if isinstance(module, nn.LayerNorm):
-        axes = module.feature_axes if isinstance(module.feature_axes, tuple | list) else (module.feature_axes,)
-        return len(axes) == 1 and axes[0] in last
-    return True
-
-
-def _is_stacked(module: Any, node: Mapping[str, Any]) -> bool:
-    """Whether the parameters hold more axes than the layer itself has: `nn.scan` or `nn.vmap` stacked them."""
-    if isinstance(module, nn.MultiHeadDotProductAttention):
-        return bool(node["query"]["kernel"].ndim != 3)
-    if isinstance(module, nn.DenseGeneral):
-        features = module.features if isinstance(module.features, tuple | list) else (module.features,)
-        return bool(node["kernel"].ndim != len(_dense_axes(module)) + len(features))
-    if isinstance(module, nn.Dense):
-        return bool(node["kernel"].ndim != 2)
-    if isinstance(module, nn.Conv):
-        return bool(node["kernel"].ndim != (1 if isinstance(module.kernel_size, int) else len(module.kernel_size)) + 2)
-    if isinstance(module, nn.LayerNorm | nn.BatchNorm):
-        return any(leaf.ndim != 1 for leaf in own_arrays(node).values())
-    return False
-
-
-def _dense_axes(module: Any) -> tuple[int, ...]:
-    return tuple(module.axis) if isinstance(module.axis, tuple | list) else (module.axis,)
-
-
 def _merge(params: Mapping[str, Any], banks: Mapping[str, Bank]) -> dict[str, Any]:
     merged = dict(params)
     for path, bank in banks.items():
@@ -289,7 +200,7 @@ def _merge(params: Mapping[str, Any], banks: Mapping[str, Bank]) -> dict[str, An
         for part in split_path(path):
             node[part] = dict(node[part])
             node = node[part]
-        node[RESERVED] = bank
+        node[RESERVED] = stacked(bank)
     return merged
 
 

@@ -17,8 +17,8 @@ from ._pytree import Struct, pytree, static
 from .bank import Bank
 from .blend import check_blend
 from .blueprints import make_plant, seed_init
-from .linen import RESERVED, traced_site, with_seeds
-from .sites import join_path, nodes
+from .linen_layers import traced_site, with_seeds
+from .sites import RESERVED, join_path, nodes
 from .spec import Plant, Site
 from .state import SeedState, resized
 
@@ -49,9 +49,9 @@ def _seeded(layer: Any, h: Any, *args: Any, **kwargs: Any) -> Any:
         return h
     check_blend(layer.blend)
     if layer.is_initializing():
-        site = traced_site(join_path(layer.path), layer, None, args[0], h, layer.variables.get("params", {}))
-        if site is None:
-            raise ValueError(f"{type(layer).__name__} at {join_path(layer.path)} has no parameters to grow beside")
+        site = traced_site(join_path(layer.path), layer, None, args[0], h, layer.variables.get("params", {}), {})
+        if not isinstance(site, Site):
+            raise ValueError(f"{join_path(layer.path)} cannot carry seeds: {site}")
         wanted = {layer.planted: {}} if isinstance(layer.planted, str) else dict(layer.planted)
         if len(wanted) > layer.slots:
             raise ValueError(f"{site.path}: {len(wanted)} blueprints planted in {layer.slots} slots; raise slots=")

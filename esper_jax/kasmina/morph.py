@@ -16,8 +16,7 @@ from .blend import check_blend
 from .blueprints import get_blueprint, make_plant, registered, seed_shapes
 from .sites import Where, find_sites
 from .spec import Plant, Site, Spec
-from .stages import Stage
-from .state import SeedState
+from .state import SeedState, blends, stages_text
 
 
 @pytree
@@ -116,7 +115,7 @@ def morph(
         sites = linen.trace_sites(linen_model, variables, example, where, call_kwargs)
     else:
         sites = find_sites(variables["params"], variables.get("batch_stats", {}), where)
-    spec = Spec(sites, max([slots, *(given.bank.state.stage.shape[0] for given in embedded.values())]))
+    spec = Spec(sites, max([slots, *(given.bank.state.stage.shape[-1] for given in embedded.values())]))
     if left_out := [path for path in embedded if path not in spec.by_path]:
         raise ValueError(
             f"{', '.join(left_out)} carry seeds of their own, which where={where!r} would drop; let it admit them"
@@ -136,12 +135,12 @@ def with_spec(morph: Morph, spec: Spec) -> Morph:
         site, old = spec.by_path[path], morph.seeds.get(path, {})
         kept = {plant.key for plant in plants if morph.spec.plant(path, plant.slot) == plant}
         seeds[path] = {p.key: old[p.key] if p.key in kept else blank(p, site) for p in plants}
-        state[path] = _resized(morph.state.get(path), spec.slots)
+        state[path] = morph.state[path] if path in morph.state else SeedState.empty(spec.slots, site.layers)
     return Morph(morph.host, seeds, state, spec)
 
 
 def blank(plant: Plant, site: Site) -> Any:
-    """Zero parameters in the shape of the plant's."""
+    """Zero parameters in the shape of the plant's, of each layer where the site has a stack of them."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), seed_shapes(plant, site))
 
 
@@ -230,22 +229,19 @@ def _ahead(spec: Spec, planted: Any, blend: str) -> list[Plant]:
     return plants
 
 
-def _resized(state: SeedState | None, slots: int) -> SeedState:
-    return SeedState.empty(slots) if state is None else state
-
-
 def _blended(state: SeedState, slot: int) -> bool:
     if isinstance(state.stage, jax.core.Tracer):
         return False
-    return Stage.BLENDING <= int(state.stage[slot]) <= Stage.FOSSILIZED
+    return bool(np.any(blends(np.asarray(state.stage)[..., slot])))
 
 
 def _plants_text(morph: Morph) -> str:
     shown = []
     for plant in morph.spec.plants[:4]:
-        stage = morph.state[plant.site].stage
-        known = isinstance(stage, jax.Array | np.ndarray) and not isinstance(stage, jax.core.Tracer) and stage.ndim == 1
-        name = Stage(int(stage[plant.slot])).name if known else ""
+        state = morph.state[plant.site]
+        known = isinstance(state.stage, jax.Array | np.ndarray) and not isinstance(state.stage, jax.core.Tracer)
+        alike = known and state.stage.ndim == (2 if morph.spec.by_path[plant.site].layers else 1)
+        name = stages_text(state, plant.slot) if alike else ""
         shown.append(f"{plant.blueprint} at {plant.site} {name}".rstrip())
     return ", ".join(shown) + (", ..." if len(morph.spec.plants) > 4 else "")
 

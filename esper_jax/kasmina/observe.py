@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from . import lifecycle
 from .bank import Tap
 from .morph import Morph, check_morph, count
-from .operate import planted_state
+from .operate import chosen, planted_state
 from .stages import Stage
 from .state import SeedState, computes, is_in, learns
 
@@ -39,18 +40,24 @@ def observe(morph: Morph, grads: Mapping[str, Any]) -> Morph:
     return morph.replace(state=states)
 
 
-def silence(morph: Morph, site: str, slot: int = 0) -> Morph:
+def silence(morph: Morph, site: str, slot: int = 0, *, layer: int | None = None) -> Morph:
     """The morph with that seed's alpha at 0, to measure what it contributes; stage and ramp stay as they are.
 
+    Args:
+      morph: the morph; it is not changed.
+      site: the site's path.
+      slot: the seed's slot.
+      layer: one of the site's stacked layers; None is all of them.
+
     Raises:
-      KeyError: unknown site. ValueError: the slot is empty.
+      KeyError: unknown site. ValueError: the slot is empty, or there is no such layer.
     """
     state = planted_state(morph, site, slot)
-    muted = state.replace(alpha=state.alpha.at[slot].set(0.0))
+    muted = state.replace(alpha=jnp.where(chosen(morph, site, slot, layer), 0.0, state.alpha))
     return morph.replace(state={**morph.state, site: muted})
 
 
-def contributions(morph: Morph, score: Callable[[Morph], Any]) -> tuple[dict[tuple[str, int], float], Morph]:
+def contributions(morph: Morph, score: Callable[[Morph], Any]) -> tuple[dict[tuple[Any, ...], float], Morph]:
     """Measure what each seed in BLENDING or HOLDING contributes: the score with it minus the score at its alpha 0.
 
     Args:
@@ -59,17 +66,22 @@ def contributions(morph: Morph, score: Callable[[Morph], Any]) -> tuple[dict[tup
         jitted function: silencing a seed recompiles nothing.
 
     Returns:
-      `{(site, slot): points}`, and the morph with these noted, which gate G5 reads.
+      `{(site, slot): points}` (`(site, slot, layer)` at stacked layers), and the morph with these noted, which gate G5
+      reads.
     """
     check_morph(morph, "contributions")
-    found: dict[tuple[str, int], float] = {}
+    found: dict[tuple[Any, ...], float] = {}
     whole = float(score(morph))
     state = dict(morph.state)
     for plant in morph.spec.plants:
         site, slot = plant.site, plant.slot
-        if bool(is_in(state[site].stage[slot], Stage.BLENDING, Stage.HOLDING)):
-            found[site, slot] = 100 * (whole - float(score(silence(morph, site, slot))))
-            state[site] = state[site].replace(contribution=state[site].contribution.at[slot].set(found[site, slot]))
+        entered = np.asarray(is_in(state[site].stage, Stage.BLENDING, Stage.HOLDING))
+        for layer in range(morph.spec.by_path[site].layers) or (None,):
+            name, at = ((site, slot), (slot,)) if layer is None else ((site, slot, layer), (layer, slot))
+            if entered[at]:
+                found[name] = 100 * (whole - float(score(silence(morph, site, slot, layer=layer))))
+                noted = state[site].contribution.at[at].set(found[name])
+                state[site] = state[site].replace(contribution=noted)
     return found, morph.replace(state=state)
 
 
@@ -144,16 +156,21 @@ def _looked_at(
     morph: Morph, path: str, state: SeedState, grads: Any, host_norm: Array, tapped: Tap | None, ok: Array
 ) -> tuple[SeedState, Bool[Array, " S"]]:
     """One site's seeds after the step, and which of them were not finite, forwards or backwards."""
-    health, ratio, exploding = (jnp.zeros(morph.spec.slots, jnp.float32) for _ in range(3))
-    faulty = jnp.zeros(morph.spec.slots, bool) if tapped is None else tapped.faults > 0
+    shape = state.stage.shape
+    health, ratio, exploding = (jnp.zeros(shape, jnp.float32) for _ in range(3))
+    faulty = jnp.zeros(shape, bool) if tapped is None else tapped.faults > 0
     n_host = count(morph.params["host"])
+
+    def measure(own: Any) -> tuple[Array, ...]:
+        return *gradient_health(own), tree_norm(own) / host_norm * math.sqrt(n_host / count(own))
+
     for plant in morph.spec.planted_at[path]:
         own = grads[path][plant.key]
-        h, e, finite = gradient_health(own)
-        r = tree_norm(own) / host_norm * math.sqrt(n_host / count(own))
-        health, ratio = health.at[plant.slot].set(h), ratio.at[plant.slot].set(r)
-        exploding = exploding.at[plant.slot].set(e)
-        faulty = faulty.at[plant.slot].set(faulty[plant.slot] | ~finite)
+        h, e, finite, r = jax.vmap(measure)(own) if morph.spec.by_path[path].layers else measure(own)
+        at = (..., plant.slot)
+        health, ratio = health.at[at].set(h), ratio.at[at].set(r)
+        exploding = exploding.at[at].set(e)
+        faulty = faulty.at[at].set(faulty[at] | ~finite)
     faulty = faulty & ok
     state = lifecycle.observe(state, learns(state) & ok, health, ratio, exploding)
     return lifecycle.count_faults(state, faulty), faulty

@@ -66,11 +66,15 @@ def _tap_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     # As rows, the form in which XLA gives them to the layer's own products: another would be one more array.
     source = _rows(u) if reads_input or linear is not None else None
     stats = jax.lax.cond(sample, _measure, _nothing, source, None if h is None else _rows(h), linear, _rows(cotangent))
-    unread = jax.tree.map(jnp.zeros_like, (u, linear))
+    unread = jax.tree.map(_zero, (u, linear))
     return unread[0], cotangent, stats, np.zeros(np.shape(sample), jax.dtypes.float0), unread[1]
 
 
 tap.defvjp(_tap_fwd, _tap_bwd)
+
+
+def _zero(x: Array) -> Any:
+    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _linear(u: Array | None, kernel: Array, bias: Array | None) -> Array:

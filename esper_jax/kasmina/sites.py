@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from .spec import Site
+from .spec import Site, freeze_config
 
 Where = str | Callable[[str, str], bool] | None
 ROOT = "."
+RESERVED = "__esper_seeds__"
+"""Where a site's bank travels among its layer's own parameters."""
 _ATTENTION = frozenset({"query", "key", "value", "out"})
+_LSTM = frozenset({"ii", "if", "ig", "io", "hi", "hf", "hg", "ho"})
 
 
 def join_path(parts: tuple[str, ...]) -> str:
@@ -43,7 +48,8 @@ def infer_site(path: tuple[str, ...], node: Mapping[str, Any], has_statistics: b
     """The site a parameter node stands for, or None if it is no supported layer.
 
     A `kernel` with two axes is a Dense; with more, a DenseGeneral if its name, its parent or its bias says so, else a
-    convolution. `scale` and `bias` are a BatchNorm where statistics sit at the same path, else a LayerNorm.
+    convolution. `scale` and `bias` are a BatchNorm where statistics sit at the same path, else a LayerNorm; `scale`
+    alone is an RMSNorm.
     """
     own = own_arrays(node)
     shapes = {name: tuple(np.shape(leaf)) for name, leaf in own.items()}
@@ -57,38 +63,90 @@ def infer_site(path: tuple[str, ...], node: Mapping[str, Any], has_statistics: b
 
     if "kernel" in own and set(own) <= {"kernel", "bias"}:
         kernel, bias = shapes["kernel"], shapes.get("bias")
+        if len(kernel) < 2 or len(kernel) > 5 or label.startswith(("Einsum", "ConvLocal")):
+            return None
         if len(kernel) == 2:
             return site("dense", kernel[:1], kernel[1:])
-        if len(kernel) < 2 or len(kernel) > 5 or label.startswith(("ConvTranspose", "Einsum", "ConvLocal")):
-            return None
         if label == "out" and bias is not None and len(bias) == 1 and len(kernel) == 3:
             return site("dense_general", kernel[:-1], kernel[-1:])
         if label in _ATTENTION - {"out"} or label.startswith("DenseGeneral") or (bias is not None and len(bias) > 1):
             split = 1 if bias is None else len(kernel) - len(bias)
             return site("dense_general", kernel[:split], kernel[split:])
-        return site("conv", kernel[-2:-1], kernel[-1:], len(kernel) - 2)
+        kind = "conv_transpose" if label.startswith("ConvTranspose") else "conv"
+        return site(kind, kernel[-2:-1], kernel[-1:], len(kernel) - 2)
+    if set(own) == {"embedding"} and len(shapes["embedding"]) == 2:
+        return site("embed", shapes["embedding"][:1], shapes["embedding"][1:])
     if set(own) == {"scale", "bias"} and len(shapes["scale"]) == 1:
         features = shapes["scale"]
         if has_statistics or label.startswith("BatchNorm"):
             return site("batch_norm", features, features)
-        if not label.startswith(("GroupNorm", "InstanceNorm")):
-            return site("layer_norm", features, features)
-    if set(own) == {"scale"} and label.startswith("LayerNorm"):
-        return site("layer_norm", shapes["scale"], shapes["scale"])
+        grouped = label.startswith(("GroupNorm", "InstanceNorm"))
+        return site("group_norm" if grouped else "layer_norm", features, features)
+    if set(own) == {"scale"} and len(shapes["scale"]) == 1:
+        kind = "layer_norm" if label.startswith("LayerNorm") else "rms_norm"
+        return site(kind, shapes["scale"], shapes["scale"])
     return None
 
 
 def find_sites(params: Mapping[str, Any], statistics: Mapping[str, Any], where: Where = None) -> tuple[Site, ...]:
     """All sites of a parameter tree that `where` admits; one warning names the layers that are none."""
-    found, skipped = [], []
+    found: list[Site] = []
+    skipped: list[tuple[str, str]] = []
     counted = {path for path, node in nodes(statistics) if own_arrays(node)}
-    for path, node in nodes(params):
-        site = infer_site(path, node, path in counted)
-        if site is not None:
-            found.append(site)
-        elif own := own_arrays(node):
-            skipped.append((join_path(path), "parameters " + ", ".join(own)))
+    for path, node, layers in _regions(params):
+        for below, inner in nodes(node, path):
+            own = own_arrays(inner)
+            site = None if _in_fused_cell(params, below) else infer_site(below, inner, below in counted)
+            if site is not None:
+                stack = freeze_config({"stack": 0}) if layers else ()
+                found.append(dataclasses.replace(site, layers=layers, geometry=stack))
+            elif own:
+                skipped.append((join_path(below), "parameters " + ", ".join(own)))
     return select(found, skipped, where)
+
+
+def _regions(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any, int]]:
+    """The tree in parts `(path, node, layers)`: what a lifted transform stacked along axis 0 as one layer has it.
+
+    A part is stacked where all its arrays have as many rows and one of them can be nothing else than a stack: a norm's
+    or bias's second axis, an embedding's third.
+    """
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(dict(node))}
+    if len(sizes) == 1 and sizes != {()} and any(_only_a_stack(at, inner) for at, inner in nodes(node, path)):
+        one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], leaf.dtype), dict(node))
+        yield path, one, sizes.pop()[0]
+        return
+    plain = {name: child for name, child in node.items() if not isinstance(child, Mapping)}
+    if set(node) >= _ATTENTION and not any(_only_a_stack(at, inner) for at, inner in nodes(node, path)):
+        yield path, node, 0
+        return
+    yield path, plain, 0
+    for name, child in node.items():
+        if isinstance(child, Mapping):
+            yield from _regions(child, (*path, name))
+
+
+def _only_a_stack(path: tuple[str, ...], node: Mapping[str, Any]) -> bool:
+    if path and path[-1].startswith("ConvLocal"):  # it has a kernel and a bias of its own for each place
+        return False
+    shapes = {name: np.shape(leaf) for name, leaf in own_arrays(node).items()}
+    kernel, bias = shapes.get("kernel", ()), shapes.get("bias", ())
+    if kernel:
+        return len(bias) == 2 and len(kernel) > 2 and kernel[:1] + kernel[-1:] == bias and kernel[-2:] != bias
+    return len(shapes.get("scale", ())) == 2 or len(shapes.get("embedding", ())) == 3
+
+
+def _in_fused_cell(params: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+    """Whether a layer is part of an `nn.OptimizedLSTMCell`, which reads its kernels together and calls no layer.
+
+    An `nn.LSTMCell` has the same parameters; its default name tells it.
+    """
+    if len(path) < 2 or path[-1] not in _LSTM:
+        return False
+    parent: Any = params
+    for part in path[:-1]:
+        parent = parent[part]
+    return set(parent) >= _LSTM and not path[-2].startswith("LSTMCell")
 
 
 def select(found: list[Site], skipped: list[tuple[str, str]], where: Where) -> tuple[Site, ...]:

@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 Config = tuple[tuple[str, Any], ...]
 
 
@@ -117,6 +119,43 @@ class Spec:
         taken = {plant.slot for plant in self.planted_at.get(site, ())}
         return tuple(slot for slot in range(self.slots) if slot not in taken)
 
+    @functools.cached_property
+    def unrolled(self) -> Spec:
+        """The spec as reports and controllers see it: each layer of a stack is a site of its own, `path[layer]`.
+
+        A stack's seeds are there ahead of time in the layers where they did not germinate, so they count as resident.
+        """
+        if not any(site.layers for site in self.sites):
+            return self
+        parts = {
+            site.path: [layer_path(site.path, n) for n in range(site.layers)] or [site.path] for site in self.sites
+        }
+        sites = [dataclasses.replace(s, path=path, layers=0) for s in self.sites for path in parts[s.path]]
+        plants = [
+            dataclasses.replace(p, site=path, resident=p.resident or bool(self.by_path[p.site].layers))
+            for p in self.plants
+            for path in parts[p.site]
+        ]
+        return Spec(tuple(sites), self.slots, tuple(plants))
+
+    def locate(self, path: str) -> tuple[str, int | None]:
+        """A site's path, or a layer's in a stack (`path[layer]`), as `(site, layer)`; the layer of others is None."""
+        stack, _, layer = path.removesuffix("]").rpartition("[")
+        if path in self.by_path or not layer.isdigit() or stack not in self.by_path:
+            return path, None
+        return stack, int(layer)
+
+    def by_layer(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """`{site: arrays}` with those of a stack, `[layers, ...]`, taken apart as in `unrolled`."""
+        parts: dict[str, Any] = {}
+        for path, tree in found.items():
+            layers = self.by_path[path].layers
+            for layer in range(layers):
+                parts[layer_path(path, layer)] = jax.tree.map(lambda leaf, n=layer: leaf[n], tree)
+            if not layers:
+                parts[path] = tree
+        return parts
+
     def with_plant(self, plant: Plant) -> Spec:
         """This spec with one more plant (it takes the place of another in the same slot)."""
         return self.without(plant.site, plant.slot)._with((*self.without(plant.site, plant.slot).plants, plant))
@@ -140,6 +179,11 @@ class Spec:
         sites = tuple(Site(**{name: _hashable(value) for name, value in site.items()}) for site in data["sites"])
         plants = tuple(Plant(**{**plant, "config": freeze_config(dict(plant["config"]))}) for plant in data["plants"])
         return Spec(sites, data["slots"], plants)
+
+
+def layer_path(path: str, layer: int) -> str:
+    """How a layer of a stack is named where each is a site of its own, e.g. `blocks/Dense_0[3]`."""
+    return f"{path}[{layer}]"
 
 
 def slot_name(slot: int) -> str:

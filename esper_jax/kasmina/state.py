@@ -1,9 +1,10 @@
-"""The lifecycle state of the seeds at one site: one pytree of arrays, every field with one entry a slot."""
+"""The lifecycle state of the seeds at one site: one pytree of arrays, every field with one entry a slot and layer."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ._pytree import Struct, pytree
@@ -13,6 +14,8 @@ from .stages import LIVE, Stage
 @pytree
 class SeedState(Struct):
     """What is known of the seeds in a site's `S` slots. NaN stands for "not measured yet" and passes no gate.
+
+    At a site of `L` stacked layers (`Site.layers`) every field is `[L, S]`: each layer's seed has a life of its own.
 
     Life: `stage` (a `Stage`), `alpha` in [0, 1], the ramp (`ramp_start`, `ramp_target`, `ramp_steps`, `ramp_done` in
     ticks, `ramp_curve` an index into `ramp.CURVES`), `age` and `steps` (ticks since germination and in this stage),
@@ -40,11 +43,12 @@ class SeedState(Struct):
     exploding: Float[Array, " S"]
 
     @staticmethod
-    def empty(slots: int) -> SeedState:
-        """`slots` dormant slots."""
-        whole = lambda: jnp.zeros(slots, jnp.int32)  # noqa: E731
-        real = lambda: jnp.zeros(slots, jnp.float32)  # noqa: E731
-        unknown = lambda: jnp.full(slots, jnp.nan, jnp.float32)  # noqa: E731
+    def empty(slots: int, layers: int = 0) -> SeedState:
+        """`slots` dormant slots, of each of `layers` stacked layers where there are any."""
+        shape = (layers, slots) if layers else (slots,)
+        whole = lambda: jnp.zeros(shape, jnp.int32)  # noqa: E731
+        real = lambda: jnp.zeros(shape, jnp.float32)  # noqa: E731
+        unknown = lambda: jnp.full(shape, jnp.nan, jnp.float32)  # noqa: E731
         return SeedState(
             stage=whole(),
             alpha=real(),
@@ -56,7 +60,7 @@ class SeedState(Struct):
             age=whole(),
             steps=whole(),
             generation=whole(),
-            pruning=jnp.zeros(slots, bool),
+            pruning=jnp.zeros(shape, bool),
             faults=whole(),
             contribution=unknown(),
             stage_score=unknown(),
@@ -68,20 +72,34 @@ class SeedState(Struct):
 
 def resized(state: SeedState, slots: int) -> SeedState:
     """`state` with empty slots added up to `slots`."""
-    missing = slots - state.stage.shape[0]
+    missing = slots - state.stage.shape[-1]
     if missing <= 0:
         return state
-    return jax.tree.map(lambda old, new: jnp.concatenate([old, new]), state, SeedState.empty(missing))
+    more = SeedState.empty(missing, layers_of(state))
+    return jax.tree.map(lambda old, new: jnp.concatenate([old, new], -1), state, more)
+
+
+def layers_of(state: SeedState) -> int:
+    """The stacked layers of a site by its state; 0 where its layer stands alone."""
+    return state.stage.shape[0] if state.stage.ndim == 2 else 0
 
 
 def slot_of(state: SeedState, slot: int) -> SeedState:
-    """One slot's values, every field a scalar."""
-    return jax.tree.map(lambda field: field[slot], state)
+    """One slot's values: every field a scalar, or `[L]` at stacked layers."""
+    return jax.tree.map(lambda field: field[..., slot], state)
 
 
 def with_slot(state: SeedState, slot: int, one: SeedState) -> SeedState:
     """`state` with one slot's values as `slot_of` gives them."""
-    return jax.tree.map(lambda field, value: field.at[slot].set(value), state, one)
+    return jax.tree.map(lambda field, value: field.at[..., slot].set(value), state, one)
+
+
+def stages_text(state: SeedState, slot: int) -> str:
+    """A slot's stage by name; at stacked layers the stages that occur, with how many of them are in it."""
+    stages = [Stage(int(stage)).name for stage in np.atleast_1d(np.asarray(state.stage)[..., slot])]
+    if not layers_of(state):
+        return stages[0]
+    return ", ".join(f"{stages.count(name)} {name}" for name in dict.fromkeys(stages))
 
 
 def is_in(stage: Int[Array, "..."], *stages: Stage) -> Bool[Array, "..."]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -50,12 +51,12 @@ def misfit(stored: Stored, site: Site) -> str | None:
 
 
 def fit_params(plant: Plant, site: Site, params: Any, name: str) -> Any:
-    """Stored parameters in the blueprint's own tree, leaves matched by their paths.
+    """Stored parameters in the blueprint's own tree, leaves matched by their paths; of one layer, at a stack of them.
 
     Raises:
       ValueError: other leaves, shapes or dtypes than the plant's; it names the seed, what was found and what is needed.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(seed_shapes(plant, site))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(seed_shapes(plant, dataclasses.replace(site, layers=0)))
     wanted = {_path(path): leaf for path, leaf in leaves}
     found = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     where = f"{plant.blueprint!r} at {site.path!r}"

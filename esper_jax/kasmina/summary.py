@@ -6,7 +6,7 @@ import dataclasses
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,8 +34,9 @@ class Table(str):
 def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
     """A table of a morph: every site, and every planted seed with its stage and what was measured of it.
 
-    Values that were not measured yet show as `-`; inside `jit` and for a tree of shapes the life of a seed shows as
-    `?`, and for a `vmap`ped population the values of its members differ, so they show as `*`.
+    At a site of stacked layers each layer's seed has a line (`0.3` is slot 0 of layer 3); those that are dormant share
+    one. Values that were not measured yet show as `-`; inside `jit` and for a tree of shapes the life of a seed shows
+    as `?`, and for a `vmap`ped population the values of its members differ, so they show as `*`.
 
     Args:
       morph: the morph.
@@ -57,14 +58,16 @@ def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
     rows: list[tuple[str, ...]] = []
     for site in morph.spec.sites:
         well = () if health is None else (_real(health.get(site.path, float("nan"))),)
-        named: tuple[str, ...] = (site.path, site.kind, _features(site), *well)
+        kind = f"{site.layers} x {site.kind}" if site.layers else site.kind
+        named: tuple[str, ...] = (site.path, kind, _features(site), *well)
         for plant in morph.spec.planted_at.get(site.path, ()):
-            rows.append((*named, str(plant.slot), _recipe(plant), *_life(morph, plant)))
-            named = ("",) * len(named)
+            for place, *life in _lives(morph, plant, site.layers):
+                rows.append((*named, place, _recipe(plant), *life))
+                named = ("",) * len(named)
         empty = len(morph.spec.free_slots(site.path))
         if empty:
             rows.append((*named, f"{empty} empty", "", "", "", "", ""))
-    stages = [_value(morph.state[plant.site].stage, plant.slot, _stage) for plant in morph.spec.plants]
+    stages = [stage for plant in morph.spec.plants for stage in _stages(morph, plant)]
     by_stage = ", ".join(f"{stages.count(stage)} {stage}" for stage in dict.fromkeys(stages)) or "none planted"
     grown = count(morph.seeds)
     last = (
@@ -243,18 +246,36 @@ def _recipe(plant: Plant) -> str:
     return f"{plant.blueprint}({config}){blend}"
 
 
-def _life(morph: Morph, plant: Plant) -> tuple[str, str, str, str]:
+def _lives(morph: Morph, plant: Plant, layers: int) -> Iterator[tuple[str, str, str, str, str]]:
+    """Slot, stage, alpha, health and contribution of a seed; of a stack, those of each layer where it is awake."""
     state = morph.state[plant.site]
-    stage = _value(state.stage, plant.slot, _stage)
-    measured = tuple(_value(field, plant.slot, _real) for field in (state.alpha, state.health, state.contribution))
-    return stage, measured[0], measured[1], measured[2]
+    stages = _stages(morph, plant)
+    awake = [layer for layer, stage in enumerate(stages) if stage != Stage.DORMANT.name]
+    one_by_one = layers and len(stages) == layers
+    for layer in awake if one_by_one else (None,):
+        at = (plant.slot,) if layer is None else (layer, plant.slot)
+        alpha, health, gain = (_value(field, at, _real) for field in (state.alpha, state.health, state.contribution))
+        place = str(plant.slot) if layer is None else f"{plant.slot}.{layer}"
+        yield place, stages[layer or 0], alpha, health, gain
+    if one_by_one and len(awake) < layers:
+        which = "all" if not awake else f"{layers - len(awake)} others"
+        yield f"{plant.slot}, {which}", Stage.DORMANT.name, "0", "-", "-"
 
 
-def _value(field: Any, slot: int, show: Callable[[Any], str]) -> str:
-    """A slot's value as text: `?` where it is traced or only a shape, `*` where a population's members may differ."""
+def _stages(morph: Morph, plant: Plant) -> list[str]:
+    """The stage of a seed, or of each layer's where its site is a stack."""
+    layers, stage = morph.spec.by_path[plant.site].layers, morph.state[plant.site].stage
+    if layers and np.ndim(stage) == 2:
+        found = [_value(stage, (layer, plant.slot), _stage) for layer in range(layers)]
+        return found[:1] if found[0] == "?" else found
+    return [_value(stage, (plant.slot,), _stage)]
+
+
+def _value(field: Any, at: tuple[int, ...], show: Callable[[Any], str]) -> str:
+    """A seed's value as text: `?` where it is traced or only a shape, `*` where a population's members may differ."""
     if isinstance(field, jax.core.Tracer) or not isinstance(field, jax.Array | np.ndarray):
         return "?"
-    return show(np.asarray(field)[slot]) if field.ndim == 1 else "*"
+    return show(np.asarray(field)[at]) if field.ndim == len(at) else "*"
 
 
 def _stage(value: Any) -> str:

@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from ..kasmina import operate
+from ..kasmina.germination import germinate
 from ..kasmina.morph import Morph
 from ..kasmina.spec import freeze_config
 from ..kasmina.stored import Stored
@@ -57,33 +59,35 @@ def apply_decision(
     Raises:
       ValueError, KeyError, TypeError: as the operation itself raises them.
     """
-    site, slot = decision.site, decision.slot
+    slot = decision.slot
+    site, layer = morph.spec.locate(decision.site)
+    at: dict[str, Any] = {"layer": layer, "score": score}
     if decision.action == "germinate":
         before = morph
         if seed is not None:
-            morph = operate.germinate(morph, site, seed, slot=slot, score=score)
-            return morph, _new_slot(before, morph, site)
-        config = dict(decision.config)
-        morph = operate.germinate(morph, site, decision.blueprint or "", key=key, slot=slot, score=score, **config)
+            morph = germinate(morph, site, seed, slot=slot, **at)
+        else:
+            morph = germinate(morph, site, decision.blueprint or "", key=key, slot=slot, **at, **decision.config)
         return morph, _new_slot(before, morph, site)
     if slot is None:
         raise ValueError(f"decision {decision.action!r} at {site} names no slot")
     if decision.action == "prune":
-        return operate.prune(morph, site, slot, steps=decision.steps, score=score), slot
+        return operate.prune(morph, site, slot, steps=decision.steps, **at), slot
     if decision.action == "fossilize":
-        return operate.fossilize(morph, site, slot, score=score), slot
+        return operate.fossilize(morph, site, slot, **at), slot
     if decision.action == "advance":
-        return operate.advance(morph, site, slot, score=score), slot
+        return operate.advance(morph, site, slot, **at), slot
     if decision.action == "set_alpha" and decision.alpha is not None:
-        return operate.set_alpha(morph, site, slot, decision.alpha, steps=max(decision.steps, 1)), slot
+        steps = max(decision.steps, 1)
+        return operate.set_alpha(morph, site, slot, decision.alpha, steps=steps, layer=layer), slot
     raise ValueError(f"decision {decision.action!r} at {site} cannot be carried out: {decision}")
 
 
 def _new_slot(before: Morph, after: Morph, site: str) -> int:
     """The slot whose count of germinations went up."""
     for plant in after.spec.planted_at[site]:
-        new = int(after.state[site].generation[plant.slot])
-        old = int(before.state[site].generation[plant.slot]) if site in before.state else 0
-        if new != old:
+        new = np.asarray(after.state[site].generation)[..., plant.slot]
+        old = np.asarray(before.state[site].generation)[..., plant.slot] if site in before.state else 0
+        if np.any(new != old):
             return plant.slot
     raise AssertionError(f"no slot of {site} germinated")

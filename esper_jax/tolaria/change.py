@@ -144,10 +144,11 @@ class Changes:
             assert plant is not None
             at: dict[str, Any] = {"site": site, "slot": slot, "blueprint": plant.blueprint}
             self.sink(events.stage(*now, **at, before=Stage.GERMINATED, after="PRUNED", reason=reason, alpha=0.0))
-        told = {(one.decision.site, one.slot) for one in self.session.pending if one.decision.action == "germinate"}
+        place = lambda one: (state.morph.spec.locate(one.decision.site)[0], one.slot)  # noqa: E731
+        told = {place(one) for one in self.session.pending if one.decision.action == "germinate"}
         self.session.pending = [
             dataclasses.replace(pending, outcome="refused", reason=reason)
-            if (pending.decision.site, pending.slot) in waiting.parked and pending.decision.action == "germinate"
+            if place(pending) in waiting.parked and pending.decision.action == "germinate"
             else pending
             for pending in self.session.pending
         ]

@@ -115,9 +115,10 @@ class Evaluator:
 
     @staticmethod
     def _mask(morph: Morph, plants: Sequence[Plant], on: frozenset[int]) -> dict[str, np.ndarray]:
-        masks = {path: np.ones(morph.spec.slots, bool) for path in morph.state}
+        masks = {path: np.ones(state.stage.shape, bool) for path, state in morph.state.items()}
         for index, plant in enumerate(plants):
-            masks[plant.site][plant.slot] = index in on
+            site, layer = morph.spec.locate(plant.site)
+            masks[site][slice(None) if layer is None else layer, ...][..., plant.slot] = index in on
         return masks
 
 
@@ -138,7 +139,7 @@ def _measure_rows(
 
 
 def _all_on(morph: Morph) -> tuple[dict[str, np.ndarray]]:
-    return ({path: np.ones((ROWS, morph.spec.slots), bool) for path in morph.state},)
+    return ({path: np.ones((ROWS, *state.stage.shape), bool) for path, state in morph.state.items()},)
 
 
 def _weighted(found: list[tuple[np.ndarray, int]]) -> np.ndarray:
@@ -150,9 +151,13 @@ def _weighted(found: list[tuple[np.ndarray, int]]) -> np.ndarray:
 
 
 def measured_plants(morph: Morph) -> tuple[Plant, ...]:
-    """The plants whose contribution is measured at a validation: those in BLENDING and HOLDING."""
-    stages = jax.device_get({path: state.stage for path, state in morph.state.items()})
-    return tuple(p for p in morph.spec.plants if stages[p.site][p.slot] in (Stage.BLENDING, Stage.HOLDING))
+    """The plants whose contribution is measured at a validation: those in BLENDING and HOLDING.
+
+    In a stack each layer's is one, as in `Spec.unrolled`.
+    """
+    spec = morph.spec
+    stages = spec.by_layer(jax.device_get({path: state.stage for path, state in morph.state.items()}))
+    return tuple(p for p in spec.unrolled.plants if stages[p.site][p.slot] in (Stage.BLENDING, Stage.HOLDING))
 
 
 def soon(tree: Any) -> Any:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int
 from ..kasmina._pytree import Struct, pytree
 from ..kasmina.morph import Morph
 from ..kasmina.observe import when_seeds_compute
+from ..kasmina.spec import Plant
 from ..kasmina.state import learns
 
 Learnt = Callable[[Any, Any], Any]
@@ -54,7 +55,7 @@ class Growable:
         """The state for a morph whose spec has changed: every leaf of a part that is still there is kept as it is."""
         seeds = {
             path: {
-                plant.key: self._known(state, path, plant.key, morph.seeds[path][plant.key])
+                plant.key: self._known(state, plant, morph.seeds[path][plant.key], morph.spec.by_path[path].layers)
                 for plant in morph.spec.planted_at[path]
             }
             for path in morph.spec.planted_at
@@ -114,16 +115,15 @@ class Growable:
             life = morph.state[path]
             active = learns(life)
             given[path], states[path] = {}, {}
+            one = lambda *seed: self._seed(*seed, extra, learnt, kept)  # noqa: E731
+            update = jax.vmap(one) if morph.spec.by_path[path].layers else one
             for plant in plants:
-                given[path][plant.key], states[path][plant.key] = self._seed(
+                given[path][plant.key], states[path][plant.key] = update(
                     grads["seeds"][path][plant.key],
                     state.seeds[path][plant.key],
                     morph.seeds[path][plant.key],
-                    active[plant.slot],
-                    life.generation[plant.slot],
-                    extra,
-                    learnt,
-                    kept,
+                    active[..., plant.slot],
+                    life.generation[..., plant.slot],
                 )
         return given, states
 
@@ -155,10 +155,11 @@ class Growable:
         given, inner = jax.lax.cond(active, begin, rest, grads, state.inner, params)
         return given, SeedOptState(inner, jnp.where(active, born, state.generation))
 
-    def _known(self, state: GrowState, path: str, slot: str, params: Any) -> SeedOptState:
-        """The seed's state if its shapes are still right, else a fresh one."""
-        old = state.seeds.get(path, {}).get(slot)
-        fresh = SeedOptState(self.seeds.init(params), jnp.zeros((), jnp.int32))
+    def _known(self, state: GrowState, plant: Plant, params: Any, layers: int) -> SeedOptState:
+        """The seed's state if its shapes are still right, else a fresh one; at stacked layers, one of each layer's."""
+        old = state.seeds.get(plant.site, {}).get(plant.key)
+        begin = lambda params: SeedOptState(self.seeds.init(params), jnp.zeros((), jnp.int32))  # noqa: E731
+        fresh = jax.vmap(begin)(params) if layers else begin(params)
         if old is None:
             return fresh
         same = jax.tree.structure(old) == jax.tree.structure(fresh)

@@ -15,7 +15,7 @@ from ..kasmina.health import AILING, site_health
 from ..kasmina.lifecycle import Ticked
 from ..kasmina.morph import Morph, count
 from ..kasmina.probe import Probe
-from ..kasmina.spec import Plant
+from ..kasmina.spec import Plant, Spec
 from ..kasmina.stages import Stage
 from ..protocol import HealthSignal, Report, SeedReport, SiteReport
 from .state import Meters, TrainState
@@ -35,20 +35,22 @@ class Measured:
 
 def make_report(state: TrainState, measured: Measured, ticked: Mapping[str, Ticked]) -> Report:
     """The report of a tick from the state after it; everything the controller may know, as plain numbers."""
-    morph = state.morph
+    morph, spec = state.morph, state.morph.spec
     life, meters, moved, step, ticks = jax.device_get(
         (morph.state, state.meters, dict(ticked), state.step, state.ticks)
     )
+    life, moved, stats, gradients = map(spec.by_layer, (life, moved, meters.stats, meters.gradients))
+    spec = spec.unrolled
     return Report(
         epoch=int(ticks),
         step=int(step),
         train_loss=measured.train_loss,
         loss=measured.loss,
         score=measured.score,
-        sites=tuple(_site_report(morph, path, meters, life) for path in morph.spec.by_path),
+        sites=tuple(_site_report(spec, path, stats[path], gradients[path], life) for path in spec.by_path),
         seeds=tuple(
-            _seed_report(morph, plant, life[plant.site], moved.get(plant.site))
-            for plant in morph.spec.plants
+            _seed_report(seed_size(morph, plant), plant, life[plant.site], moved.get(plant.site))
+            for plant in spec.plants
             if life[plant.site].stage[plant.slot] != Stage.DORMANT
         ),
         interactions=measured.interactions,
@@ -78,9 +80,16 @@ def mean_loss(meters: Meters) -> float:
     return float(loss / (batches - skipped)) if batches > skipped else NAN
 
 
-def _site_report(morph: Morph, path: str, meters: Meters, life: Mapping[str, Any]) -> SiteReport:
-    spec, site = morph.spec, morph.spec.by_path[path]
-    probe = Probe(*np.asarray(meters.stats[path], np.float64))
+def seed_size(morph: Morph, plant: Plant) -> int:
+    """The parameters of a seed; in a stack, those of one layer's."""
+    path, layer = morph.spec.locate(plant.site)
+    whole = count(morph.seeds[path][plant.key])
+    return whole if layer is None else whole // morph.spec.by_path[path].layers
+
+
+def _site_report(spec: Spec, path: str, stats: Any, gradient: Any, life: Mapping[str, Any]) -> SiteReport:
+    site = spec.by_path[path]
+    probe = Probe(*np.asarray(stats, np.float64))
     calls = float(probe.calls)
     mean = lambda value: float(value) / calls if calls else NAN  # noqa: E731
     dormant = [
@@ -95,7 +104,7 @@ def _site_report(morph: Morph, path: str, meters: Meters, life: Mapping[str, Any
         "dead": mean(probe.dead),
         "silent": mean(probe.silent),
         "correlation": mean(probe.correlation),
-        "gradient": mean(meters.gradients[path]),
+        "gradient": mean(gradient),
     }
     faults = [(int(life[path].faults[p.slot]), int(life[path].age[p.slot])) for p in spec.planted_at.get(path, ())]
     return SiteReport(
@@ -111,7 +120,7 @@ def _site_report(morph: Morph, path: str, meters: Meters, life: Mapping[str, Any
     )
 
 
-def _seed_report(morph: Morph, plant: Plant, life: Any, ticked: Any) -> SeedReport:
+def _seed_report(parameters: int, plant: Plant, life: Any, ticked: Any) -> SeedReport:
     slot = plant.slot
     reason = PASSED if ticked is None else int(ticked.reason[slot])
     moved = ticked is not None and int(ticked.before[slot]) != int(ticked.after[slot])
@@ -128,7 +137,7 @@ def _seed_report(morph: Morph, plant: Plant, life: Any, ticked: Any) -> SeedRepo
         ratio=float(life.ratio[slot]),
         contribution=float(life.contribution[slot]),
         stage_score=float(life.stage_score[slot]),
-        parameters=count(morph.seeds[plant.site][plant.key]),
+        parameters=parameters,
         pruning=bool(life.pruning[slot]),
         ramping=bool(life.ramp_done[slot] < life.ramp_steps[slot]),
         waits_for="" if reason == PASSED or moved else REASONS[reason],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..kasmina.morph import Morph
-from ..kasmina.spec import Plant
+from ..kasmina.spec import Plant, layer_path
 from ..kasmina.stages import Stage
 from ..kasmina.state import SeedState, slot_of, with_slot
 from .state import Meters, TrainState
@@ -37,28 +37,31 @@ def roll_back(state: TrainState, snapshot: Snapshot) -> tuple[TrainState, tuple[
     The step count, the key and the controllers go on, so the same batches are not met with the same luck again.
 
     Returns:
-      The state, and the plants that were pruned.
+      The state, and the plants that were pruned (of a stack, each layer's: see `Spec.unrolled`).
     """
     saved = jax.tree.map(jnp.asarray, snapshot)
     morph, optimizer = state.morph, state.opt_state
     seeds = {path: dict(slots) for path, slots in morph.seeds.items()}
     opt_seeds = {path: dict(slots) for path, slots in optimizer.seeds.items()}
     life = dict(morph.state)
-    pruned = []
-    stages = {path: np.asarray(s.stage) for path, s in morph.state.items()}
+    fallen: set[tuple[str, int]] = set()
     for plant in morph.spec.plants:
-        fossil = saved["fossils"].get(plant.site, {}).get(plant.key)
+        site, slot, key = plant.site, plant.slot, plant.key
+        fossil = saved["fossils"].get(site, {}).get(key)
+        now = slot_of(life[site], slot)
+        kept = jnp.zeros_like(now.stage, bool) if fossil is None else fossil["life"].stage == Stage.FOSSILIZED
+        goes = ~kept & (now.stage >= Stage.GERMINATED) & (now.stage <= Stage.FOSSILIZED)
+        gone = _choose(goes, _pruned(now), now)
+        blank = jax.tree.map(jnp.zeros_like, seeds[site][key])
         if fossil is not None:
-            seeds[plant.site][plant.key] = fossil["seed"]
-            opt_seeds[plant.site][plant.key] = fossil["optimizer"]
-            life[plant.site] = with_slot(life[plant.site], plant.slot, fossil["life"])
-            continue
-        stage = stages[plant.site][plant.slot]
-        seeds[plant.site][plant.key] = jax.tree.map(jnp.zeros_like, seeds[plant.site][plant.key])
-        if Stage.GERMINATED <= stage <= Stage.FOSSILIZED:
-            pruned.append(plant)
-            gone = _pruned(life[plant.site], plant.slot)
-            life[plant.site] = with_slot(life[plant.site], plant.slot, gone)
+            gone = _choose(kept, fossil["life"], gone)
+            blank = _choose(kept, fossil["seed"], blank)
+            opt_seeds[site][key] = _choose(kept, fossil["optimizer"], opt_seeds[site][key])
+        seeds[site][key] = blank
+        life[site] = with_slot(life[site], slot, gone)
+        names = [site] if goes.ndim == 0 else [layer_path(site, n) for n in range(goes.size)]
+        fallen |= {(name, slot) for name, falls in zip(names, np.atleast_1d(goes), strict=True) if falls}
+    pruned = [plant for plant in morph.spec.unrolled.plants if (plant.site, plant.slot) in fallen]
     restored = state.replace(
         morph=morph.replace(host=saved["host"], seeds=seeds, state=life),
         opt_state=optimizer.replace(host=saved["optimizer"], seeds=opt_seeds),
@@ -68,9 +71,9 @@ def roll_back(state: TrainState, snapshot: Snapshot) -> tuple[TrainState, tuple[
 
 
 def fossil_plants(morph: Morph) -> tuple[Plant, ...]:
-    """The plants that are FOSSILIZED; needs concrete arrays."""
-    stages = {path: np.asarray(state.stage) for path, state in morph.state.items()}
-    return tuple(plant for plant in morph.spec.plants if stages[plant.site][plant.slot] == Stage.FOSSILIZED)
+    """The plants that are FOSSILIZED, in any layer; needs concrete arrays."""
+    fossil = {path: np.asarray(state.stage) == Stage.FOSSILIZED for path, state in morph.state.items()}
+    return tuple(plant for plant in morph.spec.plants if np.any(fossil[plant.site][..., plant.slot]))
 
 
 def template(state: TrainState, fossils: Mapping[str, list[str]]) -> Snapshot:
@@ -95,7 +98,13 @@ def fossil_names(snapshot: Snapshot) -> dict[str, list[str]]:
     return {path: sorted(slots) for path, slots in snapshot["fossils"].items()}
 
 
-def _pruned(state: SeedState, slot: int) -> SeedState:
+def _pruned(now: SeedState) -> SeedState:
     """A slot PRUNED with nothing of its seed left but the count of generations."""
-    blank = slot_of(SeedState.empty(1), 0)
-    return blank.replace(stage=jnp.int32(Stage.PRUNED), generation=state.generation[slot])
+    blank = slot_of(SeedState.empty(1, now.stage.size if now.stage.ndim else 0), 0)
+    return blank.replace(stage=jnp.full_like(now.stage, Stage.PRUNED), generation=now.generation)
+
+
+def _choose(mask: Any, new: Any, old: Any) -> Any:
+    """The leaves of `new` where `mask` (one flag, or one for each leading row), else those of `old`."""
+    pick = lambda a, b: jnp.where(mask.reshape(mask.shape + (1,) * (b.ndim - mask.ndim)), a, b)  # noqa: E731
+    return jax.tree.map(pick, new, old)

@@ -20,7 +20,7 @@ class Meters(Struct):
     """Sums since the last tick: training loss and batches, bad batches, and for each site its probes' sums.
 
     `stats` is `{site: [P]}` (see `kasmina.probe.Probe`) and `gradients` the summed norms of the site's parameter
-    gradient on the sampled steps.
+    gradient on the sampled steps; at stacked layers both have a leading axis of them.
     """
 
     loss: Float[Array, ""]
@@ -32,13 +32,13 @@ class Meters(Struct):
     @staticmethod
     def zero(morph: Morph) -> Meters:
         """Nothing measured yet."""
-        paths = [site.path for site in morph.spec.sites]
+        rows = {site.path: (site.layers,) if site.layers else () for site in morph.spec.sites}
         return Meters(
             loss=jnp.zeros((), jnp.float32),
             batches=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
-            stats={path: jnp.zeros(SIZE, jnp.float32) for path in paths},
-            gradients={path: jnp.zeros((), jnp.float32) for path in paths},
+            stats={path: jnp.zeros((*row, SIZE), jnp.float32) for path, row in rows.items()},
+            gradients={path: jnp.zeros(row, jnp.float32) for path, row in rows.items()},
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ from jaxtyping import Array, Float
 
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
-from ..kasmina.observe import norm_of, observed_states, squared_norms
+from ..kasmina.observe import norm_of, observed_states, squared_norms, tree_norm
 from ..kasmina.sites import split_path
+from ..kasmina.spec import Site, Spec
 from .optim import Growable, growable
 from .state import Meters, TrainState
 
@@ -186,7 +188,8 @@ def one_step(
         changed = _collections(morph.with_collections(collections))
         # What was measured goes through this branch too: XLA then knows that the probes have read the parameters by
         # now, and lets the update write over them instead of over a copy.
-        sums = sums if sample is None else jax.lax.cond(sample, _added, lambda sums, *_: sums, sums, *new)
+        add = functools.partial(_added, morph.spec)
+        sums = sums if sample is None else jax.lax.cond(sample, add, lambda sums, *_: sums, sums, *new, grads["host"])
         return *_like((learnt, changed, after), (params, others, opt_state)), sums
 
     meters = state.meters
@@ -215,10 +218,16 @@ Sums = tuple[dict[str, Array], dict[str, Array]]
 """The probes' vectors and the gradients' norms, summed since the tick, by site."""
 
 
-def _added(sums: Sums, stats: dict[str, Array], squares: Any) -> Sums:
+def _added(spec: Spec, sums: Sums, stats: dict[str, Array], squares: Any, grads: Any) -> Sums:
+    def norm(site: Site) -> Array:
+        if not site.layers:
+            return norm_of(_at(squares, site.path))
+        axis = dict(site.geometry)["stack"]
+        return jax.vmap(tree_norm, axis)(_at(grads, site.path))
+
     return (
         {path: total + stats[path] for path, total in sums[0].items()},
-        {path: total + norm_of(_at(squares, path)) for path, total in sums[1].items()},
+        {path: total + norm(spec.by_path[path]) for path, total in sums[1].items()},
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..kasmina import operate
 from ..kasmina.morph import Morph, with_spec
 from ..kasmina.spec import Plant, Spec
-from ..kasmina.state import SeedState, slot_of, with_slot
+from ..kasmina.state import SeedState, layers_of, slot_of, with_slot
 from .optim import Growable, GrowState
 from .state import TrainState
 
@@ -90,7 +90,7 @@ def park(state: TrainState, waiting: Waiting | None) -> tuple[TrainState, Held |
     life = dict(view.state)
     for site, slot in waiting.parked:  # where others live too, the parked seed's slot sleeps: no tick moves it
         if site in life:
-            life[site] = with_slot(life[site], slot, slot_of(SeedState.empty(1), 0))
+            life[site] = with_slot(life[site], slot, slot_of(SeedState.empty(1, layers_of(life[site])), 0))
     view = view.replace(state=life)
     return state.replace(morph=view, opt_state=_only(optimizer, view)), held
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from ..kasmina import operate
 from ..kasmina.lifecycle import Lifecycle, Ticked
-from ..kasmina.morph import Morph, count
+from ..kasmina.morph import Morph
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
+from ..kasmina.state import slot_of
 from ..kasmina.stored import Stored
 from ..nissa import events
 from ..nissa.event import Event
@@ -29,7 +30,7 @@ from .evaluate import Contributions, Evaluator, measured_plants, soon
 from .governor import Governor, check
 from .optim import Growable
 from .programs import Program
-from .report import NAN, Measured, changed_health, make_report, mean_loss
+from .report import NAN, Measured, changed_health, make_report, mean_loss, seed_size
 from .session import Pending, Session
 from .state import Meters, TrainState
 from .veto import Limits, lean_plant, veto
@@ -139,12 +140,13 @@ class Ticker:
         sink: Sink,
     ) -> None:
         """Events for what was measured, and for the seeds that moved by themselves."""
-        moved, life = jax.device_get((dict(ticked), state.morph.state))
+        spec = state.morph.spec
+        moved, life = map(spec.by_layer, jax.device_get((dict(ticked), state.morph.state)))
         last = {(row["site"], row["slot"]): row for row in session.records[-1]["seeds"]} if session.records else {}
         parked = () if session.waiting is None else session.waiting.parked
-        for plant in state.morph.spec.plants:
+        for plant in spec.unrolled.plants:
             site, slot = plant.site, plant.slot
-            if (site, slot) in parked:  # its program is not there yet: nothing happens to it
+            if (spec.locate(site)[0], slot) in parked:  # its program is not there yet: nothing happens to it
                 continue
             at: dict[str, Any] = {"site": site, "slot": slot, "blueprint": plant.blueprint}
             if (site, slot) in measured.single:
@@ -178,9 +180,10 @@ class Ticker:
         sink(events.rollback(*self._now, reason=verdict.reason, to_step=step, rule=verdict.rule, pruned=gone))
         self._dropped = f"rollback: {verdict.reason}"
         waiting = session.waiting
-        if waiting is not None and any((plant.site, plant.slot) in waiting.parked for plant in pruned):
+        place = lambda plant: (state.morph.spec.locate(plant.site)[0], plant.slot)  # noqa: E731
+        if waiting is not None and any(place(plant) in waiting.parked for plant in pruned):
             for plant in pruned:
-                if (plant.site, plant.slot) in waiting.parked:  # no program knows it yet: it goes, and nothing waits
+                if place(plant) in waiting.parked:  # no program knows it yet: it goes, and nothing waits
                     sink(_stage(self._now, plant, Stage.GERMINATED, Stage.PRUNED, self._dropped))
             state, session.waiting = _swap.abandon(state, waiting), None
         if session.rollbacks > self.max_rollbacks:
@@ -231,9 +234,10 @@ class Ticker:
         ask = getattr(self.controller, "candidates", None)
         spec, plants = state.morph.spec, []
         for decision in ask(state.control, report) if ask is not None and self.prefetch else ():
-            free = spec.free_slots(decision.site)
+            site = spec.locate(decision.site)[0]
+            free = spec.free_slots(site)
             if free:
-                plants.append(dataclasses.replace(lean_plant(decision, spec.by_path[decision.site]), slot=free[0]))
+                plants.append(dataclasses.replace(lean_plant(decision, spec.by_path[site]), slot=free[0]))
         return tuple(plants)
 
     def _refusal(
@@ -244,7 +248,7 @@ class Ticker:
         return veto(
             decision,
             report,
-            state.morph.spec,
+            state.morph.spec.unrolled,
             applied=tuple(applied),
             last_growth=session.last_growth,
             limits=self.limits,
@@ -269,20 +273,24 @@ class Ticker:
         except (ValueError, KeyError, TypeError) as error:
             return state, decision.slot, f"{type(error).__name__}: {error}"
         state = state.replace(morph=morph, opt_state=self.tx.grow(state.opt_state, morph))
-        plant = morph.spec.plant(decision.site, slot)
+        plant = morph.spec.unrolled.plant(decision.site, slot)
         assert plant is not None
         seed = seeds.get((plant.site, slot))
         before = Stage.DORMANT if seed is None else seed.stage
         if decision.action == "germinate":
-            size = count(morph.seeds[plant.site][plant.key])
+            size = seed_size(morph, plant)
             at: dict[str, Any] = {"site": plant.site, "slot": slot, "blueprint": plant.blueprint}
             sink(
                 events.germinated(*self._now, **at, reason=decision.reason, parameters=size, config=dict(plant.config))
             )
-        life = morph.state[plant.site]
-        after = int(life.stage[slot])
+        site, layer = morph.spec.locate(plant.site)
+        life = slot_of(morph.state[site], slot)
+        after, alpha = (
+            int(life.stage[... if layer is None else layer]),
+            float(life.alpha[... if layer is None else layer]),
+        )
         if before != after:
-            sink(_stage(self._now, plant, before, after, decision.reason, life.alpha[slot]))
+            sink(_stage(self._now, plant, before, after, decision.reason, alpha))
         return state, slot, None
 
 
@@ -292,8 +300,10 @@ def _move(lifecycle: Lifecycle, morph: Morph, score: Any) -> Any:
 
 def _with_contributions(state: TrainState, measured: Contributions) -> TrainState:
     life = dict(state.morph.state)
-    for (site, slot), value in measured.single.items():
-        life[site] = life[site].replace(contribution=life[site].contribution.at[slot].set(np.float32(value)))
+    for (name, slot), value in measured.single.items():
+        site, layer = state.morph.spec.locate(name)
+        at = (slot,) if layer is None else (layer, slot)
+        life[site] = life[site].replace(contribution=life[site].contribution.at[at].set(np.float32(value)))
     return state.replace(morph=state.morph.replace(state=life))
 
 
@@ -317,9 +327,9 @@ def _moved_because(stage: Stage, faults: int) -> str:
 
 def _rows(state: TrainState) -> list[dict[str, Any]]:
     """The occupied slots as they stand, for the log and the figure."""
-    life = jax.device_get(state.morph.state)
+    life = state.morph.spec.by_layer(jax.device_get(state.morph.state))
     rows = []
-    for plant in state.morph.spec.plants:
+    for plant in state.morph.spec.unrolled.plants:
         now, slot = life[plant.site], plant.slot
         if now.stage[slot] == Stage.DORMANT:
             continue

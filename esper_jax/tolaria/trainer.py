@@ -293,7 +293,7 @@ class Tolaria:
         governor = self._ticker.governor.init()
         if self.controller is None:
             return governor, None
-        return governor, self.controller.init(spec, np.asarray(jax.random.key_data(key)))
+        return governor, self.controller.init(spec.unrolled, np.asarray(jax.random.key_data(key)))
 
     def _session(self, state: TrainState) -> tuple[Session, bool]:
         """The run's memory, and whether it goes on from a restored checkpoint."""

@@ -91,23 +91,37 @@ class Odd(nn.Module):
     def __call__(self, ids):
         x = nn.Embed(5, 4)(ids)
         x = nn.ConvTranspose(4, (3,))(x)
-        x = nn.GroupNorm(2)(x)
+        x = nn.GroupNorm(2)(nn.RMSNorm()(x))
+        x = x + nn.Einsum((4, 4, 2), "...i,ijk->...jk")(x).sum(-1)
+        x = nn.ConvLocal(4, (2,))(x)
+        x = nn.Einsum((4, 4), "...i,ij->...i")(x)
         x = x * self.param("gain", nn.initializers.ones, (4,))
         return nn.Dense(3)(x)
 
 
+FOUND = {
+    "ConvTranspose_0": "conv_transpose",
+    "Dense_0": "dense",
+    "Einsum_0": "einsum",
+    "Embed_0": "embed",
+    "GroupNorm_0": "group_norm",
+    "RMSNorm_0": "rms_norm",
+}
+
+
 @pytest.mark.parametrize("traced", [False, True])
 def test_unsupported_layers_give_exactly_one_warning_that_names_them(traced):
-    """They are skipped and work as before; `where` silences it."""
+    """They are skipped and work as before; `where` silences it. An einsum's equation is known from a trace only."""
     model, ids = Odd(), jnp.arange(5)[None]
     variables = jax.jit(model.init)(jax.random.key(0), ids)
     how = {"model": model, "example": ids} if traced else {}
     with pytest.warns(UserWarning, match=r"skipped \d layer") as caught:
         morph = esper_jax.morph(variables, **how)
     assert len(caught) == 1 and caught[0].filename == __file__
-    for name in ("Embed_0", "ConvTranspose_0", "GroupNorm_0"):
+    for name in ("ConvLocal_0", "Einsum_1"):
         assert name in str(caught[0].message)
-    assert [s.path for s in morph.spec.sites] == ["Dense_0"]
+    found = {path: kind for path, kind in FOUND.items() if traced or kind != "einsum"}
+    assert {site.path: site.kind for site in morph.spec.sites} == found
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         esper_jax.morph(variables, where="^Dense", **how)
@@ -151,32 +165,6 @@ def test_a_layer_taken_for_another_kind_says_how_to_name_it():
     assert traced.spec.sites[0].kind == "dense_general"
     grown = in_stage(noisy(esper_jax.germinate(traced, "proj", "lora", key=jax.random.key(0)), 0), Stage.HOLDING)
     assert esper_jax.graft(model)(grown, X).shape == (2, 6, 2, 3)
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, carry, _):
-        return nn.LayerNorm()(nn.Dense(4)(carry)), None
-
-
-class Stack(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        stacked = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return nn.Dense(2)(stacked()(x, None)[0])
-
-
-def test_layers_stacked_by_scan_say_that_they_cannot_carry_seeds_yet():
-    """Skipped by name when traced; refused in words, not silently wrong, when guessed from shapes."""
-    model = Stack()
-    variables = jax.jit(model.init)(jax.random.key(0), X)
-    with pytest.warns(UserWarning, match="ScanLayer_0/Dense_0 .*ScanLayer_0/LayerNorm_0"):
-        traced = esper_jax.morph(variables, model=model, example=X)
-    assert [site.path for site in traced.spec.sites] == ["Dense_0"]
-    guessed = esper_jax.morph(variables, where="Dense")
-    guessed = esper_jax.germinate(guessed, "ScanLayer_0/Dense_0", "lora", key=jax.random.key(0))
-    with pytest.raises(ValueError, match=r"ScanLayer_0/Dense_0.*nn\.scan"):
-        esper_jax.graft(model)(guessed, X)
 
 
 def test_the_model_itself_can_be_a_site():
