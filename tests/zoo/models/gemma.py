@@ -35,7 +35,9 @@ class Attention(nn.Module):
     head_dim: int
 
     def setup(self):
-        self.attn_vec_einsum = nn.Einsum((self.num_heads, self.head_dim, self.features), "BTNH,NHD->BTD", use_bias=False)
+        self.attn_vec_einsum = nn.Einsum(
+            (self.num_heads, self.head_dim, self.features), "BTNH,NHD->BTD", use_bias=False
+        )
         self.qkv_einsum = Einsum((3, self.num_heads, self.features, self.head_dim))
 
     def __call__(self, x):
@@ -75,7 +77,7 @@ class Block(nn.Module):
 class Gemma(nn.Module):
     vocab: int
     features: int = 16
-    layers: int = 2
+    layers: int = 1
 
     @nn.compact
     def __call__(self, ids):

@@ -14,7 +14,7 @@ class LlamaConfig:
     vocab_size: int = 29
     hidden_size: int = 16
     intermediate_size: int = 40
-    num_hidden_layers: int = 2
+    num_hidden_layers: int = 1
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     rms_norm_eps: float = 1e-5

@@ -52,7 +52,7 @@ class MlpMixer(nn.Module):
 
 
 def build():
-    return MlpMixer(10, num_blocks=2, patch_size=2, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=32)
+    return MlpMixer(10, num_blocks=1, patch_size=2, hidden_dim=16, tokens_mlp_dim=8, channels_mlp_dim=32)
 
 
 def batch():

@@ -30,7 +30,7 @@ class DoubleConv(nn.Module):
 
 
 class UNet(nn.Module):
-    widths: Sequence[int] = (8, 16)
+    widths: Sequence[int] = (8,)
     classes: int = 1
 
     def setup(self):

@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
 
 
 def build():
-    return VisionTransformer(10, patch=2, hidden_size=16, transformer=dict(num_layers=2, mlp_dim=32, num_heads=2))
+    return VisionTransformer(10, patch=2, hidden_size=16, transformer=dict(num_layers=1, mlp_dim=32, num_heads=2))
 
 
 def batch():
