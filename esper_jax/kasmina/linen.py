@@ -120,10 +120,9 @@ def trace_sites(
         return output
 
     inputs = example if isinstance(example, tuple) else (example,)
+    given = {"rngs": {"params": jax.random.key(0)}, **mode(model, False), **kwargs, "mutable": False}  # for any stream
     with nn.intercept_methods(intercept):
-        jax.eval_shape(
-            lambda v, a: model.apply(v, *a, **{**mode(model, False), **kwargs}, mutable=False), variables, inputs
-        )
+        jax.eval_shape(lambda v, a: model.apply(v, *a, **given), variables, inputs)
     axes = _stacks(variables["params"], seen)
     found: list[Site] = []
     skipped: list[tuple[str, str]] = []

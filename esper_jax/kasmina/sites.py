@@ -44,7 +44,9 @@ def own_arrays(node: Mapping[str, Any]) -> dict[str, Any]:
     return {name: leaf for name, leaf in node.items() if not isinstance(leaf, Mapping)}
 
 
-def infer_site(path: tuple[str, ...], node: Mapping[str, Any], has_statistics: bool) -> Site | None:
+def infer_site(
+    path: tuple[str, ...], node: Mapping[str, Any], has_statistics: bool, in_attention: bool = False
+) -> Site | None:
     """The site a parameter node stands for, or None if it is no supported layer.
 
     A `kernel` with two axes is a Dense; with more, a DenseGeneral if its name, its parent or its bias says so, else a
@@ -67,7 +69,7 @@ def infer_site(path: tuple[str, ...], node: Mapping[str, Any], has_statistics: b
             return None
         if len(kernel) == 2:
             return site("dense", kernel[:1], kernel[1:])
-        if label == "out" and bias is not None and len(bias) == 1 and len(kernel) == 3:
+        if label == "out" and len(kernel) == 3 and (in_attention or bias is not None and len(bias) == 1):
             return site("dense_general", kernel[:-1], kernel[-1:])
         if label in _ATTENTION - {"out"} or label.startswith("DenseGeneral") or (bias is not None and len(bias) > 1):
             split = 1 if bias is None else len(kernel) - len(bias)
@@ -96,7 +98,9 @@ def find_sites(params: Mapping[str, Any], statistics: Mapping[str, Any], where: 
     for path, node, layers in _regions(params):
         for below, inner in nodes(node, path):
             own = own_arrays(inner)
-            site = None if _in_fused_cell(params, below) else infer_site(below, inner, below in counted)
+            beside = set(_parent(params, below))
+            fused = _in_fused_cell(beside, below)
+            site = None if fused else infer_site(below, inner, below in counted, beside >= _ATTENTION)
             if site is not None:
                 stack = freeze_config({"stack": 0}) if layers else ()
                 found.append(dataclasses.replace(site, layers=layers, geometry=stack))
@@ -136,17 +140,20 @@ def _only_a_stack(path: tuple[str, ...], node: Mapping[str, Any]) -> bool:
     return len(shapes.get("scale", ())) == 2 or len(shapes.get("embedding", ())) == 3
 
 
-def _in_fused_cell(params: Mapping[str, Any], path: tuple[str, ...]) -> bool:
+def _in_fused_cell(beside: set[str], path: tuple[str, ...]) -> bool:
     """Whether a layer is part of an `nn.OptimizedLSTMCell`, which reads its kernels together and calls no layer.
 
     An `nn.LSTMCell` has the same parameters; its default name tells it.
     """
-    if len(path) < 2 or path[-1] not in _LSTM:
-        return False
-    parent: Any = params
+    return len(path) > 1 and path[-1] in _LSTM and beside >= _LSTM and not path[-2].startswith("LSTMCell")
+
+
+def _parent(params: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
+    """The node that holds the one at `path`; of the tree itself nothing."""
+    node: Mapping[str, Any] = params if path else {}
     for part in path[:-1]:
-        parent = parent[part]
-    return set(parent) >= _LSTM and not path[-2].startswith("LSTMCell")
+        node = node[part]
+    return node
 
 
 def select(found: list[Site], skipped: list[tuple[str, str]], where: Where) -> tuple[Site, ...]:
