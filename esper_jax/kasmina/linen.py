@@ -36,6 +36,8 @@ def model_of(apply: Any) -> nn.Module | None:
 
 def unboxed(variables: Any) -> Any:
     """Variables without the boxes of partition metadata that Flax may put around arrays (`nn.with_partitioning`)."""
+    if isinstance(variables, Mapping):
+        return {name: unboxed(child) for name, child in variables.items()}
     return nn.meta.unbox(variables)
 
 
