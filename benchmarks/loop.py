@@ -10,7 +10,6 @@ control flow: the rows of the CNN are where a wrong choice shows.
 from __future__ import annotations
 
 import functools
-import threading
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from esper_jax.tolaria.compiler import ThreadCompiler
 from esper_jax.tolaria.data import Batches, shuffled
 from esper_jax.tolaria.feed import Feed
 from esper_jax.tolaria.programs import Programs
-from esper_jax.tolaria.run import Run
+from esper_jax.tolaria.run import Run, Stop
 from esper_jax.tolaria.session import Session
 
 HAND = ("hand scan", "hand loop", "hand unrolled")
@@ -105,7 +104,7 @@ class Ours:
         self.run = Run(trainer._step, trainer._ticker, changes, state, session, quiet, None, **options)
         batches = Batches(jax.tree.map(np.asarray, data), work.batch, jax.random.key(0))
         self.feed = Feed(batches, trainer._calls, trainer._dispatch, trainer._resident_bytes)
-        self.stop = threading.Event()
+        self.stop = Stop()
 
     def epoch(self, number: int) -> Any:
         """One epoch; the state after it."""

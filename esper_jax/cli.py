@@ -21,7 +21,11 @@ from .urza import cli as urza
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with 0, with 2 and one sentence for a wrong value, with 130 after Ctrl-C."""
+    """Run one command.
+
+    Exits with 0; with 2 and one sentence for a wrong value; with 130 after Ctrl-C and 143 after SIGTERM, when the run is
+    saved and the command that goes on with it was printed; with 1 where training kept diverging.
+    """
     try:
         import tyro
     except ImportError:
@@ -98,7 +102,7 @@ def _train(options: Train) -> None:
         print(
             f"\n{interrupted}\nresume with: esper-jax train --resume {interrupted.directory or where}", file=sys.stderr
         )
-        sys.exit(130)
+        sys.exit(128 + interrupted.signal)
     except TrainingDiverged as diverged:
         print(f"esper-jax: {diverged}", file=sys.stderr)
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from . import lifecycle, seeds
 from .blueprints import Blueprint, get_blueprint, register_blueprint
+from .depth import Deepened, stack
 from .gates import Gates
 from .germination import germinate
 from .graft import Graft, graft
@@ -18,6 +19,7 @@ from .summary import Comparison, Table, blueprints, compare, summary
 __all__ = [
     "Blueprint",
     "Comparison",
+    "Deepened",
     "Gates",
     "Graft",
     "KasminaAttention",
@@ -51,6 +53,7 @@ __all__ = [
     "shed",
     "silence",
     "sites",
+    "stack",
     "summary",
     "tick",
     "unload",

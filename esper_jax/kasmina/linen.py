@@ -34,6 +34,11 @@ def model_of(apply: Any) -> nn.Module | None:
             return None
 
 
+def unboxed(variables: Any) -> Any:
+    """Variables without the boxes of partition metadata that Flax may put around arrays (`nn.with_partitioning`)."""
+    return nn.meta.unbox(variables)
+
+
 def mode(model: Any, train: bool) -> dict[str, bool]:
     """The keyword by which the model's `__call__` is told that it trains, with its value; {} if it has none."""
     if not isinstance(model, nn.Module):

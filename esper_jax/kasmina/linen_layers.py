@@ -155,7 +155,7 @@ def _kernel_and_bias(module: nn.Module, site: Site) -> tuple[Any, Any] | None:
     """Kernel `[in, out]` and bias of a layer that is linear and nothing else; None for all others."""
     if type(module) not in (nn.Dense, nn.DenseGeneral):
         return None
-    params: Mapping[str, Any] = module.variables["params"]
+    params: Mapping[str, Any] = nn.meta.unbox(module.variables["params"])
     if set(params) - {RESERVED} - {"kernel", "bias"}:
         return None
     bias = params["bias"].reshape(-1) if "bias" in params else None

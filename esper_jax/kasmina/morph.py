@@ -105,7 +105,7 @@ def morph(
     if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
         raise ValueError(f"slots must be a whole number of 1 or more, got {slots!r}")
     host, embedded = modules.take_seeds(check_host(params))
-    variables = host if is_variables(host) else {"params": host}
+    variables = linen.unboxed(host if is_variables(host) else {"params": host})
     if (model is None) != (example is None):
         raise ValueError("morph() traces shapes from model= and example= together; only one of them was given")
     if model is not None:
@@ -232,7 +232,7 @@ def _ahead(spec: Spec, planted: Any, blend: str) -> list[Plant]:
 def _blended(state: SeedState, slot: int) -> bool:
     if isinstance(state.stage, jax.core.Tracer):
         return False
-    return bool(np.any(blends(np.asarray(state.stage)[..., slot])))
+    return bool(np.any(blends(state.stage)[..., slot]))
 
 
 def _plants_text(morph: Morph) -> str:

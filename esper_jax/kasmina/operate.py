@@ -219,7 +219,7 @@ def chosen(morph: Morph, site: str, slot: int, layer: Layers) -> Bool[Array, "..
     return jnp.isin(jnp.arange(place.layers), jnp.asarray(tuple(wanted), jnp.int32))[:, None] & at_slot
 
 
-def _seeded(morph: Morph, site: str, slot: int, layer: Layers) -> Bool[Array, "..."]:
+def _seeded(morph: Morph, site: str, slot: int, layer: Layers) -> Any:
     """As `chosen`; where a stack's layers are not named, those that have a seed in the slot."""
     mask, place = chosen(morph, site, slot, layer), morph.spec.by_path[site]
     if not place.layers or layer is not None:
@@ -248,9 +248,12 @@ def _apply(
 
 def _first(state: SeedState, mask: Any, slot: int) -> SeedState:
     """The state of a slot in the first of the layers that `mask` names."""
-    layers = np.flatnonzero(np.any(np.asarray(mask), -1)) if layers_of(state) else ()
     one = slot_of(state, slot)
-    return jax.tree.map(lambda field: field[layers[0] if len(layers) else 0], one) if layers_of(state) else one
+    if not layers_of(state):
+        return one
+    named = np.flatnonzero(np.any(np.asarray(mask), -1))
+    layer = int(named[0]) if named.size else 0
+    return jax.tree.map(lambda field: field[layer], one)
 
 
 def answer(morph: Morph, ok: jax.Array, with_ok: bool) -> Any:

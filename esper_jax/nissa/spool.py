@@ -15,6 +15,8 @@ import secrets
 import threading
 from typing import IO, Any, BinaryIO
 
+from .._holding import hold
+
 SEGMENT = 4096
 _SEGMENT = re.compile(r"\d{12,}\.jsonl")
 _TOKEN = re.compile(r"[0-9a-f]{8}")
@@ -41,7 +43,10 @@ class Spool:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._segment = segment
         self._lock = threading.Lock()
-        self._held: IO[Any] | None = _hold(self.directory)
+        self._held: IO[Any] | None = hold(
+            self.directory / "lock",
+            "two runs cannot share one spool; end the other, or give this one a directory of its own",
+        )
         try:
             self._tokens = self._read_tokens()
             self._starts = sorted(int(path.stem) for path in self.directory.iterdir() if _SEGMENT.fullmatch(path.name))
@@ -235,21 +240,3 @@ class Spool:
         held, self._held = self._held, None
         if held is not None:
             held.close()
-
-
-def _hold(directory: pathlib.Path) -> IO[Any]:
-    """A lock on the directory that ends with the process."""
-    file = open(directory / "lock", "a")  # noqa: SIM115 - it is the lock
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this platform
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise BlockingIOError(
-            f"{directory} is in use by another process: two runs cannot share one spool; end the other, or give "
-            "this one a directory of its own"
-        ) from None
-    return file

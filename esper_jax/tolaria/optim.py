@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Int
 
 from ..kasmina._pytree import Struct, pytree
+from ..kasmina.depth import Deepened
 from ..kasmina.morph import Morph
 from ..kasmina.observe import when_seeds_compute
 from ..kasmina.spec import Plant
@@ -61,6 +64,19 @@ class Growable:
             for path in morph.spec.planted_at
         }
         return GrowState(state.host, seeds)
+
+    def deepen(self, state: GrowState, deepened: Deepened) -> GrowState:
+        """The state for a morph that `stack` made deeper: every moment stays, an added layer's begin at zero.
+
+        Counts and whatever is not in the shape of the params are kept as they are.
+        """
+        like = lambda tree: deepened.like_host(tree, blank=True)  # noqa: E731
+        host = _map_params_trees(self.host, state.host, like)
+        seeds = {
+            site: {slot: deepened.like_seeds(one, site, blank=False) for slot, one in slots.items()}
+            for site, slots in state.seeds.items()
+        }
+        return GrowState(host, seeds)
 
     def update(self, grads: dict[str, Any], state: GrowState, params: Morph, **extra: Any) -> tuple[Any, GrowState]:
         """Updates for `Morph.params`, as `optax` transformations give them.
@@ -115,7 +131,7 @@ class Growable:
             life = morph.state[path]
             active = learns(life)
             given[path], states[path] = {}, {}
-            one = lambda *seed: self._seed(*seed, extra, learnt, kept)  # noqa: E731
+            one = functools.partial(self._seed, extra, learnt, kept)
             update = jax.vmap(one) if morph.spec.by_path[path].layers else one
             for plant in plants:
                 given[path][plant.key], states[path][plant.key] = update(
@@ -129,14 +145,14 @@ class Growable:
 
     def _seed(
         self,
+        extra: Any,
+        learnt: Learnt,
+        kept: Kept,
         grads: Any,
         state: SeedOptState,
         params: Any,
         active: Bool[Array, ""],
         born: Int[Array, ""],
-        extra: Any,
-        learnt: Learnt,
-        kept: Kept,
     ) -> tuple[Any, SeedOptState]:
         def begin(grads: Any, inner: Any, params: Any) -> tuple[Any, Any]:
             """A seed germinated since the last step starts afresh; one whose gradient is not finite stays."""
@@ -192,6 +208,30 @@ def growable(tx: optax.GradientTransformation, *, seeds: optax.GradientTransform
         if given is not None and not (hasattr(given, "init") and hasattr(given, "update")):
             raise TypeError(f"growable() needs an optax transformation for {name}, got {type(given).__name__}")
     return Growable(tx, tx if seeds is None else seeds)
+
+
+def _map_params_trees(tx: optax.GradientTransformation, state: Any, change: Callable[[Any], Any]) -> Any:
+    """An optimizer state with `change` applied to each of its trees that has the structure of the params."""
+    leaves = optax.tree_map_params(tx, lambda leaf: _Param(leaf), state)
+    held = lambda node: isinstance(node, Mapping) and bool(jax.tree.leaves(node, is_leaf=_is_param))  # noqa: E731
+
+    def swap(node: Any) -> Any:
+        if held(node) and all(_is_param(leaf) for leaf in jax.tree.leaves(node, is_leaf=_is_param)):
+            return change(jax.tree.map(lambda leaf: leaf.value, node, is_leaf=_is_param))
+        return node
+
+    return jax.tree.map(swap, leaves, is_leaf=held)
+
+
+@dataclasses.dataclass
+class _Param:
+    """A leaf of an optimizer state that belongs to a parameter."""
+
+    value: Any
+
+
+def _is_param(leaf: Any) -> bool:
+    return isinstance(leaf, _Param)
 
 
 def _updates(params: Any, updates: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One call of `fit`: the loop over steps, ticks, checkpoints and Ctrl-C."""
+"""One call of `fit`: the loop over steps, ticks, checkpoints, Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy as np
 from ..nissa import events
 from . import persist
 from .change import Changes
-from .checkpoint import Checkpoints
+from .checkpoint import CheckpointError, Checkpoints
 from .data import Data, Held
 from .feed import Feed
 from .programs import Program
@@ -31,11 +31,22 @@ IN_FLIGHT = 2
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C between two steps. `state` is the state reached; `directory` the run's, or None where nothing is saved."""
+    """Ctrl-C or SIGTERM between two steps.
 
-    def __init__(self, message: str, state: TrainState, directory: pathlib.Path | None) -> None:
+    `state` is the state reached; `directory` the run's, or None where nothing is saved; `signal` what came.
+    """
+
+    def __init__(
+        self, message: str, state: TrainState, directory: pathlib.Path | None, signal: int = signal.SIGINT
+    ) -> None:
         super().__init__(message)
-        self.state, self.directory = state, directory
+        self.state, self.directory, self.signal = state, directory, signal
+
+
+class Stop(threading.Event):
+    """Set when the run is to end between two steps; `signal` says by what."""
+
+    signal: int = signal.SIGINT
 
 
 class Run:
@@ -82,7 +93,7 @@ class Run:
             epoch=jnp.int32(self.epoch), batch=jnp.int32(self.batch), governor=governor, control=control
         )
 
-    def until(self, epochs: int, feed: Feed, validation: Data, stop: threading.Event) -> str:
+    def until(self, epochs: int, feed: Feed, validation: Data, stop: Stop) -> str:
         """Train; why it ended."""
         if self.session.waiting is not None and not self.changes.programs.known():
             self.foresee(feed, validation)
@@ -98,7 +109,7 @@ class Run:
                 return "stopped early"
         return "finished"
 
-    def through(self, feed: Feed, validation: Data, stop: threading.Event) -> bool:
+    def through(self, feed: Feed, validation: Data, stop: Stop) -> bool:
         """Train on the rest of this epoch, with the ticks that fall into it; whether to stop early."""
         batches = feed.epoch(self.state.morph, self.epoch, self.batch)
         while True:
@@ -111,7 +122,7 @@ class Run:
                 return False
             self.dispatch(*chunk)
             if stop.is_set():
-                self.interrupt()
+                self.interrupt(stop)
 
     def foresee(self, feed: Feed, validation: Data) -> None:
         """Ask for the next program by the shapes of batches that no program has met: this run was resumed in a wait."""
@@ -160,57 +171,74 @@ class Run:
             return True
         return False
 
-    def restructure(self, stop: threading.Event, *, at_tick: bool) -> None:
+    def restructure(self, stop: Stop, *, at_tick: bool) -> None:
         """Let a grown or leaner program take over where that is due; Ctrl-C ends a wait for it."""
         if self.changes.due(self.state, self.made, at_tick=at_tick):
             self.state = self.changes.make(self.state, self.made, stop.is_set)
             if stop.is_set():
-                self.interrupt()
+                self.interrupt(stop)
 
-    def save(self) -> None:
-        """A checkpoint of this very step, unless there is one."""
+    def save(self) -> bool:
+        """A checkpoint of this very step, unless there is one; whether it is there.
+
+        One that cannot be written, on a full disk say, is a warning: training goes on, and the next save tries again.
+        """
         if self.checkpoints is None:
-            return
+            return False
         state = self.whole()
         step = int(state.step)
         if self.saved == step or step in self.checkpoints.steps():
-            return
+            return True
         score = self.session.records[-1]["score"] if self.session.records else float("nan")
-        persist.save(self.checkpoints, state, self.session, score)
+        try:
+            persist.save(self.checkpoints, state, self.session, score)
+        except CheckpointError as error:
+            self.sink(events.warning(int(state.ticks), step, str(error), unsaved=step))
+            return False
         self.saved = step
         best = self.session.best_tick == int(state.ticks)
         self.sink(events.checkpoint(int(state.ticks), step, path=self.checkpoints.directory / str(step), best=best))
+        return True
 
-    def interrupt(self) -> None:
+    def interrupt(self, stop: Stop) -> None:
         """Save and raise."""
-        self.save()
+        saved = self.save()
         state = self.whole()
         step = int(state.step)
         where = None if self.checkpoints is None else self.checkpoints.directory.parent
-        how = (
-            f"saved step {step} in {where}; go on with fit(restore(), ...)"
-            if where is not None
-            else "nothing was saved (no checkpoint_dir); the state is in this exception's .state"
-        )
-        raise TrainingInterrupted(f"interrupted at step {step}: {how}", state, where)
+        if saved:
+            how = f"saved step {step} in {where}; go on with fit(restore(), ...)"
+        elif where is not None:
+            how = f"it could not be saved in {where}, but is in this exception's .state"
+        else:
+            how = "nothing was saved (no checkpoint_dir); the state is in this exception's .state"
+        by = "terminated" if stop.signal == signal.SIGTERM else "interrupted"
+        raise TrainingInterrupted(f"{by} at step {step}: {how}", state, where, stop.signal)
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step is never torn; a second one interrupts at once."""
-    stop = threading.Event()
+def interrupts() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM set the event, so that a step is never torn; a second Ctrl-C interrupts at once.
+
+    A SIGTERM that the program handles itself already is left to it.
+    """
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_interrupt(number: int, frame: Any) -> None:
-        if stop.is_set():
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        stop.signal = number
         stop.set()
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    taken = [n for n in before if n == signal.SIGINT or before[n] == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, on_signal)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in taken:
+            signal.signal(number, before[number])

@@ -25,21 +25,20 @@ Swap = str | int
 class Waiting:
     """A change of structure under way: seeds `parked` outside the program since tick `tick`, and its boundary.
 
-    `at` is the step at or after which the program is changed; None: at the next tick. `shed` says that dormant seeds
-    leave then too.
+    `at` is the step at or after which the program is changed; None: at the next tick. Dormant seeds leave then
+    too.
     """
 
     parked: tuple[Slot, ...]
     tick: int
     at: int | None
-    shed: bool
 
     @staticmethod
     def from_json(data: dict[str, Any] | None) -> Waiting | None:
         """What `dataclasses.asdict` gave, after a way through JSON."""
         if data is None:
             return None
-        return Waiting(tuple((site, slot) for site, slot in data["parked"]), data["tick"], data["at"], data["shed"])
+        return Waiting(tuple((site, slot) for site, slot in data["parked"]), data["tick"], data["at"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +64,9 @@ def plan(before: Spec, state: TrainState, tick: int, step: int, swap: Swap) -> W
     """What must wait after a tick that began with the structure `before`; None where the program stays as it is."""
     old = set(before.plants)
     parked = tuple((p.site, p.slot) for p in state.morph.spec.plants if p not in old and not p.resident)
-    shed = target_spec(state.morph) is not state.morph.spec
-    if not parked and not shed:
+    if not parked and target_spec(state.morph) is state.morph.spec:
         return None
-    return Waiting(parked, tick, step + swap if isinstance(swap, int) else None, shed)
+    return Waiting(parked, tick, step + swap if isinstance(swap, int) else None)
 
 
 def park(state: TrainState, waiting: Waiting | None) -> tuple[TrainState, Held | None]:

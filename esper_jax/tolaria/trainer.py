@@ -14,8 +14,10 @@ import jax
 import numpy as np
 
 from .._checks import flag, instance, whole
+from .._holding import hold
 from ..kasmina.graft import graft
 from ..kasmina.lifecycle import Lifecycle
+from ..kasmina.linen import unboxed
 from ..kasmina.morph import Morph, morph
 from ..kasmina.spec import Spec
 from ..nissa import events
@@ -44,6 +46,9 @@ from .step import Calls, Loss
 from .swap import check_swap
 from .ticker import Ticker
 from .veto import Limits
+
+LOCK = "run.lock"
+"""What tells in a run directory that a process trains there."""
 
 
 class Tolaria:
@@ -190,7 +195,7 @@ class Tolaria:
           example: as for `morph`.
         """
         if not isinstance(params, Morph):
-            params = morph(_plain(params), model=model, example=example, **self._morph_options)
+            params = morph(_plain(unboxed(params)), model=model, example=example, **self._morph_options)
         state = TrainState.create(params, self.tx, key=key)
         governor, control = self._first_control(params.spec, state.key)
         return state.replace(governor=governor, control=control)
@@ -208,8 +213,9 @@ class Tolaria:
           The final state and a `History`.
 
         Raises:
-          TrainingInterrupted: on Ctrl-C, after a checkpoint was saved. TrainingDiverged: too many rollbacks.
-          CheckpointError: a new run in a directory that holds another run's checkpoints.
+          TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved. TrainingDiverged: too many rollbacks.
+          CheckpointError: a new run in a directory that holds another run's checkpoints, or that another process
+          trains in now.
           OonaError: the bus that was asked for cannot be reached, before the first step.
         """
         if not isinstance(state, TrainState):
@@ -337,7 +343,8 @@ class Tolaria:
         if self.checkpoint_dir is None:
             yield None
             return
-        with Checkpoints(self.checkpoint_dir / persist.FOLDER, keep=self.keep) as checkpoints:
+        folder = self.checkpoint_dir / persist.FOLDER
+        with Checkpoints(folder, keep=self.keep) as checkpoints, _held(self.checkpoint_dir):
             later = [step for step in checkpoints.steps() if step > int(state.step)]
             if later:
                 raise CheckpointError(
@@ -345,6 +352,17 @@ class Tolaria:
                     f"{int(state.step)}; go on with restore(), or choose another checkpoint_dir"
                 )
             yield checkpoints
+
+
+@contextlib.contextmanager
+def _held(directory: pathlib.Path) -> Iterator[None]:
+    """The run directory, for this process alone."""
+    try:
+        lock = hold(directory / LOCK, "one run writes to a directory; end the other, or choose another checkpoint_dir")
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
+    with lock:
+        yield
 
 
 def _run_name(directory: pathlib.Path | None) -> str:

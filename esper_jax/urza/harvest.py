@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,22 +10,24 @@ import numpy as np
 
 from ..kasmina.blueprints import get_blueprint
 from ..kasmina.morph import Morph
-from ..kasmina.operate import planted_state
+from ..kasmina.operate import chosen, planted_state
+from ..kasmina.spec import slot_name
 from ..kasmina.stages import Stage
-from ..kasmina.state import blends
+from ..kasmina.state import blends, slot_of
 from .encode import structure
 from .program import stored_forward
 from .record import StoredSeed
 from .tensors import describe
 
 
-def seed_of(morph: Morph, site: str, slot: int = 0) -> StoredSeed:
+def seed_of(morph: Morph, site: str, slot: int = 0, *, layer: int | None = None) -> StoredSeed:
     """The seed in a slot, ready for `Urza.put`: its parameters now, and what was measured of it.
 
     Args:
       morph: a morph with concrete arrays; it is not changed.
       site: the site's path.
       slot: the seed's slot.
+      layer: which layer's seed, at a site of stacked layers; it can germinate in any layer, or where there is no stack.
 
     Returns:
       The seed, not stored yet. Its contribution is that of its `SeedState`, NaN where it was not measured; site, slot,
@@ -32,38 +35,47 @@ def seed_of(morph: Morph, site: str, slot: int = 0) -> StoredSeed:
 
     Raises:
       KeyError: unknown site. ValueError: the slot is empty, its seed is no part of the output (another stage than
-      BLENDING, HOLDING or FOSSILIZED), or is being pruned.
+      BLENDING, HOLDING or FOSSILIZED), or is being pruned; `layer` is missing at a stack, or there is no such one.
     """
-    life = jax.device_get(planted_state(morph, site, slot))
+    life = jax.device_get(slot_of(planted_state(morph, site, slot), slot))
+    chosen(morph, site, slot, layer)
+    place = morph.spec.by_path[site]
+    params = jax.tree.map(np.array, morph.seeds[site][slot_name(slot)])
+    if place.layers:
+        if layer is None:
+            raise ValueError(f"site {site!r} is a stack of {place.layers} layers; say which one with layer=")
+        life, params = jax.tree.map(lambda leaf: leaf[layer], (life, params))
+        place = dataclasses.replace(place, layers=0)
     plant = morph.spec.plant(site, slot)
     assert plant is not None
-    stage = Stage(int(life.stage[slot]))
-    if not bool(blends(life.stage)[slot]) or bool(life.pruning[slot]):
-        why = "is being pruned" if bool(life.pruning[slot]) else f"is {stage.name}"
+    stage = Stage(int(life.stage))
+    if not bool(blends(life.stage)) or bool(life.pruning):
+        why = "is being pruned" if bool(life.pruning) else f"is {stage.name}"
         raise ValueError(
             f"{site} slot {slot} {why}; a seed is worth keeping once it is part of the output: BLENDING, HOLDING or "
             "FOSSILIZED"
         )
     blueprint = get_blueprint(plant.blueprint)
-    params = jax.tree.map(np.array, morph.seeds[site][plant.key])
     layout, arrays = structure(params)
     forward = stored_forward(blueprint.apply)
     provenance: dict[str, Any] = {
         "site": site,
         "slot": slot,
         "stage": stage.name,
-        "age": int(life.age[slot]),
-        "faults": int(life.faults[slot]),
-        "health": float(life.health[slot]),
+        "age": int(life.age),
+        "faults": int(life.faults),
+        "health": float(life.health),
     }
+    if layer is not None:
+        provenance["layer"] = layer
     return StoredSeed(
         blueprint=plant.blueprint if forward is None else forward.blueprint,
         config=dict(plant.config),
         blend=plant.blend,
         reads=blueprint.reads,
-        site=morph.spec.by_path[site],
+        site=place,
         arrays=describe(arrays),
-        contribution=float(life.contribution[slot]),
+        contribution=float(life.contribution),
         provenance=provenance,
         layout=layout,
         params=params,

@@ -99,6 +99,39 @@ def test_a_stack_is_one_site_that_knows_its_layers(model):
         assert guessed == {s.path: (s.kind, s.in_shape, s.out_shape, s.layers) for s in morph.spec.sites}
 
 
+def test_parameters_boxed_with_partition_names_are_found_and_grow():
+    """A host initialised with `nn.with_partitioning` keeps its boxes; seeds have none."""
+
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+            return x + nn.Dense(6, kernel_init=init)(nn.LayerNorm()(x)), None
+
+    class Host(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            blocks = nn.scan(
+                Named,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=DEPTH,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return blocks(name="blocks")(x, None)[0]
+
+    model = Host()
+    variables = model.init(jax.random.key(0), X)
+    morph = esper_jax.morph(variables, model=model, example=X)
+    assert morph.spec.sites == esper_jax.morph(nn.meta.unbox(variables), model=model, example=X).spec.sites
+    morph = esper_jax.germinate(morph, "blocks/Dense_0", "lora", key=jax.random.key(0), layer=1)
+    step = esper_jax.make_train_step(model, lambda y, t: jnp.square(y - t), optax.sgd(0.1), donate=False)
+    state = esper_jax.TrainState.create(morph, esper_jax.growable(optax.sgd(0.1)), key=jax.random.key(0))
+    state, metrics = step(state, (X, X))
+    assert not metrics["skipped"]
+    assert state.morph.host["params"]["blocks"]["Dense_0"]["kernel"].names == ("layers", "in", "out")
+
+
 def test_a_stack_of_stacks_is_skipped_by_name():
     """Layers stacked along two axes are not supported; the rest of the model is."""
     model = Twice()
@@ -226,6 +259,19 @@ def test_a_layers_broken_seed_is_bypassed_and_counted_there(model):
         assert all_finite(state.morph.host) and not metrics["skipped"]
     assert state.morph.state[site].faults[:, 0].tolist() == [0, 3, 0]
     assert state.morph.state[site].stage[:, 0].tolist() == [0, Stage.PRUNED, 0]
+
+
+def test_a_layers_seed_is_stored_and_germinates_in_another_layer():
+    """A stored seed is that of one layer, with that layer's own measurements."""
+    model, site = Scanned(0), "blocks/Dense_0"
+    morph = planted(model, 1, stage=Stage.HOLDING)
+    with pytest.raises(ValueError, match=r"stack of 3 layers; say which one with layer="):
+        esper_jax.seed_of(morph, site)
+    stored = esper_jax.seed_of(morph, site, layer=1)
+    assert stored.site.layers == 0 and stored.provenance["layer"] == 1
+    again = esper_jax.germinate(morph, site, stored, layer=2)
+    up = again.seeds[site]["slot_0"]["up"]
+    assert np.array_equal(up[2], up[1]) and again.state[site].stage[2, 0] == Stage.GERMINATED
 
 
 def test_contributions_are_measured_layer_by_layer():

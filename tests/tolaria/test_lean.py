@@ -270,7 +270,7 @@ def test_parked_seeds_leave_the_view_and_come_back_as_they_were() -> None:
         morph = esper_jax.germinate(morph, site, "mlp", hidden=3, key=jax.random.key(1))
     state = esper_jax.TrainState.create(morph, tx, key=jax.random.key(0))
     waiting = swap.plan(before, state, 1, 10, 5)
-    assert waiting == swap.Waiting((("Dense_0", 1), ("Dense_1", 0)), 1, 15, False)
+    assert waiting == swap.Waiting((("Dense_0", 1), ("Dense_1", 0)), 1, 15)
     view, held = swap.park(state, waiting)
     assert view.morph.spec == before and set(view.morph.seeds) == {"Dense_0"}
     chex.assert_trees_all_equal(bits(swap.unpark(view, held)), bits(state))

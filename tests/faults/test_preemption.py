@@ -1,0 +1,134 @@
+"""A run that is told to end, whose disk is full, or whose directory another run holds."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import pytest
+
+from esper_jax import CheckpointError, TrainingInterrupted
+from esper_jax.nissa import read_events
+from tests.tolaria import growing
+from tests.tolaria.test_resume import bits
+
+
+class Raiser:
+    """A sink that sends this process a signal when an epoch has been told."""
+
+    def __init__(self, number: int, epoch: int) -> None:
+        self.number, self.epoch = number, epoch
+
+    def emit(self, event):
+        if event.kind == "epoch" and event.epoch == self.epoch:
+            signal.raise_signal(self.number)
+
+    def close(self):
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def whole():
+    made = growing.trainer(None)
+    return made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=6)[0]
+
+
+def test_sigterm_saves_and_the_resumed_run_ends_the_same(whole, tmp_path):
+    """As Ctrl-C does; the exception says which it was."""
+    made = growing.trainer(tmp_path, sinks=(Raiser(signal.SIGTERM, 4),))
+    with pytest.raises(TrainingInterrupted, match="terminated at step .*saved step") as raised:
+        made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=6)
+    assert raised.value.signal == signal.SIGTERM
+    again = growing.trainer(tmp_path)
+    state, _ = again.fit(again.restore(), growing.TRAIN, growing.VALIDATION, epochs=6)
+    chex.assert_trees_all_equal(bits(state.morph), bits(whole.morph))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_handler_of_ones_own_keeps_its_sigterm(tmp_path):
+    """A program that deals with SIGTERM itself is not overruled."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+    try:
+        made = growing.trainer(None, sinks=(Raiser(signal.SIGTERM, 1),))
+        made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [1]
+
+
+def test_a_second_run_in_a_directory_is_refused_with_the_holder(tmp_path):
+    """By its process and host; the first run is not disturbed, and its end frees the directory."""
+
+    class Second:
+        def __init__(self):
+            self.error = None
+
+        def emit(self, event):
+            if event.kind == "epoch" and event.epoch == 1:
+                other = growing.trainer(tmp_path)
+                with pytest.raises(CheckpointError) as raised:
+                    other.fit(growing.start(other), growing.TRAIN, growing.VALIDATION, epochs=1)
+                self.error = str(raised.value)
+
+        def close(self):
+            """Nothing."""
+
+    second = Second()
+    made = growing.trainer(tmp_path, sinks=(second,), controller=None)
+    made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
+    assert f"in use by process {os.getpid()} on " in second.error and "checkpoint_dir" in second.error
+    again = growing.trainer(tmp_path, controller=None)
+    again.fit(again.restore(), growing.TRAIN, growing.VALIDATION, epochs=3)
+
+
+def test_a_save_that_fails_is_a_warning_and_the_next_one_tries_again(whole, tmp_path, monkeypatch):
+    """Training goes on with the same bits; the event names the step."""
+    from esper_jax.tolaria import checkpoint
+
+    real, calls = checkpoint._orbax_save, []
+
+    def full(staging: pathlib.Path, step: int, arrays):
+        calls.append(step)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return real(staging, step, arrays)
+
+    monkeypatch.setattr(checkpoint, "_orbax_save", full)
+    made = growing.trainer(tmp_path, checkpoint_every=1)
+    state, _ = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=6)
+    chex.assert_trees_all_equal(bits(state.morph), bits(whole.morph))
+    told = [e for e in read_events(tmp_path / "events.jsonl") if e.kind == "warning" and "unsaved" in e.data]
+    assert [event.data["unsaved"] for event in told] == [16] and "No space left" in told[0].message
+    saved = [e.step for e in read_events(tmp_path / "events.jsonl") if e.kind == "checkpoint"]
+    assert saved == [8, 24, 32, 40, 48]
+
+
+def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path):
+    """Before the first step."""
+    (tmp_path / "file").write_text("")
+    made = growing.trainer(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="name a writable one"):
+        made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=1)
+
+
+@pytest.mark.slow
+def test_the_command_line_ends_with_143_in_time_and_prints_how_to_go_on(tmp_path):
+    """SIGTERM to `esper-jax train`; the printed command resumes the run."""
+    command = [sys.executable, "-m", "esper_jax", "train", "--task", "digits", "--epochs", "60", "--no-baseline"]
+    command += ["--run-dir", str(tmp_path / "run"), "--quiet", "--no-figure"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "events.jsonl"
+    while not (log.exists() and log.read_text().count('"epoch"') > 20):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - began < 30
+    assert f"resume with: esper-jax train --resume {tmp_path / 'run'}" in said
