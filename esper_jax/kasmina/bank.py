@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from . import state as _state
 from ._pytree import Struct, pytree, static
-from .blend import LEASHED, blended, join, no_gradient, open_input, parted, sum_of_squares
+from .blend import LEASHED, apart, blended, join, no_gradient, open_input, parted, sum_of_squares
 from .blueprints import get_blueprint, seed_apply
 from .layout import from_stack, to_stack
 from .probe import tap
@@ -175,6 +175,10 @@ def _resident_bwd(where: tuple[Plant, Site], residuals: tuple[Any, ...], cotange
         return *nothing, None if past else cotangent
 
     to_variables, to_source, to_host = jax.lax.cond(computes, run, rest, variables, source, kept, cotangent)
+    if to_source is not None:
+        to_source = apart(computes, to_source, jnp.zeros_like(to_source))
+    if to_host is not None:
+        to_host = apart(computes, to_host, cotangent)
     fault = (computes & ~sound).astype(jnp.float32)
     return (
         to_variables,
