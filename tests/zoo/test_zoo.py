@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import esper_jax
-from esper_jax import FixedSchedule, Gates, Lifecycle, Stage, Tolaria
+from esper_jax import Gates, Lifecycle, Stage
 from esper_jax.kasmina.blueprints import get_blueprint, registered
 from esper_jax.kasmina.summary import equal_bits, program
 from esper_jax.tolaria import TrainState
