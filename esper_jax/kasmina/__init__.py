@@ -1,5 +1,8 @@
 """Kasmina, the body: sites, slots, seeds and their life, as pure functions on explicit pytrees."""
 
+import importlib
+from typing import Any
+
 from . import lifecycle, seeds
 from .blueprints import Blueprint, get_blueprint, register_blueprint
 from .compact import compact
@@ -17,6 +20,14 @@ from .spec import Plant, Site, Spec
 from .stages import Stage
 from .state import SeedState
 from .summary import Comparison, Table, blueprints, compare, summary
+
+
+def __getattr__(name: str) -> Any:
+    """`kasmina.nnx`, which imports `flax.nnx`, when it is asked for."""
+    if name == "nnx":
+        return importlib.import_module(".nnx", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "Blueprint",

@@ -145,7 +145,7 @@ def _deeper(made: Deepened, zeroed: tuple[str, ...], order: str) -> Morph:
     if is_variables(host):
         others = {name: part for name, part in host.items() if name != "params"}
         host = type(host)({**host, **{name: _others(made, part) for name, part in others.items()}})
-    return Morph(host, seeds, state, spec)
+    return old.replace(host=host, seeds=seeds, state=state, spec=spec)
 
 
 def _without_trials(life: SeedState, fresh: Any, order: str) -> SeedState:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from . import linen
 from .bank import Bank, Tap
-from .morph import Morph, is_variables
+from .morph import Morph, is_variables, nnx_adapter
 from .probe import SIZE
 
 
@@ -57,13 +57,53 @@ class Graft:
         return linen.call(apply, morph.variables, banks, *args, **kwargs)
 
 
-def graft(apply: Any) -> Graft:
+class NnxGraft(Graft):
+    """The graft of an nnx module: its own call, on a copy of it that holds the morph's variables."""
+
+    def __init__(self, model: Any, adapter: Any, updates: bool = False) -> None:
+        super().__init__(model, None)
+        self.module, self.adapter, self.updates = model, adapter, updates
+
+    @property
+    def form(self) -> Any:
+        """What the module's variables are beside their arrays."""
+        return self.adapter.take(self.module)[1]
+
+    def mode(self, train: bool) -> dict[str, bool]:
+        """What sets the module's copy to training or evaluation mode, as its `train()` and `eval()` do."""
+        return {"nnx_train": train}
+
+    def __repr__(self) -> str:
+        return f"graft({type(self.module).__name__})"
+
+    def baked(self, host: Any, banks: Mapping[str, Bank], *args: Any, **kwargs: Any) -> Any:
+        """The output for a host's collections, with these banks at its layers."""
+        return self._call(host, banks, args, kwargs)
+
+    def _run(self, morph: Morph, banks: Mapping[str, Bank], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._call(morph.host, banks, args, kwargs)
+
+    def _call(self, host: Any, banks: Mapping[str, Bank], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(kwargs)
+        train, wanted = kwargs.pop("nnx_train", None), kwargs.pop("mutable", False)
+        output, state = self.adapter.call(self.module, self.form, host, banks, train, args, kwargs)
+        if wanted is not False:
+            found = self.adapter.collections(state)
+            return output, {
+                name: found[name] for name in ([wanted] if isinstance(wanted, str) else wanted) if name in found
+            }
+        return (output, state) if self.updates else output
+
+
+def graft(apply: Any, *, updates: bool = False) -> Graft:
     """Let seeds into a model's forward pass without touching the model.
 
     Args:
-      apply: a Linen module, its `apply` method (also jitted or partial), or any function of the host's variables
-        that calls it. A plain function gets the host in the form `morph()` was given; the module's own `apply` always
-        gets a variables dict.
+      apply: an nnx module; or a Linen module, its `apply` method (also jitted or partial), or any function of the
+        host's variables that calls it. A plain function gets the host in the form `morph()` was given; the module's
+        own `apply` always gets a variables dict.
+      updates: for an nnx module: the forward returns `(outputs, nnx.State of the host after the call)`, with updated
+        statistics, caches and counts of random numbers.
 
     Returns:
       A callable `forward(morph, *args, **kwargs)` with `apply`'s signature; `mutable`, `rngs`, `method` and all
@@ -74,6 +114,10 @@ def graft(apply: Any) -> Graft:
     """
     if isinstance(apply, Graft):
         return apply
+    if (adapter := nnx_adapter(apply)) is not None:
+        return NnxGraft(apply, adapter, updates)
+    if updates:
+        raise TypeError("graft(updates=True) is for nnx modules; a Linen model returns updates for mutable=[...]")
     model = linen.model_of(apply)
     if model is apply:
         apply = model.apply

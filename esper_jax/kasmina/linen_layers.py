@@ -41,19 +41,19 @@ def kind_of(module: nn.Module) -> str | None:
 def geometry_of(module: Any, u: Any) -> dict[str, Any]:
     """What a layer's fields tell beside the shapes of its parameters (see `Site.geometry`)."""
     if isinstance(module, nn.Conv | nn.ConvTranspose):
-        spatial = len(_tuple(module.kernel_size))
+        spatial = len(tuple_of(module.kernel_size))
         found = {
-            "kernel_size": _tuple(module.kernel_size),
-            "strides": _broadcast(module.strides, spatial),
-            "padding": _padding(module.padding, spatial),
-            "kernel_dilation": _broadcast(module.kernel_dilation, spatial),
+            "kernel_size": tuple_of(module.kernel_size),
+            "strides": broadcast(module.strides, spatial),
+            "padding": pairs(module.padding, spatial),
+            "kernel_dilation": broadcast(module.kernel_dilation, spatial),
         }
         if isinstance(module, nn.ConvTranspose):
             return {**found, "transpose_kernel": module.transpose_kernel}
-        dilation = _broadcast(module.input_dilation, spatial)
+        dilation = broadcast(module.input_dilation, spatial)
         return {**found, "input_dilation": dilation, "groups": module.feature_group_count}
     if isinstance(module, nn.DenseGeneral):
-        return {"axis": tuple(axis % u.ndim - u.ndim for axis in _tuple(module.axis))}
+        return {"axis": tuple(axis % u.ndim - u.ndim for axis in tuple_of(module.axis))}
     if isinstance(module, nn.MultiHeadDotProductAttention):
         width = module.qkv_features or u.shape[-1]
         return {"heads": module.num_heads, "qkv_features": width}
@@ -110,7 +110,7 @@ def traced_site(
     if kind == "dense_general":
         if module.batch_dims:
             return f"{name} with batch_dims"
-        return site((u.shape[axis] for axis in found["axis"]), _tuple(module.features))
+        return site((u.shape[axis] for axis in found["axis"]), tuple_of(module.features))
     if kind == "einsum":
         shapes = None
         if found.get("equation"):
@@ -191,20 +191,22 @@ def _last_axis(module: Any, u: Any) -> bool:
     if isinstance(module, nn.BatchNorm):
         return module.axis in last
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.InstanceNorm):
-        axes = _tuple(module.feature_axes)
+        axes = tuple_of(module.feature_axes)
         return len(axes) == 1 and axes[0] in last
     return True
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
+def tuple_of(value: Any) -> tuple[Any, ...]:
+    """One thing as a tuple of it."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
-def _broadcast(value: Any, spatial: int) -> tuple[int, ...]:
+def broadcast(value: Any, spatial: int) -> tuple[int, ...]:
+    """A number for each spatial axis; None is 1."""
     return (1,) * spatial if value is None else (value,) * spatial if isinstance(value, int) else tuple(value)
 
 
-def _padding(value: Any, spatial: int) -> Any:
+def pairs(value: Any, spatial: int) -> Any:
     """A padding as a string, or as a pair a spatial axis."""
     if isinstance(value, str):
         return value

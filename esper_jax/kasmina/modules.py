@@ -18,7 +18,7 @@ from .bank import Bank
 from .blend import check_blend
 from .blueprints import make_plant, seed_init
 from .linen_layers import traced_site, with_seeds
-from .sites import RESERVED, join_path, nodes
+from .sites import RESERVED, join_path, nodes, split_path
 from .spec import Plant, Site
 from .state import SeedState, resized
 
@@ -159,7 +159,17 @@ def give_seeds(morph: Any, embedded: Mapping[str, Embedded]) -> dict[str, Any]:
 
 
 def with_seeds_of(morph: Any) -> dict[str, Any]:
-    """Variables for a model written with Kasmina layers, seeds and state included, for its plain `apply`."""
+    """Variables for a model written with Kasmina layers, seeds and state included, for its plain `apply`.
+
+    For an nnx model an `nnx.State`, for `nnx.update(model, ...)`.
+    """
+    if morph.form is not None:
+        own: dict[tuple[str, ...], Any] = {}
+        for path in morph.spec.planted_at:
+            parts = split_path(path)
+            own[(*parts, "kasmina_seeds")] = morph.seeds[path]
+            own[(*parts, "kasmina_life")] = morph.state[path]
+        return morph.form.state(morph.host, own)  # type: ignore[no-any-return]
     seeds: dict[str, Any] = {}
     life: dict[str, Any] = {}
     for path, plants in morph.spec.planted_at.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -23,15 +24,18 @@ from .state import SeedState, blends, stages_text
 class Morph(Struct):
     """A host and the seeds growing in it; a pytree that `jit`, `grad`, `vmap`, `scan` and Orbax take like any other.
 
-    `host` holds the user's variables exactly as given. `seeds` is `{site: {slot: variables}}` and `state` is
-    `{site: SeedState}`, both for the sites with a planted seed only: a morph with empty slots has the host's leaves
-    and no others. `spec` is the static structure; changing it changes the program, changing the arrays never does.
+    `host` holds the user's variables exactly as given; those of an nnx host are plain dicts by collection, and `form`
+    knows what they were, so that `unmorph` gives an `nnx.State` back. `seeds` is `{site: {slot: variables}}` and
+    `state` is `{site: SeedState}`, both for the sites with a planted seed only: a morph with empty slots has the
+    host's leaves and no others. `spec` is the static structure; changing it changes the program, changing the arrays
+    never does.
     """
 
     host: Any
     seeds: dict[str, dict[str, Any]]
     state: dict[str, SeedState]
     spec: Spec = static()
+    form: Any = static(default=None)
 
     @property
     def params(self) -> dict[str, Any]:
@@ -80,7 +84,8 @@ def morph(
     """Make a host's supported layers into sites where seeds can grow.
 
     Args:
-      params: the host: Linen variables (`{"params": ..., "batch_stats": ...}`) or the bare params tree.
+      params: the host: Linen variables (`{"params": ..., "batch_stats": ...}`), the bare params tree, or an
+        `nnx.Module` or `nnx.State` (a module knows its layers, so nothing need be traced).
       where: which layers become sites: a regex searched in the path, or a predicate `(path, kind) -> bool`.
       slots: places for seeds at each site.
       planted: blueprints to allocate ahead at every site they fit, so that growing them recompiles nothing:
@@ -104,11 +109,17 @@ def morph(
     """
     if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
         raise ValueError(f"slots must be a whole number of 1 or more, got {slots!r}")
+    form, given = None, params
+    if (nnx := nnx_adapter(params)) is not None:
+        params, form = nnx.take(params)
     host, embedded = modules.take_seeds(check_host(params))
+    embedded |= {} if nnx is None else nnx.embedded(given)
     variables = linen.unboxed(host if is_variables(host) else {"params": host})
     if (model is None) != (example is None):
         raise ValueError("morph() traces shapes from model= and example= together; only one of them was given")
-    if model is not None:
+    if nnx is not None:
+        sites = nnx.sites_of(given, variables, where)
+    elif model is not None:
         linen_model = linen.model_of(model)
         if linen_model is None:
             raise TypeError(f"model= must be a flax.linen.Module, got {type(model).__name__}")
@@ -123,7 +134,7 @@ def morph(
     plants = [plant for given in embedded.values() for plant in given.bank.plants]
     for plant in plants or _ahead(spec, planted, check_blend(blend)):
         spec = spec.with_plant(plant)
-    result = with_spec(Morph(host, {}, {}, Spec(spec.sites, spec.slots)), spec)
+    result = with_spec(Morph(host, {}, {}, Spec(spec.sites, spec.slots), form), spec)
     return result.replace(**modules.give_seeds(result, embedded)) if embedded else result
 
 
@@ -136,7 +147,7 @@ def with_spec(morph: Morph, spec: Spec) -> Morph:
         kept = {plant.key for plant in plants if morph.spec.plant(path, plant.slot) == plant}
         seeds[path] = {p.key: old[p.key] if p.key in kept else blank(p, site) for p in plants}
         state[path] = morph.state[path] if path in morph.state else SeedState.empty(spec.slots, site.layers)
-    return Morph(morph.host, seeds, state, spec)
+    return morph.replace(seeds=seeds, state=state, spec=spec)
 
 
 def blank(plant: Plant, site: Site) -> Any:
@@ -157,7 +168,16 @@ def unmorph(morph: Morph) -> Any:
             "different",
             stacklevel=2,
         )
-    return morph.host
+    return morph.host if morph.form is None else morph.form.state(morph.host)
+
+
+def nnx_adapter(host: Any) -> Any:
+    """The nnx adapter if `host` is an nnx module or state; nnx is not imported for any other."""
+    if "flax.nnx" not in sys.modules:
+        return None
+    from . import nnx_hosts
+
+    return nnx_hosts if nnx_hosts.is_host(host) else None
 
 
 def sites(params: Any, *, where: Where = None) -> tuple[Site, ...]:
@@ -179,7 +199,7 @@ def check_host(params: Any) -> Any:
     if not isinstance(params, Mapping):
         raise TypeError(
             f"morph() needs a model's variables or params (nested dicts of arrays), got {type(params).__name__}. "
-            "For a Linen model pass model.init(...)"
+            "For a Linen model pass model.init(...), for an nnx model the module itself"
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):

@@ -186,8 +186,14 @@ def equal_bits(a: Any, b: Any) -> bool:
     """Whether two trees of arrays have the same structure, shapes, dtypes and bits (NaNs and signed zeros included)."""
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False
-    pairs = zip(map(np.asarray, jax.tree.leaves(a)), map(np.asarray, jax.tree.leaves(b)), strict=True)
+    pairs = zip(map(_words, jax.tree.leaves(a)), map(_words, jax.tree.leaves(b)), strict=True)
     return all(p.shape == q.shape and p.dtype == q.dtype and p.tobytes() == q.tobytes() for p, q in pairs)
+
+
+def _words(leaf: Any) -> np.ndarray:
+    """An array, or the words of PRNG keys."""
+    typed = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if typed else leaf)
 
 
 def _host_call(grown: Graft, given: dict[str, Any]) -> Callable[..., Any]:

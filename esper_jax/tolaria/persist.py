@@ -23,6 +23,7 @@ from .session import Session
 from .state import TrainState
 
 FOLDER = "checkpoints"
+KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
 MakeControl = Callable[[Spec, jax.Array], tuple[Any, Any]]
 
 
@@ -137,4 +138,7 @@ def _shapes(tree: Any) -> Any:
 def _zeros(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {name: _zeros(child) for name, child in tree.items()}
-    return jnp.zeros(tuple(tree[1]), tree[0])
+    dtype, shape = tree
+    if dtype in KEYS:  # a host may hold PRNG keys, as nnx modules with dropout do
+        return jnp.broadcast_to(jax.random.key(0, impl=KEYS[dtype]), tuple(shape))
+    return jnp.zeros(tuple(shape), dtype)

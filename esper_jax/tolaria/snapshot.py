@@ -28,7 +28,16 @@ def take(state: TrainState) -> Snapshot:
             "life": slot_of(state.morph.state[plant.site], plant.slot),
         }
     tree = {"step": state.step, "host": state.morph.host, "optimizer": state.opt_state.host, "fossils": fossils}
-    return jax.tree.map(np.array, tree)
+    return jax.tree.map(_held, tree)
+
+
+def _held(leaf: Any) -> Any:
+    """A copy of an array on the host; of a PRNG key, on the device."""
+    return jnp.array(leaf) if _is_key(leaf) else np.array(leaf)
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def roll_back(state: TrainState, snapshot: Snapshot) -> tuple[TrainState, tuple[Plant, ...]]:
@@ -90,7 +99,7 @@ def template(state: TrainState, fossils: Mapping[str, list[str]]) -> Snapshot:
         for path, keys in fossils.items()
     }
     tree = {"step": state.step, "host": state.morph.host, "optimizer": state.opt_state.host, "fossils": nodes}
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def fossil_names(snapshot: Snapshot) -> dict[str, list[str]]:

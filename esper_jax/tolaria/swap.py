@@ -109,11 +109,10 @@ def unpark(view: TrainState, held: Held | None) -> TrainState:
             seeds.setdefault(plant.site, {})[plant.key] = held.seeds[place]
             optimizer.setdefault(plant.site, {})[plant.key] = held.optimizer[place]
     order = held.spec.planted_at
-    morph = Morph(
-        view.morph.host,
-        {site: {p.key: seeds[site][p.key] for p in plants} for site, plants in order.items()},
-        {site: life[site] for site in order},
-        held.spec,
+    morph = view.morph.replace(
+        seeds={site: {p.key: seeds[site][p.key] for p in plants} for site, plants in order.items()},
+        state={site: life[site] for site in order},
+        spec=held.spec,
     )
     grown = {site: {p.key: optimizer[site][p.key] for p in plants} for site, plants in order.items()}
     return view.replace(morph=morph, opt_state=GrowState(view.opt_state.host, grown))

@@ -18,7 +18,7 @@ from .._holding import hold
 from ..kasmina.graft import graft
 from ..kasmina.lifecycle import Lifecycle
 from ..kasmina.linen import unboxed
-from ..kasmina.morph import Morph, morph
+from ..kasmina.morph import Morph, morph, nnx_adapter
 from ..kasmina.spec import Spec
 from ..nissa import events
 from ..nissa.background import behind_slow
@@ -195,7 +195,12 @@ class Tolaria:
           example: as for `morph`.
         """
         if not isinstance(params, Morph):
-            params = morph(_plain(unboxed(params)), model=model, example=example, **self._morph_options)
+            params = morph(
+                params if nnx_adapter(params) else _plain(unboxed(params)),
+                model=model,
+                example=example,
+                **self._morph_options,
+            )
         state = TrainState.create(params, self.tx, key=key)
         governor, control = self._first_control(params.spec, state.key)
         return state.replace(governor=governor, control=control)
@@ -288,6 +293,7 @@ class Tolaria:
             raise CheckpointError(f"there is no directory {where} to restore from")
         with Checkpoints(where / persist.FOLDER, keep=self.keep) as checkpoints:
             state, session = persist.restore(checkpoints, self.tx, self._first_control, step, self._ticker.library)
+        state = state.replace(morph=state.morph.replace(form=getattr(self.forward, "form", None)))
         self._resumed = (state.morph, session)
         return state
 
