@@ -19,10 +19,11 @@ import pytest
 
 import esper_jax
 from esper_jax import Stage
-from esper_jax.kasmina.blueprints import KINDS, get_blueprint, registered
+from esper_jax.kasmina.blueprints import KINDS, get_blueprint, make_plant, registered
+from esper_jax.kasmina.morph import with_spec
 from esper_jax.kasmina.summary import equal_bits
 
-from .hosts import in_stage, noisy
+from .hosts import born, in_stage, noisy
 
 NORMAL = partial(jax.random.normal, dtype=jnp.float32)
 X = {
@@ -208,14 +209,16 @@ def fitting(kind):
 def family(name):
     """The model, its variables, a morph with one seed at each form, and the compiled step and forward pass."""
     model = Side(name)
-    variables = jax.jit(model.init)(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0, impl="rbg"), X)
     morph = esper_jax.morph(variables, model=model, example=(X,), slots=1)
+    spec = morph.spec
     for i, (path, form) in enumerate(FAMILIES[name].items()):
         site = f"{path}/{form.below[i % len(form.below)]}" if form.kind == "dense" and form.below else path
         names = fitting(form.kind)
         blueprint = names[i % len(names)]
         config = {key: value for key, value in SMALL.items() if key in get_blueprint(blueprint).config}
-        morph = esper_jax.germinate(morph, site, blueprint, key=jax.random.key(i), **config)
+        spec = spec.with_plant(make_plant(spec.by_path[site], 0, blueprint, config, "add", False))
+    morph = born(with_spec(morph, spec), 0)
     forward = esper_jax.graft(model)
     bare = model.apply(variables, X, train=False)
     targets = jax.tree.map(lambda h: 1.3 * h.astype(jnp.float32) + 0.2, bare)
@@ -258,7 +261,9 @@ def _paths(form):
 def test_isolated_seeds_leave_outputs_statistics_and_gradients_of_every_form_to_the_bit(name):
     """In training and in evaluation, NaN and all; the bare host gives the same but for rounding."""
     _, _, morph, step, evaluate, bare = family(name)
-    morph = noisy(morph, 3)
+    rng = np.random.default_rng(0)
+    noise = lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype)  # noqa: E731
+    morph = morph.replace(seeds=jax.tree.map(noise, morph.seeds))
     expected, nothing = step(in_stage(morph, Stage.DORMANT))
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(nothing))
     broken = morph.replace(seeds=jax.tree.map(lambda leaf: leaf * jnp.nan, morph.seeds))
