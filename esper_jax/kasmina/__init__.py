@@ -2,7 +2,9 @@
 
 from . import lifecycle, seeds
 from .blueprints import Blueprint, get_blueprint, register_blueprint
+from .compact import compact
 from .depth import Deepened, stack
+from .fold import fold, foldable
 from .gates import Gates
 from .germination import germinate
 from .graft import Graft, graft
@@ -37,8 +39,11 @@ __all__ = [
     "Table",
     "advance",
     "blueprints",
+    "compact",
     "compare",
     "contributions",
+    "fold",
+    "foldable",
     "fossilize",
     "germinate",
     "get_blueprint",

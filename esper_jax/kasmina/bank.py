@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from . import state as _state
 from ._pytree import Struct, pytree, static
-from .blend import LEASHED, apart, blended, join, no_gradient, open_input, parted, sum_of_squares
+from .blend import BLENDS, LEASHED, apart, blended, join, no_gradient, open_input, parted, sum_of_squares
 from .blueprints import get_blueprint, seed_apply
 from .layout import from_stack, to_stack
 from .probe import tap
@@ -30,7 +30,11 @@ class Tap(Struct):
 
 @pytree
 class Bank(Struct):
-    """All that one site needs in a forward pass. Adapters carry it to the layer; `plants` and `site` are static."""
+    """All that one site needs in a forward pass. Adapters carry it to the layer; `plants` and `site` are static.
+
+    A bank without `state` is that of a finished network: its seeds are part of the output for good, by a constant alpha
+    each (`constants`, in the order of `plants`; at stacked layers `alphas` by slot, an array of a layer's each).
+    """
 
     seeds: dict[str, Any]
     state: SeedState | None
@@ -38,6 +42,8 @@ class Bank(Struct):
     sample: Bool[Array, ""] | None
     site: Site = static()
     plants: tuple[Plant, ...] = static()
+    alphas: dict[str, Any] = dataclasses.field(default_factory=dict)
+    constants: tuple[float, ...] = static(default=())
 
 
 def stacked(bank: Bank) -> Bank:
@@ -73,9 +79,20 @@ def apply_bank(
     if bank.tap is not None and bank.sample is not None:
         read, weights = jax.lax.stop_gradient((u, linear))
         h = tap(read, h, bank.tap.stats, bank.sample, weights)
-    for plant in bank.plants:
-        h = _slot(bank, plant, u, h)
+    for index, plant in enumerate(bank.plants):
+        h = _slot(bank, plant, u, h) if bank.state is not None else _baked(bank, index, u, h)
     return h
+
+
+def _baked(bank: Bank, index: int, u: Array, h: Array) -> Array:
+    """The output with a seed of a finished network in it."""
+    plant = bank.plants[index]
+    source = u if get_blueprint(plant.blueprint).reads == "input" else h
+    f, gate = _seed(plant, bank.site, bank.seeds[plant.key], source, h)
+    alpha = bank.constants[index] if bank.constants else bank.alphas[plant.key].astype(h.dtype)
+    if plant.blend == "add" and isinstance(alpha, float) and alpha == 1:
+        return h + f
+    return BLENDS[plant.blend](h, f, gate, alpha)  # type: ignore[arg-type]
 
 
 def _slot(bank: Bank, plant: Plant, u: Array, h: Array) -> Array:

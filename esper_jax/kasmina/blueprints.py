@@ -194,7 +194,9 @@ def seed_shapes(plant: Plant, site: Site) -> Params:
 def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
     """Trace the seed on a small imaginary input and compare its output with the site's."""
     features = site.in_features if blueprint.reads == "input" else site.out_features
-    space = (2,) + (8,) * site.spatial
+    form = dict(site.geometry)
+    reach = [k * d for k, d in zip(form.get("kernel_size", ()), form.get("kernel_dilation", ()), strict=True)]
+    space = (2,) + (8 + max(reach, default=0),) * site.spatial
     ids = blueprint.reads == "input" and site.kind == "embed"
     u = jax.ShapeDtypeStruct(space, jnp.int32) if ids else jax.ShapeDtypeStruct((*space, features), site.dtype)
     where = f"blueprint {plant.blueprint!r} with {dict(plant.config)} at site {site.path!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .blueprints import DENSE
+from .layout import change_at
 from .morph import Morph, check_morph, is_variables
 from .sites import join_path, matcher, split_path
 from .spec import Site, Spec
@@ -52,7 +53,7 @@ class Deepened:
         """
         for place in self.stacks:
             take = functools.partial(self.taken, place, place.axis, blank)
-            tree = _at(tree, split_path(place.path), functools.partial(jax.tree.map, take))
+            tree = change_at(tree, split_path(place.path), functools.partial(jax.tree.map, take))
         return tree
 
     def like_seeds(self, tree: Any, site: str, *, blank: bool) -> Any:
@@ -132,7 +133,7 @@ def _deeper(made: Deepened, zeroed: tuple[str, ...], order: str) -> Morph:
     params = made.like_host(old.params["host"], blank=False)
     blank = made.like_host(old.params["host"], blank=True)
     for path in zeroed:
-        params = _at(params, split_path(path), functools.partial(_instead, _get(blank, split_path(path))))
+        params = change_at(params, split_path(path), functools.partial(_instead, _get(blank, split_path(path))))
     seeds, state = {}, {}
     for site, plants in old.spec.planted_at.items():
         life = made.like_seeds(old.state[site], site, blank=False)
@@ -161,7 +162,7 @@ def _others(made: Deepened, tree: Any) -> Any:
         parts = split_path(place.path)
         if _get(tree, parts) is not None:
             take = functools.partial(made.taken, place, place.axis, False)
-            tree = _at(tree, parts, functools.partial(jax.tree.map, take))
+            tree = change_at(tree, parts, functools.partial(jax.tree.map, take))
     return tree
 
 
@@ -216,11 +217,11 @@ def _passes(
             at = place.layers - 1 if last else 0
 
             first = functools.partial(_first_row, place)
-            params = _at(params, split_path(place.path), functools.partial(jax.tree.map, first))
+            params = change_at(params, split_path(place.path), functools.partial(jax.tree.map, first))
             for path in zeroed:
                 if _under(path, place.path):
                     only = functools.partial(_one_row, place, at)
-                    params = _at(params, split_path(path), functools.partial(jax.tree.map, only))
+                    params = change_at(params, split_path(path), functools.partial(jax.tree.map, only))
         bare = Morph(morph.with_params({"host": params, "seeds": {}}).host, {}, {}, Spec(morph.spec.sites, 1))
         return forward(bare, *inputs, **options)
 
@@ -288,10 +289,3 @@ def _get(tree: Any, parts: tuple[str, ...]) -> Any:
     for part in parts:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
-
-
-def _at(tree: Any, parts: tuple[str, ...], change: Callable[[Any], Any]) -> Any:
-    """The tree with one node changed."""
-    if not parts:
-        return change(tree)
-    return type(tree)({**tree, parts[0]: _at(tree[parts[0]], parts[1:], change)})

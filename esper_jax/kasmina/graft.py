@@ -32,6 +32,10 @@ class Graft:
         banks = {path: _bank(morph, path, tap, sample) for path, tap in taps.items()}
         return self._run(morph, banks, args, kwargs)
 
+    def baked(self, host: Any, banks: Mapping[str, Bank], *args: Any, **kwargs: Any) -> Any:
+        """The output for a variables dict, with these banks at its layers."""
+        return linen.call(self.apply, host, banks, *args, **kwargs) if banks else self.apply(host, *args, **kwargs)
+
     def mode(self, train: bool) -> dict[str, bool]:
         """The keyword that tells this host whether it trains (`train`, `deterministic`, ...), or {}."""
         return linen.mode(self.model, train)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .sites import split_path
 from .spec import Site
 
 Back = Callable[[Array], Array]
@@ -142,3 +143,38 @@ def from_stack(tree: Any, axis: int) -> Any:
 
 def _ones(axis: int) -> tuple[int, ...]:
     return (1,) * (-axis - 1)
+
+
+def host_arrays(params: Any, site: Site) -> dict[str, Array]:
+    """The arrays of a site's layer by name, out of any boxes; `[layers, ...]` first where it is a stack."""
+    node, axis = _node(params, site), dict(site.geometry).get("stack", 0)
+    found = {name: jax.tree.leaves(leaf)[0] for name, leaf in node.items() if not isinstance(leaf, Mapping)}
+    return {name: jnp.moveaxis(leaf, axis, 0) if site.layers else leaf for name, leaf in found.items()}
+
+
+def with_host_arrays(params: Any, site: Site, arrays: Mapping[str, Array]) -> Any:
+    """The host's params with a layer's arrays, as `host_arrays` gives them, in the place of its own."""
+    axis = dict(site.geometry).get("stack", 0)
+
+    def put(node: Mapping[str, Any]) -> Any:
+        new = {}
+        for name, leaf in arrays.items():
+            structure = jax.tree.structure(node[name])
+            new[name] = jax.tree.unflatten(structure, [jnp.moveaxis(leaf, 0, axis) if site.layers else leaf])
+        return type(node)({**node, **new})
+
+    return change_at(params, split_path(site.path), put)
+
+
+def change_at(tree: Any, parts: tuple[str, ...], change: Callable[[Any], Any]) -> Any:
+    """A nested mapping with one node changed."""
+    if not parts:
+        return change(tree)
+    return type(tree)({**tree, parts[0]: change_at(tree[parts[0]], parts[1:], change)})
+
+
+def _node(params: Any, site: Site) -> Mapping[str, Any]:
+    for part in split_path(site.path):
+        params = params[part]
+    node: Mapping[str, Any] = params
+    return node

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +128,90 @@ def _conv(x: Array, kernel: Array, pads: Pads, groups: int) -> Array:
     return lax.conv_general_dilated(
         x, kernel, (1,) * (x.ndim - 2), pads, dimension_numbers=layout, feature_group_count=groups
     )
+
+
+def like_layer(kind: str, form: Mapping[str, Any], x: Array, kernel: Array) -> Array:
+    """`x` convolved as the layer itself does, with another kernel.
+
+    Args:
+      kind: "conv" or "conv_transpose".
+      form: a traced site's geometry: strides, padding, dilations and groups.
+      x: `[N, *space, I]`.
+      kernel: `[*taps, I / groups, O]`.
+
+    Raises:
+      ValueError: at trace time, for a padding that it does not know.
+    """
+    dtype = jnp.result_type(x, kernel)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if kind == "conv_transpose":
+        if form["padding"] in ("CIRCULAR", "REFLECT", "CAUSAL"):
+            raise ValueError(f"a transposed convolution with padding {form['padding']} has no twin here")
+        return lax.conv_transpose(x, kernel, form["strides"], form["padding"], rhs_dilation=form["kernel_dilation"])
+    pads, mode = _padded(form)
+    if mode is not None:
+        x, pads = jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=mode), [(0, 0)] * len(pads)
+    elif isinstance(pads, str):
+        pads = _explicit(pads, x, form)
+    moves = tuple(pads), form["strides"], form["kernel_dilation"], form["input_dilation"], form["groups"]
+    ours = functools.partial(_moved, moves) if set(form["input_dilation"]) == {1} else functools.partial(_plain, moves)
+    return lax.platform_dependent(x, kernel, cpu=ours, default=functools.partial(_plain, moves))
+
+
+def _padded(form: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """The padding as XLA takes it, and how `jnp.pad` does it beforehand where XLA cannot."""
+    padding = form["padding"]
+    reach = [d * (k - 1) for k, d in zip(form["kernel_size"], form["kernel_dilation"], strict=True)]
+    if padding in ("CIRCULAR", "REFLECT"):
+        return [(r // 2, r - r // 2) for r in reach], "wrap" if padding == "CIRCULAR" else "reflect"
+    return ([(r, 0) for r in reach] if padding == "CAUSAL" else padding), None
+
+
+def _explicit(padding: str, x: Array, form: Mapping[str, Any]) -> Pads:
+    sizes = [d * (k - 1) + 1 for k, d in zip(form["kernel_size"], form["kernel_dilation"], strict=True)]
+    space = [i * (n - 1) + 1 for n, i in zip(x.shape[1:-1], form["input_dilation"], strict=True)]
+    found: Pads = lax.padtype_to_pads(space, sizes, form["strides"], padding)
+    return found
+
+
+def _plain(moves: Any, x: Array, kernel: Array) -> Array:
+    pads, strides, dilation, spread, groups = moves
+    space = "HWD"[: x.ndim - 2]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        pads,
+        lhs_dilation=spread,
+        rhs_dilation=dilation,
+        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+        feature_group_count=groups,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _moved(moves: Any, x: Array, kernel: Array) -> Array:
+    """`_plain`, with the weight gradient as one product a kernel tap."""
+    return _plain(moves, x, kernel)
+
+
+def _moved_fwd(moves: Any, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _plain(moves, x, kernel), (x, kernel)
+
+
+def _moved_bwd(moves: Any, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    pads, strides, dilation, _, groups = moves
+    x, kernel = residuals
+    (to_x,) = jax.vjp(lambda x: _plain(moves, x, kernel), x)[1](cotangent)
+    padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    grouped = cotangent.reshape(*cotangent.shape[:-1], groups, -1)
+    taps = []
+    for tap in itertools.product(*(range(size) for size in kernel.shape[:-2])):
+        first = [t * d for t, d in zip(tap, dilation, strict=True)]
+        last = [f + (n - 1) * s + 1 for f, n, s in zip(first, cotangent.shape[1:-1], strides, strict=True)]
+        seen = lax.slice(padded, (0, *first, 0), (x.shape[0], *last, x.shape[-1]), (1, *strides, 1))
+        taps.append(_moment(seen, grouped, groups))
+    return to_x, jnp.stack(taps).reshape(kernel.shape)
+
+
+_moved.defvjp(_moved_fwd, _moved_bwd)

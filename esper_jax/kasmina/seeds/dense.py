@@ -1,4 +1,4 @@
-"""Seeds beside dense layers and attention: `lora` and `mlp`. Zero at birth: the last layer starts at 0."""
+"""A seed beside dense layers and attention: `mlp`. Zero at birth: the last layer starts at 0."""
 
 from __future__ import annotations
 
@@ -14,16 +14,6 @@ from ._parts import at_least_one
 
 BESIDE = (*DENSE, "attention")
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": jax.nn.gelu, "relu": jax.nn.relu}
-
-
-def _lora_init(key: jax.Array, site: Site, *, rank: int = 8, scale: float = 1.0) -> dict[str, Array]:
-    rank = at_least_one("rank", rank)
-    down = jax.nn.initializers.lecun_uniform()(key, (site.in_features, rank), site.dtype)
-    return {"down": down, "up": jnp.zeros((rank, site.out_features), site.dtype)}
-
-
-def _lora(params: dict[str, Array], u: Float[Array, "... I"], scale: float) -> Float[Array, "... O"]:
-    return (u @ params["down"]) @ params["up"] * scale
 
 
 def _mlp_init(key: jax.Array, site: Site, *, hidden: int = 64, activation: str = "gelu") -> dict[str, Array]:
@@ -43,15 +33,6 @@ def _mlp(params: dict[str, Array], u: Float[Array, "... I"], activation: str) ->
     return hidden @ params["up"] + params["up_bias"]
 
 
-register_blueprint(
-    "lora",
-    init=_lora_init,
-    apply=_lora,
-    reads="input",
-    kinds=BESIDE,
-    about="a low-rank linear map beside the layer",
-    citation="Hu et al., LoRA, ICLR 2022",
-)
 register_blueprint(
     "mlp",
     init=_mlp_init,
