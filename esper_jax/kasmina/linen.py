@@ -66,6 +66,8 @@ def call(
 
     def intercept(next_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
+        if _maps_a_bank(args):
+            return args[1]
         called.add(context.method_name)
         if (
             context.method_name != "__call__"
@@ -122,7 +124,9 @@ def trace_sites(
         return output
 
     inputs = example if isinstance(example, tuple) else (example,)
-    given = {"rngs": {"params": jax.random.key(0)}, **mode(model, False), **kwargs, "mutable": False}  # for any stream
+    mutable = [name for name in variables if name != "params"]  # e.g. statistics that the call updates
+    rngs = {"params": jax.random.key(0)}  # for any stream
+    given = {"rngs": rngs, **mode(model, False), **kwargs, "mutable": mutable}
     with nn.intercept_methods(intercept):
         jax.eval_shape(lambda v, a: model.apply(v, *a, **given), variables, inputs)
     axes = _stacks(variables["params"], seen)
@@ -166,6 +170,15 @@ def _stacks(params: Mapping[str, Any], seen: Mapping[str, Seen]) -> dict[tuple[s
         if own and at is not None and any(jnp.shape(own[n]) != jnp.shape(at.params[n]) for n in own if n in at.params):
             found[parts] = stack_axes(own, at.params)
     return found
+
+
+def _maps_a_bank(args: tuple[Any, ...]) -> bool:
+    """Whether a call is given an array of a bank by its path, as `nn.SpectralNorm` and `nn.WeightNorm` do.
+
+    They rewrite all parameters of the layer within, and a seed's are none of theirs.
+    """
+    path = args[0] if len(args) > 1 else ()
+    return isinstance(path, tuple) and any(getattr(entry, "key", None) == RESERVED for entry in path)
 
 
 def _own_params(module: Any) -> dict[str, Any]:

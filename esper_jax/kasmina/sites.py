@@ -69,6 +69,8 @@ def infer_site(
             return None
         if len(kernel) == 2:
             return site("dense", kernel[:1], kernel[1:])
+        if re.fullmatch(r"Dense_\d+", label):  # stacked more than once
+            return None
         if label == "out" and len(kernel) == 3 and (in_attention or bias is not None and len(bias) == 1):
             return site("dense_general", kernel[:-1], kernel[-1:])
         if label in _ATTENTION - {"out"} or label.startswith("DenseGeneral") or (bias is not None and len(bias) > 1):

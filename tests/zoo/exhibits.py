@@ -24,6 +24,11 @@ from .models import MODELS
 STREAMS = ("dropout", "droppath")
 
 
+def key(seed: int) -> jax.Array:
+    """A key whose random numbers are quick to compile."""
+    return jax.random.key(seed, impl="rbg")
+
+
 @dataclasses.dataclass(frozen=True)
 class Exhibit:
     """A model with variables, the arguments of one call and the targets."""
@@ -39,7 +44,7 @@ class Exhibit:
         """The keywords of a call in training or evaluation."""
         kwargs: dict[str, Any] = dict(esper_jax.graft(self.model).mode(train))
         if train or self.name == "seq2seq":  # whose dropout is decided when the model is built
-            kwargs["rngs"] = {stream: jax.random.key(i) for i, stream in enumerate(STREAMS)}
+            kwargs["rngs"] = {stream: key(i) for i, stream in enumerate(STREAMS)}
         if collections := [name for name in self.variables if name != "params"]:
             kwargs["mutable"] = collections if train else False
         return kwargs
@@ -57,7 +62,7 @@ def exhibit(name: str) -> Exhibit:
     module = MODELS[name]
     model, (args, targets) = module.build(), module.batch()
     loss = getattr(module, "loss", optax.softmax_cross_entropy_with_integer_labels)
-    keys = {stream: jax.random.key(5) for stream in ("params", *STREAMS)}
+    keys = {stream: key(5) for stream in ("params", *STREAMS)}
     mode = esper_jax.graft(model).mode(False)
     with unoptimised():
         variables = jax.jit(lambda *args: model.init(keys, *args, **mode))(*args)

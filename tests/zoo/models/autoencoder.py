@@ -1,4 +1,4 @@
-"""Convolutional variational autoencoder in the manner of Flax's VAE example: the key is an argument, `generate` a method."""
+"""Convolutional autoencoder in the manner of Flax's VAE example: the key is an argument, `generate` is a method."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Deep ensemble: one network, `nn.vmap`ped over members with parameters and statistics of their own, the mean of both."""
+"""Deep ensemble: one network under `nn.vmap`, its members with parameters and statistics of their own."""
 
 import flax.linen as nn
 

@@ -1,4 +1,4 @@
-"""Encoder-decoder transformer in the manner of Flax's WMT example: one config, masks made in the model, one embedding."""
+"""Encoder-decoder transformer in the manner of Flax's WMT example: one config, masks made inside, one embedding."""
 
 from typing import Any
 

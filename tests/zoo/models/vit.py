@@ -29,7 +29,7 @@ class MlpBlock(nn.Module):
     @nn.compact
     def __call__(self, inputs, *, deterministic):
         actual_out_dim = inputs.shape[-1] if self.out_dim is None else self.out_dim
-        dense = dict(kernel_init=nn.initializers.xavier_uniform(), bias_init=nn.initializers.normal(stddev=1e-6))
+        dense = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(stddev=1e-6)}
         x = nn.Dense(features=self.mlp_dim, **dense)(inputs)
         x = nn.gelu(x)
         x = nn.Dropout(rate=self.dropout_rate)(x, deterministic=deterministic)
@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
 
 
 def build():
-    return VisionTransformer(10, patch=2, hidden_size=16, transformer=dict(num_layers=1, mlp_dim=32, num_heads=2))
+    return VisionTransformer(10, patch=2, hidden_size=16, transformer={"num_layers": 1, "mlp_dim": 32, "num_heads": 2})
 
 
 def batch():
