@@ -72,6 +72,7 @@ def apply_bank(
     h: Float[Array, "... O"],
     linear: tuple[Array, Array | None] | None = None,
     inputs: dict[str, Array] | None = None,
+    call: tuple[Any, ...] | None = None,
 ) -> Float[Array, "... O"]:
     """The site's output: the host's output `h`, with the seeds that have entered blended in (the forward rule).
 
@@ -81,6 +82,7 @@ def apply_bank(
       h: the layer's own output, likewise.
       linear: kernel `[I, O]` and bias of a layer that is `u @ kernel + bias` and no more; probes are cheaper with it.
       inputs: what layers were given that spans read; this one's input is noted there if one reads it.
+      call: queries, keys, values and mask of an attention layer's call.
 
     Raises:
       ValueError: at trace time, if a seed's output does not have `h`'s shape, or a span's source was not called yet.
@@ -93,15 +95,15 @@ def apply_bank(
         read, weights = jax.lax.stop_gradient((u, linear))
         h = tap(read, h, bank.tap.stats, bank.sample, weights)
     for index, plant in enumerate(bank.plants):
-        source = _source(plant, u, inputs)
+        source = _source(plant, u, inputs, call)
         h = (_slot if bank.state is not None else _baked)(bank, index, source, h)
     return h
 
 
-def _source(plant: Plant, u: Array, inputs: dict[str, Array] | None) -> Array | None:
-    """What a seed reads; None is the layer's own output."""
+def _source(plant: Plant, u: Array, inputs: dict[str, Array] | None, call: tuple[Any, ...] | None) -> Any:
+    """What a seed reads, arrays; None is the layer's own output."""
     if not plant.source:
-        return u if get_blueprint(plant.blueprint).reads == "input" else None
+        return {"input": u, "output": None, "call": call}[get_blueprint(plant.blueprint).reads]
     if inputs is None or plant.source not in inputs:
         raise ValueError(
             f"the span from {plant.source!r} to {plant.site!r} reads a layer that was not called before it in this "
@@ -110,7 +112,7 @@ def _source(plant: Plant, u: Array, inputs: dict[str, Array] | None) -> Array | 
     return inputs[plant.source]
 
 
-def _baked(bank: Bank, index: int, source: Array | None, h: Array) -> Array:
+def _baked(bank: Bank, index: int, source: Any, h: Array) -> Array:
     """The output with a seed of a finished network in it."""
     plant = bank.plants[index]
     f, gate = _seed(plant, bank.place(index), bank.seeds[plant.key], h if source is None else source, h)
@@ -120,7 +122,7 @@ def _baked(bank: Bank, index: int, source: Array | None, h: Array) -> Array:
     return BLENDS[plant.blend](h, f, gate, alpha)  # type: ignore[arg-type]
 
 
-def _slot(bank: Bank, index: int, source: Array | None, h: Array) -> Array:
+def _slot(bank: Bank, index: int, source: Any, h: Array) -> Array:
     assert bank.state is not None
     plant, place = bank.plants[index], bank.place(index)
     stage, alpha = bank.state.stage[plant.slot], bank.state.alpha[plant.slot]
@@ -129,12 +131,18 @@ def _slot(bank: Bank, index: int, source: Array | None, h: Array) -> Array:
     variables = bank.seeds[plant.key]
     if plant.resident:
         return _resident((plant, place), variables, source, h, alpha, enters, computes, pulse)
-    seed_input = open_input(h if source is None else source, enters & (alpha > 0))
+    is_open = enters & (alpha > 0)
+    seed_input = jax.tree.map(lambda x: open_input(x, is_open) if _moves(x) else x, h if source is None else source)
     f, gate = _seed(plant, place, variables, seed_input, h)
     return join(plant.blend, h, f, gate, alpha, enters, computes, pulse)
 
 
-def _seed(plant: Plant, site: Site, variables: Any, source: Array, h: Array) -> tuple[Array, Array]:
+def _moves(leaf: Array) -> bool:
+    """Whether an array has a gradient: ids and masks have none."""
+    return bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
+
+
+def _seed(plant: Plant, site: Site, variables: Any, source: Any, h: Array) -> tuple[Array, Array]:
     """The seed's output and gate in the dtype of the layer's output `h`."""
     f, gate = seed_apply(plant, site, variables, source)
     if f.shape != h.shape:
@@ -149,7 +157,7 @@ def _seed(plant: Plant, site: Site, variables: Any, source: Array, h: Array) -> 
 def _resident(
     where: tuple[Plant, Site],
     variables: Any,
-    source: Float[Array, "..."] | None,
+    source: Any,
     h: Float[Array, "... O"],
     alpha: Float[Array, ""],
     enters: Bool[Array, ""],
@@ -168,7 +176,7 @@ def _resident(
 def _resident_fwd(
     where: tuple[Plant, Site],
     variables: Any,
-    source: Array | None,
+    source: Any,
     h: Array,
     alpha: Array,
     enters: Array,
@@ -177,11 +185,11 @@ def _resident_fwd(
 ) -> tuple[Array, tuple[Any, ...]]:
     plant, site = where
 
-    def run(variables: Any, source: Array | None, h: Array) -> tuple[Array, ...]:
+    def run(variables: Any, source: Any, h: Array) -> tuple[Array, ...]:
         f, gate = _seed(plant, site, variables, h if source is None else source, h)
         return *blended(plant.blend, h, f, gate, alpha, enters), sum_of_squares(h)
 
-    def rest(variables: Any, source: Array | None, h: Array) -> tuple[Array, ...]:
+    def rest(variables: Any, source: Any, h: Array) -> tuple[Array, ...]:
         return h, jnp.zeros((), bool), jnp.ones((), bool), jnp.zeros((), jnp.float32)
 
     y, entered, sound, weight = jax.lax.cond(computes, run, rest, variables, source, h)
@@ -193,38 +201,43 @@ def _resident_bwd(where: tuple[Plant, Site], residuals: tuple[Any, ...], cotange
     plant, site = where
     variables, source, kept, weight, alpha, enters, computes, entered, sound = residuals
     past = source is not None and plant.blend in LEASHED  # these blends add to h: its cotangent is the output's
-    ids = source is not None and not jnp.issubdtype(source.dtype, jnp.inexact)  # such an input has no gradient
+    leaves, structure = jax.tree.flatten(source)
 
-    def run(variables: Any, source: Array | None, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
+    def run(variables: Any, source: Any, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
         h = cotangent if kept is None else kept  # of its shape; the value is needed only where it was kept
-        read = h if source is None else source
-        if ids:
-            (f, gate), back = jax.vjp(lambda v: _seed(plant, site, v, read, h), variables)
-        else:
-            (f, gate), back = jax.vjp(lambda v, x: _seed(plant, site, v, x, h), variables, read)
+        given = jax.tree.leaves(h if source is None else source)
+
+        def seed(variables: Any, moving: list[Array]) -> tuple[Array, Array]:
+            parts = iter(moving)
+            read = [next(parts) if _moves(leaf) else leaf for leaf in given]
+            return _seed(plant, site, variables, read[0] if source is None else jax.tree.unflatten(structure, read), h)
+
+        (f, gate), back = jax.vjp(seed, variables, [leaf for leaf in given if _moves(leaf)])
         to_host, *to_seed = parted(plant.blend, h, weight, f, gate, alpha, entered, computes & sound, cotangent)
-        if ids:
-            return *back(tuple(to_seed)), None, None if past else to_host
         to_variables, to_read = back(tuple(to_seed))
-        opens = enters & (alpha > 0) & jnp.all(jnp.isfinite(to_read))
-        to_read = jnp.where(opens, to_read, 0)
+        opens = enters & (alpha > 0)
+        for leaf in to_read:
+            opens &= jnp.all(jnp.isfinite(leaf))
+        to_read = [jnp.where(opens, leaf, 0) for leaf in to_read]
         if source is None:
-            return to_variables, None, jnp.where(opens, to_host + to_read, to_host)
+            return to_variables, None, jnp.where(opens, to_host + to_read[0], to_host)
         return to_variables, to_read, None if past else to_host
 
-    def rest(variables: Any, source: Array | None, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
-        nothing = jax.tree.map(jnp.zeros_like, (variables, None if ids else source))
-        return *nothing, None if past else cotangent
+    def rest(variables: Any, source: Any, kept: Array | None, cotangent: Array) -> tuple[Any, ...]:
+        moving = None if source is None else [leaf for leaf in jax.tree.leaves(source) if _moves(leaf)]
+        return *jax.tree.map(jnp.zeros_like, (variables, moving)), None if past else cotangent
 
     to_variables, to_source, to_host = jax.lax.cond(computes, run, rest, variables, source, kept, cotangent)
     if to_source is not None:
-        to_source = apart(computes, to_source, jnp.zeros_like(to_source))
+        to_source = [apart(computes, leaf, jnp.zeros_like(leaf)) for leaf in to_source]
     if to_host is not None:
         to_host = apart(computes, to_host, cotangent)
     fault = (computes & ~sound).astype(jnp.float32)
+    parts = iter(to_source or [])
+    to_all = jax.tree.unflatten(structure, [next(parts) if _moves(leaf) else no_gradient(leaf) for leaf in leaves])
     return (
         to_variables,
-        no_gradient(source) if ids else to_source,
+        to_all,
         cotangent if past else to_host,
         jnp.zeros_like(alpha),
         no_gradient(enters),

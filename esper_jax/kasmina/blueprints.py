@@ -17,6 +17,7 @@ DENSE = ("dense", "dense_general", "einsum")
 CONVS = ("conv", "conv_transpose")
 NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 KINDS = (*DENSE, *CONVS, "embed", "attention", *NORMS)
+READS = ("input", "output", "call")
 SPAN = "span"
 """The kind of place a seed has that reads one layer's input and adds to a later one's output."""
 
@@ -41,10 +42,11 @@ class Blueprint:
     about: str = ""
     citation: str = ""
     merge: Callable[..., Params] | None = None
+    where: Callable[[Site], bool] | None = None
 
     def fits(self, site: Site) -> bool:
-        """Whether the blueprint is made for that kind of site."""
-        return site.kind in self.kinds
+        """Whether the blueprint is made for that kind of site, and for this one among them."""
+        return site.kind in self.kinds and (self.where is None or self.where(site))
 
     def full_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults with `config` over them; an unknown key raises a TypeError that lists the known ones."""
@@ -70,6 +72,7 @@ def register_blueprint(
     about: str = "",
     citation: str = "",
     merge: Callable[..., Params] | None = None,
+    where: Callable[[Site], bool] | None = None,
     replace: bool = False,
 ) -> Blueprint:
     """Add a blueprint under `name`, from a pair of functions or from a Flax module.
@@ -79,7 +82,8 @@ def register_blueprint(
       init: `init(key, site, **config) -> params`, a pytree of floating arrays.
       apply: `apply(params, u) -> f`; it is also given `site` and the config keywords that its signature names.
       module: instead of the pair, `module(site, **config) -> flax.linen.Module` with parameters only.
-      reads: `"input"` for a seed parallel to the layer, `"output"` for one that follows it.
+      reads: `"input"` for a seed parallel to the layer, `"output"` for one that follows it; `"call"` for one parallel
+        to an attention layer that is given `(queries, keys, values, mask)`, the mask an array or None.
       kinds: the site kinds it is made for, of `dense, dense_general, einsum, conv, conv_transpose, embed, attention,
         layer_norm, rms_norm, group_norm, batch_norm`, or `span` (from one layer's
         input to a later one's output).
@@ -87,6 +91,7 @@ def register_blueprint(
       about: what it is, in a line, shown by `blueprints()`.
       citation: the paper, shown likewise.
       merge: how the seed folds into its host (see `Blueprint`); None for one that cannot.
+      where: `where(site) -> bool`, which sites of those kinds it is made for; None is all of them.
       replace: allow a name that is taken.
 
     Returns:
@@ -97,8 +102,8 @@ def register_blueprint(
     """
     if name in _REGISTRY and not replace:
         raise ValueError(f"blueprint {name!r} exists already; give another name, or replace=True to take its place")
-    if reads not in ("input", "output"):
-        raise ValueError(f"blueprint {name!r}: reads must be 'input' or 'output', got {reads!r}")
+    if reads not in READS:
+        raise ValueError(f"blueprint {name!r}: reads must be one of {', '.join(READS)}, got {reads!r}")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if wrong := [kind for kind in kinds if kind not in (*KINDS, SPAN)]:
         raise ValueError(f"blueprint {name!r}: unknown site kind {wrong[0]!r}; choose from {', '.join(KINDS)}")
@@ -112,7 +117,7 @@ def register_blueprint(
         apply = _taking(apply, ("site", *defaults))
     else:
         raise ValueError(f"blueprint {name!r} needs either init= and apply=, or module=")
-    _REGISTRY[name] = Blueprint(name, init, apply, reads, kinds, defaults, about, citation, merge)
+    _REGISTRY[name] = Blueprint(name, init, apply, reads, kinds, defaults, about, citation, merge, where)
     return _REGISTRY[name]
 
 
@@ -154,7 +159,7 @@ def make_plant(
     """
     blueprint = get_blueprint(name)
     full = blueprint.full_config(config)
-    if not blueprint.fits(site):
+    if site.kind not in blueprint.kinds:
         raise ValueError(
             f"blueprint {name!r} is made for {', '.join(blueprint.kinds)}; site {site.path!r} is {site.kind}. "
             f"Blueprints for it: {', '.join(b.name for b in registered() if b.fits(site)) or 'none'}"
@@ -175,7 +180,7 @@ def seed_init(plant: Plant, site: Site, key: jax.Array) -> Params:
     blueprint = get_blueprint(plant.blueprint)
     if plant.blend != "gate":
         return blueprint.init(key, site, **dict(plant.config))
-    features = site.in_features if blueprint.reads == "input" else site.out_features
+    features = site.out_features if blueprint.reads == "output" else site.in_features
     gate = {"kernel": jnp.zeros((features, 1), site.dtype), "bias": jnp.zeros((1,), site.dtype)}
     return {"gate": gate, "seed": blueprint.init(key, site, **dict(plant.config))}
 
@@ -187,7 +192,8 @@ def seed_apply(plant: Plant, site: Site, variables: Params, u: jax.Array) -> tup
         f = blueprint.apply(variables, u, site=site, **config)
         return f, jnp.ones((), f.dtype)
     f = blueprint.apply(variables["seed"], u, site=site, **config)
-    gate = jax.nn.sigmoid(u @ variables["gate"]["kernel"] + variables["gate"]["bias"])
+    read = u[0] if blueprint.reads == "call" else u
+    gate = jax.nn.sigmoid(read @ variables["gate"]["kernel"] + variables["gate"]["bias"])
     return f, gate.astype(f.dtype)
 
 
@@ -196,15 +202,24 @@ def seed_shapes(plant: Plant, site: Site) -> Params:
     return jax.eval_shape(lambda: seed_init(plant, site, jax.random.key(0)))
 
 
-def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
-    """Trace the seed on a small imaginary input and compare its output with the site's."""
-    features = site.in_features if blueprint.reads == "input" else site.out_features
+def example_input(blueprint: Blueprint, site: Site) -> Any:
+    """Shapes of a small imaginary input of a seed: what it reads, two rows of it."""
+    features = site.out_features if blueprint.reads == "output" else site.in_features
     form = dict(site.geometry)
-    form = dict(form["first"]) if site.kind == SPAN else form
+    form = dict(form.get("first", ())) if site.kind == SPAN else form
     reach = [k * d for k, d in zip(form.get("kernel_size", ()), form.get("kernel_dilation", ()), strict=True)]
     space = (2,) + (8 + max(reach, default=0),) * site.spatial
-    ids = blueprint.reads == "input" and site.kind == "embed"
-    u = jax.ShapeDtypeStruct(space, jnp.int32) if ids else jax.ShapeDtypeStruct((*space, features), site.dtype)
+    if blueprint.reads == "input" and site.kind == "embed":
+        return jax.ShapeDtypeStruct(space, jnp.int32)
+    if blueprint.reads != "call":
+        return jax.ShapeDtypeStruct((*space, features), site.dtype)
+    sizes = (features, *form.get("memory", (features, features)))
+    return *(jax.ShapeDtypeStruct((*space, size), site.dtype) for size in sizes), None
+
+
+def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
+    """Trace the seed on a small imaginary input and compare its output with the site's."""
+    u = example_input(blueprint, site)
     where = f"blueprint {plant.blueprint!r} with {dict(plant.config)} at site {site.path!r}"
     try:
         variables = seed_shapes(plant, dataclasses.replace(site, layers=0))
@@ -221,9 +236,11 @@ def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
     if wrong:
         raise ValueError(f"{where}: parameters must be floating arrays, but {', '.join(wrong)}")
     free = (blueprint.reads == "input" and site.spatial) or site.kind == SPAN
+    read = u[0] if isinstance(u, tuple) else u
+    space = read.shape if blueprint.reads == "input" and site.kind == "embed" else read.shape[:-1]
     expected = (*space, site.out_features)
     if f.ndim != len(expected) or f.shape[-1] != expected[-1] or (not free and f.shape != expected):
-        raise ValueError(f"{where} gives shape {f.shape} for an input {u.shape}; the site needs {expected}")
+        raise ValueError(f"{where} gives shape {f.shape} for an input {read.shape}; the site needs {expected}")
     if not jnp.issubdtype(f.dtype, jnp.floating):
         raise ValueError(f"{where} gives dtype {f.dtype}; the site needs a floating dtype")
 

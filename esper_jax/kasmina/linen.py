@@ -143,6 +143,8 @@ def trace_sites(
         at = seen[path]
         guessed = infer_site(parts, node, parts in statistics)
         known = {**at.known, **({"tied": True} if path in tied else {})}
+        if isinstance(at.module, nn.MultiHeadDotProductAttention):
+            known["memory"] = tuple(at.params[name]["kernel"].shape[0] for name in ("key", "value"))
         if any(other[: len(parts)] == parts for other in axes):
             known["stack"] = common_axis(parts, axes)
         site = traced_site(path, at.module, guessed, at.u, at.h, node, known)

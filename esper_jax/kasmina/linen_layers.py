@@ -155,7 +155,18 @@ def with_seeds(
         raise _mismatch(site, module, f"has an input of {given.shape[-1]} features")
     if output.shape[-1] != site.out_features:
         raise _mismatch(site, module, f"has an output of shape {h.shape}")
-    return back(apply_bank(bank, given, output, _kernel_and_bias(module, site), inputs))
+    call = attended(module, args, kwargs) if site.kind == "attention" else None
+    return back(apply_bank(bank, given, output, _kernel_and_bias(module, site), inputs, call))
+
+
+def attended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Queries, keys, values and mask of an attention layer's call."""
+    given = inspect.signature(type(module).__call__).bind(module, *args, **kwargs).arguments
+    queries, shared = given["inputs_q"], given.get("inputs_kv")
+    keys = given.get("inputs_k")
+    keys = keys if keys is not None else shared if shared is not None else queries
+    values = given.get("inputs_v")
+    return queries, keys, values if values is not None else keys, given.get("mask")
 
 
 def _kernel_and_bias(module: nn.Module, site: Site) -> tuple[Any, Any] | None:

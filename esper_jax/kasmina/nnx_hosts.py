@@ -20,7 +20,7 @@ from flax import nnx
 
 from .bank import Bank, apply_bank, stacked, unstacked
 from .layout import arrange, common_axis, einsum_shapes, stack_axes
-from .linen_layers import broadcast, first_input, pairs, tuple_of
+from .linen_layers import attended, broadcast, first_input, pairs, tuple_of
 from .modules import Embedded, Planted
 from .sites import Where, find_sites, join_path, select
 from .spec import Site, freeze_config
@@ -264,7 +264,8 @@ def _geometry(module: Any) -> dict[str, Any]:
     if isinstance(module, nnx.Einsum):
         return {"equation": module.einsum_str}
     if isinstance(module, nnx.MultiHeadAttention):
-        return {"heads": module.num_heads, "qkv_features": module.qkv_features}
+        memory = (module.in_kv_features,) * 2
+        return {"heads": module.num_heads, "qkv_features": module.qkv_features, "memory": memory}
     if isinstance(module, nnx.GroupNorm):
         return {"epsilon": module.epsilon, "groups": module.num_groups}
     return {"epsilon": module.epsilon} if hasattr(module, "epsilon") else {}
@@ -352,7 +353,8 @@ def with_seeds(module: Any, cls: type, bank: Bank, args: Any, kwargs: Any, h: An
         own = _own(module)
         bias = own["bias"].reshape(-1) if "bias" in own else None
         linear = own["kernel"].reshape(site.in_features, site.out_features), bias
-    return back(apply_bank(bank, inputs, output, linear, _INPUTS.get()))
+    call = attended(module, args, kwargs) if site.kind == "attention" else None
+    return back(apply_bank(bank, inputs, output, linear, _INPUTS.get(), call))
 
 
 def _kind(module: Any) -> str | None:

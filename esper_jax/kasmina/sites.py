@@ -104,8 +104,9 @@ def find_sites(params: Mapping[str, Any], statistics: Mapping[str, Any], where: 
             fused = _in_fused_cell(beside, below)
             site = None if fused else infer_site(below, inner, below in counted, beside >= _ATTENTION)
             if site is not None:
-                stack = freeze_config({"stack": 0}) if layers else ()
-                found.append(dataclasses.replace(site, layers=layers, geometry=stack))
+                stack = {"stack": 0} if layers else {}
+                geometry = freeze_config({**dict(site.geometry), **stack})
+                found.append(dataclasses.replace(site, layers=layers, geometry=geometry))
             elif own:
                 skipped.append((join_path(below), "parameters " + ", ".join(own)))
     return select(found, skipped, where)
@@ -200,4 +201,6 @@ def _attention(path: tuple[str, ...], node: Mapping[str, Any]) -> Site | None:
     if len(query["kernel"].shape) != 3 or len(out["kernel"].shape) != 3:
         return None
     dtype = str(np.dtype(query["kernel"].dtype))
-    return Site(join_path(path), "attention", tuple(query["kernel"].shape[:1]), tuple(out["kernel"].shape[-1:]), dtype)
+    memory = {"memory": tuple(np.shape(node[name]["kernel"])[0] for name in ("key", "value"))}
+    inputs, outputs = tuple(query["kernel"].shape[:1]), tuple(out["kernel"].shape[-1:])
+    return Site(join_path(path), "attention", inputs, outputs, dtype, geometry=freeze_config(memory))

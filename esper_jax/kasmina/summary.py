@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import statistics
 import time
@@ -13,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .blueprints import Blueprint, registered
+from .blueprints import CONVS, Blueprint, example_input, registered, seed_apply, seed_shapes
 from .graft import Graft, graft
 from .morph import Morph, count
-from .spec import Plant, Site
+from .spec import Plant, Site, freeze_config
 from .stages import Stage
 
 EXAMPLE_FEATURES = 64
@@ -77,20 +78,31 @@ def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
     return Table(f"{align(heads, rows)}\n{last}")
 
 
-def blueprints() -> Table:
-    """A table of all registered blueprints; `parameters` counts those of a seed at a site from 64 to 64 features."""
-    heads = ("name", "reads", "site kinds", "config", "parameters", "about", "citation")
+def blueprints(site: Site | None = None) -> Table:
+    """A table of the registered blueprints, with parameters and FLOPs.
+
+    Args:
+      site: a site (e.g. `morph.spec.by_path["Dense_0"]`): those that fit it, with their price there. None: all of
+        them, each at a site from 64 to 64 features of the first kind it is made for.
+
+    Returns:
+      The table. "parameters" are those of one seed with the default config; "FLOPs" XLA's own count for one row of the
+      input (at a convolution, for an image of 8 places a side; at attention, for 8 places), "-" where it has none.
+    """
+    heads = ("name", "reads", "site kinds", "config", "parameters", "FLOPs", "folds", "about", "citation")
     rows = [
         (
             b.name,
             b.reads,
             ", ".join(b.kinds),
             ", ".join(f"{name}={value!r}" for name, value in b.config.items()) or "-",
-            _example_size(b),
+            *_price(b, _example_site(b) if site is None else site),
+            "yes" if b.merge is not None or b.name == "units" else "no",
             b.about or "-",
             b.citation or "-",
         )
         for b in registered()
+        if site is None or b.fits(site)
     ]
     return Table(align(heads, rows))
 
@@ -231,15 +243,28 @@ def _difference(a: Any, b: Any) -> float:
     return largest
 
 
-def _example_size(blueprint: Blueprint) -> str:
-    """Parameters of a seed with default config at a 64 -> 64 site of the first kind it is made for."""
+def _example_site(blueprint: Blueprint) -> Site:
+    """A 64 -> 64 site of the first kind that the blueprint is made for."""
     kind, width = blueprint.kinds[0], (EXAMPLE_FEATURES,)
-    site = Site("example", kind, width, width, spatial=2 if kind == "conv" else 0)
+    if kind not in CONVS:
+        return Site("example", kind, width, width)
+    form = {"kernel_size": (3, 3), "strides": (1, 1), "padding": "SAME", "kernel_dilation": (1, 1)}
+    form |= {"input_dilation": (1, 1), "groups": 1} if kind == "conv" else {"transpose_kernel": False}
+    return Site("example", kind, width, width, spatial=2, geometry=freeze_config(form))
+
+
+def _price(blueprint: Blueprint, site: Site) -> tuple[str, str]:
+    """Parameters and FLOPs of a seed with default config at a site, as text."""
+    site = dataclasses.replace(site, layers=0)
+    plant = Plant(site.path, 0, blueprint.name, freeze_config(blueprint.config))
     try:
-        shapes = jax.eval_shape(lambda: blueprint.init(jax.random.key(0), site, **blueprint.config))
+        shapes = seed_shapes(plant, site)
+        u = example_input(blueprint, site)
+        work = jax.jit(lambda v, x: seed_apply(plant, site, v, x)[0]).lower(shapes, u)
     except Exception as error:  # a user's blueprint may be made for other widths only
-        return f"not at 64 ({type(error).__name__})"
-    return f"{count(shapes):,}"
+        return f"not here ({type(error).__name__})", "-"
+    rows = jax.tree.leaves(u)[0].shape[0]
+    return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)):,}", _number(flops(work) / rows)
 
 
 def _features(site: Site) -> str:

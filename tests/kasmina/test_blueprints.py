@@ -198,7 +198,7 @@ def test_registering_wrongly_says_what_is_wrong(registry):
     pair = {"init": lambda key, site: {}, "apply": lambda p, u: u}
     with pytest.raises(ValueError, match="exists already"):
         register_blueprint("lora", **pair)
-    with pytest.raises(ValueError, match="'input' or 'output'"):
+    with pytest.raises(ValueError, match="one of input, output, call"):
         register_blueprint("x", reads="both", **pair)
     with pytest.raises(ValueError, match="unknown site kind 'linear'; choose from dense"):
         register_blueprint("x", kinds=("linear",), **pair)

@@ -1,6 +1,6 @@
-"""Seeds that follow a convolution: `conv_light`, `depthwise`, `bottleneck` and `se`. Zero at birth.
+"""Seeds that follow a convolution: `conv_small`, `conv_light`, `conv_heavy`, `depthwise`, `bottleneck` and `se`.
 
-They take `u` of shape `[N, *space, C]` with 1 to 3 spatial dimensions, the layer's own output.
+Zero at birth. They take `u` of shape `[N, *space, C]` with 1 to 3 spatial dimensions, the layer's own output.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..blueprints import register_blueprint
+from ..blueprints import CONVS, register_blueprint
 from ..spec import Site
 from ._convolve import convolve
 from ._parts import at_least_one, group_norm, he, norm_params
@@ -86,11 +86,63 @@ def _se(params: Params, u: Image) -> Image:
     return u * jnp.tanh(hidden @ params["excite"] + params["excite_bias"])
 
 
+def _conv_small_init(key: jax.Array, site: Site, *, groups: int = 8) -> Params:
+    width = site.out_features
+    at_least_one("groups", groups)
+    return {
+        "mix": he(key, (width, width), site.dtype),
+        **norm_params(width, site),
+        "up": jnp.zeros((width, width), site.dtype),
+    }
+
+
+def _conv_small(params: Params, u: Image, groups: int) -> Image:
+    return jax.nn.relu(group_norm(params, u @ params["mix"], groups)) @ params["up"]
+
+
+def _conv_heavy_init(key: jax.Array, site: Site, *, kernel: int = 3, groups: int = 8) -> Params:
+    width = site.out_features
+    first, second = jax.random.split(key)
+    at_least_one("groups", groups)
+    scale, bias = norm_params(width, site).values()
+    return {
+        "conv": he(first, (*_taps(site, kernel), width, width), site.dtype),
+        "scale": scale,
+        "bias": bias,
+        "conv2": he(second, (*_taps(site, kernel), width, width), site.dtype),
+        "scale2": scale,
+        "bias2": bias,
+        "up": jnp.zeros((width, width), site.dtype),
+    }
+
+
+def _conv_heavy(params: Params, u: Image, groups: int) -> Image:
+    inner = jax.nn.relu(group_norm(params, convolve(u, params["conv"]), groups))
+    second = {"scale": params["scale2"], "bias": params["bias2"]}
+    return jax.nn.relu(group_norm(second, convolve(inner, params["conv2"]), groups)) @ params["up"]
+
+
+register_blueprint(
+    "conv_small",
+    init=_conv_small_init,
+    apply=_conv_small,
+    kinds=CONVS,
+    about="1x1 convolution, group norm, relu and a 1x1 convolution after the layer",
+    citation="Lin et al., Network In Network, ICLR 2014",
+)
+register_blueprint(
+    "conv_heavy",
+    init=_conv_heavy_init,
+    apply=_conv_heavy,
+    kinds=CONVS,
+    about="two convolutions with group norm and relu, and a 1x1 convolution after the layer",
+    citation="He et al., Identity Mappings, ECCV 2016",
+)
 register_blueprint(
     "conv_light",
     init=_conv_light_init,
     apply=_conv_light,
-    kinds="conv",
+    kinds=CONVS,
     about="convolution, group norm, relu and a 1x1 convolution after the layer",
     citation="He et al., Identity Mappings, ECCV 2016",
 )
@@ -98,7 +150,7 @@ register_blueprint(
     "depthwise",
     init=_depthwise_init,
     apply=_depthwise,
-    kinds="conv",
+    kinds=CONVS,
     about="one filter a channel, group norm, relu and a 1x1 convolution after the layer",
     citation="Howard et al., MobileNets, 2017",
 )
@@ -106,7 +158,7 @@ register_blueprint(
     "bottleneck",
     init=_bottleneck_init,
     apply=_bottleneck,
-    kinds="conv",
+    kinds=CONVS,
     about="1x1 down, convolution, group norm, relu, 1x1 up after the layer",
     citation="He et al., Deep Residual Learning, CVPR 2016",
 )
@@ -114,7 +166,7 @@ register_blueprint(
     "se",
     init=_se_init,
     apply=_se,
-    kinds="conv",
+    kinds=CONVS,
     about="channels rescaled between 0 and 2 by what the whole image holds (with the blend add)",
     citation="Hu et al., Squeeze-and-Excitation Networks, CVPR 2018",
 )

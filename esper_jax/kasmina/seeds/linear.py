@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from ..blueprints import CONVS, DENSE, SPAN, register_blueprint
 from ..spec import Site
 from ._convolve import like_layer
-from .lora import form_of, merged
+from .lora import form_of, merged, moves_known
 
 Params = Mapping[str, Array]
 
@@ -45,6 +45,7 @@ register_blueprint(
     apply=_apply,
     merge=_merge,
     reads="input",
+    where=moves_known,
     kinds=(*DENSE, *CONVS, "embed", SPAN),
     about="a full linear map beside the layer",
     citation="the zero layer of Evci et al., GradMax, ICLR 2022",

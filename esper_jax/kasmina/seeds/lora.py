@@ -76,6 +76,12 @@ def merged(host: Params, delta: Array, alpha: Any, site: Site) -> dict[str, Arra
     return {**host, name: host[name] + alpha * delta.reshape(host[name].shape)}
 
 
+def moves_known(site: Site) -> bool:
+    """Whether a seed can do what the layer does: a convolution's strides and padding are known from a trace only."""
+    form = dict(site.geometry)
+    return site.kind not in CONVS or ("kernel_size" in form and not form.get("transpose_kernel"))
+
+
 def form_of(site: Site) -> dict[str, Any]:
     """How a convolution moves; ValueError where no trace has told."""
     form = dict(site.geometry)
@@ -95,6 +101,7 @@ register_blueprint(
     apply=_apply,
     merge=_merge,
     reads="input",
+    where=moves_known,
     kinds=(*DENSE, *CONVS, "embed", "attention"),
     about="a low-rank linear map beside the layer",
     citation="Hu et al., LoRA, ICLR 2022",
