@@ -86,8 +86,16 @@ def call(
             inside.remove(bank.site.path)
         return with_seeds(module, bank, args, kwargs, output)
 
-    with nn.intercept_methods(intercept):
-        result = apply({**variables, "params": _merge(variables["params"], banks)}, *args, **kwargs)
+    try:
+        with nn.intercept_methods(intercept):
+            result = apply({**variables, "params": _merge(variables["params"], banks)}, *args, **kwargs)
+    except Exception as error:
+        if guessed := [path for path, bank in banks.items() if not bank.site.traced]:
+            error.add_note(
+                f"morph() knows {', '.join(guessed)} by their parameters alone; if the error comes from there, give it "
+                "model= and example= so that the layers are traced"
+            )
+        raise
     # A jitted apply that is called again runs from its cache: no layer is called, and its seeds are in the program.
     missed = [path for path, bank in banks.items() if bank.plants and path not in visited]
     if missed and called and "method" not in kwargs:
