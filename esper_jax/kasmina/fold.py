@@ -102,6 +102,8 @@ def _obstacle(morph: Morph, plant: Plant) -> str:
     blueprint, site = get_blueprint(plant.blueprint), morph.spec.by_path[plant.site]
     if plant.source:
         return "it spans two layers, which folding makes wider: see widen()"
+    if custom := dict(site.geometry).get("custom"):
+        return f"the layer is {custom}, and may use its weights in a way of its own"
     if blueprint.merge is None:
         return f"{plant.blueprint} is not linear"
     if plant.blend == "lerp" and blueprint.reads != "input":

@@ -438,3 +438,48 @@ def test_an_error_under_a_site_guessed_wrongly_has_a_note_that_says_what_to_give
     with pytest.raises(ValueError, match="vmap was requested") as caught:
         esper_jax.graft(model)(morph, x)
     assert any("morph() knows blocks/many by their parameters alone" in note for note in caught.value.__notes__)
+
+
+class Doubled(nn.Dense):
+    """A layer of the user's own on top of Flax's."""
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Shifted(nn.Module):
+    """A norm of the user's own, whose scale is a difference from 1."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.zeros_init(), x.shape[-1:])
+        return nn.standardize(x) * (1 + scale)
+
+
+@pytest.mark.parametrize(
+    ("make", "blueprint", "why"),
+    [
+        (lambda: nn.WeightNorm(nn.Dense(3, name="layer")), "lora", "inside WeightNorm"),
+        (lambda: Doubled(3, name="layer"), "lora", "a Doubled, not one of Flax's own"),
+        (lambda: Shifted(name="layer"), "affine", "a Shifted, not one of Flax's own"),
+        (lambda: nn.Conv(3, (3,), mask=jnp.ones((3, 4, 3)).at[0].set(0), name="layer"), "lora", "a Conv with a mask"),
+    ],
+    ids=["wrapped", "subclass", "own", "masked"],
+)
+def test_a_fossil_at_a_layer_that_uses_its_weights_in_a_way_of_its_own_is_not_folded(make, blueprint, why):
+    """Folding into such a kernel would change the network; the seed lives there all the same."""
+
+    class Host(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return make()(x) * 1
+
+    model, x = Host(), X["seq"]
+    variables = model.init(jax.random.key(0), x)
+    morph = esper_jax.morph(variables, where=r"^layer$", model=model, example=x)
+    morph = esper_jax.germinate(morph, "layer", blueprint, key=jax.random.key(0))
+    grown = in_stage(noisy(morph, 1), Stage.FOSSILIZED)
+    with pytest.warns(UserWarning, match=f"layer slot 0: the layer is {why}"):
+        folded = esper_jax.fold(grown)
+    assert folded.spec == grown.spec and equal_bits(folded.host, grown.host)
