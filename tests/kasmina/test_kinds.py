@@ -271,7 +271,11 @@ def _paths(form):
     return (*(() if form.kind == "dense" else ("",)), *(f"/{name}" for name in form.below))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SOME = [pytest.param(name, marks=pytest.mark.slow) if name in ("conv 1d", "dense") else name for name in FAMILIES]
+"""The largest families are tested on one Python only."""
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_isolated_seeds_leave_outputs_statistics_and_gradients_of_every_form_to_the_bit(name):
     """In training and in evaluation, NaN and all; the bare host gives the same but for rounding."""
     _, _, morph, step, evaluate, bare = family(name)
@@ -291,7 +295,7 @@ def test_isolated_seeds_leave_outputs_statistics_and_gradients_of_every_form_to_
         np.testing.assert_allclose(np.float32(output), np.float32(bare[path]), atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_seed_at_every_form_learns_by_itself_what_its_layer_lacks(name):
     """Each form's own loss falls while only its seed is trained; in TRAINING it gets a gradient from birth."""
     _, _, morph, step, _, _ = family(name)
