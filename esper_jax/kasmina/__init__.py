@@ -16,10 +16,13 @@ from .modules import KasminaAttention, KasminaBatchNorm, KasminaConv, KasminaDen
 from .morph import Morph, morph, sites, unmorph
 from .observe import contributions, observe, silence
 from .operate import advance, fossilize, prune, set_alpha, shed, tick, unload
+from .scores import GrowthScores, growth_scores
+from .spans import Span, spans
 from .spec import Plant, Site, Spec
 from .stages import Stage
 from .state import SeedState
 from .summary import Comparison, Table, blueprints, compare, summary
+from .widen import sizes_changed, widened
 
 
 def __getattr__(name: str) -> Any:
@@ -35,6 +38,7 @@ __all__ = [
     "Deepened",
     "Gates",
     "Graft",
+    "GrowthScores",
     "KasminaAttention",
     "KasminaBatchNorm",
     "KasminaConv",
@@ -45,6 +49,7 @@ __all__ = [
     "Plant",
     "SeedState",
     "Site",
+    "Span",
     "Spec",
     "Stage",
     "Table",
@@ -59,6 +64,7 @@ __all__ = [
     "germinate",
     "get_blueprint",
     "graft",
+    "growth_scores",
     "lifecycle",
     "morph",
     "observe",
@@ -69,10 +75,13 @@ __all__ = [
     "shed",
     "silence",
     "sites",
+    "sizes_changed",
+    "spans",
     "stack",
     "summary",
     "tick",
     "unload",
     "unmorph",
+    "widened",
     "with_seeds_of",
 ]

@@ -44,6 +44,13 @@ class Bank(Struct):
     plants: tuple[Plant, ...] = static()
     alphas: dict[str, Any] = dataclasses.field(default_factory=dict)
     constants: tuple[float, ...] = static(default=())
+    places: tuple[Site, ...] = static(default=())
+    read: bool = static(default=False)
+    notes: Any = static(default=None)
+
+    def place(self, index: int) -> Site:
+        """Where a plant's seed stands (see `Spec.place`)."""
+        return self.places[index] if self.places else self.site
 
 
 def stacked(bank: Bank) -> Bank:
@@ -64,6 +71,7 @@ def apply_bank(
     u: Float[Array, "... I"],
     h: Float[Array, "... O"],
     linear: tuple[Array, Array | None] | None = None,
+    inputs: dict[str, Array] | None = None,
 ) -> Float[Array, "... O"]:
     """The site's output: the host's output `h`, with the seeds that have entered blended in (the forward rule).
 
@@ -72,40 +80,57 @@ def apply_bank(
       u: the layer's input, features last; at a convolution `[N, *spatial, I]`.
       h: the layer's own output, likewise.
       linear: kernel `[I, O]` and bias of a layer that is `u @ kernel + bias` and no more; probes are cheaper with it.
+      inputs: what layers were given that spans read; this one's input is noted there if one reads it.
 
     Raises:
-      ValueError: at trace time, if a seed's output does not have `h`'s shape.
+      ValueError: at trace time, if a seed's output does not have `h`'s shape, or a span's source was not called yet.
     """
+    if bank.read and inputs is not None:
+        inputs[bank.site.path] = u
+    if bank.notes is not None:
+        h = bank.notes(bank.site.path, u, h)
     if bank.tap is not None and bank.sample is not None:
         read, weights = jax.lax.stop_gradient((u, linear))
         h = tap(read, h, bank.tap.stats, bank.sample, weights)
     for index, plant in enumerate(bank.plants):
-        h = _slot(bank, plant, u, h) if bank.state is not None else _baked(bank, index, u, h)
+        source = _source(plant, u, inputs)
+        h = (_slot if bank.state is not None else _baked)(bank, index, source, h)
     return h
 
 
-def _baked(bank: Bank, index: int, u: Array, h: Array) -> Array:
+def _source(plant: Plant, u: Array, inputs: dict[str, Array] | None) -> Array | None:
+    """What a seed reads; None is the layer's own output."""
+    if not plant.source:
+        return u if get_blueprint(plant.blueprint).reads == "input" else None
+    if inputs is None or plant.source not in inputs:
+        raise ValueError(
+            f"the span from {plant.source!r} to {plant.site!r} reads a layer that was not called before it in this "
+            "forward pass, or in another body of a lifted transform"
+        )
+    return inputs[plant.source]
+
+
+def _baked(bank: Bank, index: int, source: Array | None, h: Array) -> Array:
     """The output with a seed of a finished network in it."""
     plant = bank.plants[index]
-    source = u if get_blueprint(plant.blueprint).reads == "input" else h
-    f, gate = _seed(plant, bank.site, bank.seeds[plant.key], source, h)
+    f, gate = _seed(plant, bank.place(index), bank.seeds[plant.key], h if source is None else source, h)
     alpha = bank.constants[index] if bank.constants else bank.alphas[plant.key].astype(h.dtype)
     if plant.blend == "add" and isinstance(alpha, float) and alpha == 1:
         return h + f
     return BLENDS[plant.blend](h, f, gate, alpha)  # type: ignore[arg-type]
 
 
-def _slot(bank: Bank, plant: Plant, u: Array, h: Array) -> Array:
+def _slot(bank: Bank, index: int, source: Array | None, h: Array) -> Array:
     assert bank.state is not None
+    plant, place = bank.plants[index], bank.place(index)
     stage, alpha = bank.state.stage[plant.slot], bank.state.alpha[plant.slot]
     pulse = jnp.zeros(()) if bank.tap is None else bank.tap.faults[plant.slot]
     computes, enters = _state.computes(stage), _state.blends(stage)
     variables = bank.seeds[plant.key]
-    source = u if get_blueprint(plant.blueprint).reads == "input" else None
     if plant.resident:
-        return _resident((plant, bank.site), variables, source, h, alpha, enters, computes, pulse)
+        return _resident((plant, place), variables, source, h, alpha, enters, computes, pulse)
     seed_input = open_input(h if source is None else source, enters & (alpha > 0))
-    f, gate = _seed(plant, bank.site, variables, seed_input, h)
+    f, gate = _seed(plant, place, variables, seed_input, h)
     return join(plant.blend, h, f, gate, alpha, enters, computes, pulse)
 
 

@@ -17,6 +17,8 @@ DENSE = ("dense", "dense_general", "einsum")
 CONVS = ("conv", "conv_transpose")
 NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm")
 KINDS = (*DENSE, *CONVS, "embed", "attention", *NORMS)
+SPAN = "span"
+"""The kind of place a seed has that reads one layer's input and adds to a later one's output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ def register_blueprint(
       module: instead of the pair, `module(site, **config) -> flax.linen.Module` with parameters only.
       reads: `"input"` for a seed parallel to the layer, `"output"` for one that follows it.
       kinds: the site kinds it is made for, of `dense, dense_general, einsum, conv, conv_transpose, embed, attention,
-        layer_norm, rms_norm, group_norm, batch_norm`.
+        layer_norm, rms_norm, group_norm, batch_norm`, or `span` (from one layer's
+        input to a later one's output).
       config: config keys and their defaults; with functions, taken from `init`'s keyword defaults when None.
       about: what it is, in a line, shown by `blueprints()`.
       citation: the paper, shown likewise.
@@ -97,7 +100,7 @@ def register_blueprint(
     if reads not in ("input", "output"):
         raise ValueError(f"blueprint {name!r}: reads must be 'input' or 'output', got {reads!r}")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if wrong := [kind for kind in kinds if kind not in KINDS]:
+    if wrong := [kind for kind in kinds if kind not in (*KINDS, SPAN)]:
         raise ValueError(f"blueprint {name!r}: unknown site kind {wrong[0]!r}; choose from {', '.join(KINDS)}")
     if module is not None and init is None and apply is None:
         from .linen import blueprint_functions
@@ -140,7 +143,9 @@ def adopt(blueprints: Iterable[Blueprint]) -> None:
         _REGISTRY[blueprint.name] = blueprint
 
 
-def make_plant(site: Site, slot: int, name: str, config: Mapping[str, Any], blend: str, resident: bool) -> Plant:
+def make_plant(
+    site: Site, slot: int, name: str, config: Mapping[str, Any], blend: str, resident: bool, source: str = ""
+) -> Plant:
     """The plant of a blueprint in a slot, checked by shape against the site before anything is allocated.
 
     Raises:
@@ -154,7 +159,7 @@ def make_plant(site: Site, slot: int, name: str, config: Mapping[str, Any], blen
             f"blueprint {name!r} is made for {', '.join(blueprint.kinds)}; site {site.path!r} is {site.kind}. "
             f"Blueprints for it: {', '.join(b.name for b in registered() if b.fits(site)) or 'none'}"
         )
-    plant = Plant(site.path, slot, name, freeze_config(full), blend, resident)
+    plant = Plant(site.path, slot, name, freeze_config(full), blend, resident, source)
     _check_shapes(blueprint, plant, site)
     return plant
 
@@ -207,6 +212,7 @@ def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
     """Trace the seed on a small imaginary input and compare its output with the site's."""
     features = site.in_features if blueprint.reads == "input" else site.out_features
     form = dict(site.geometry)
+    form = dict(form["first"]) if site.kind == SPAN else form
     reach = [k * d for k, d in zip(form.get("kernel_size", ()), form.get("kernel_dilation", ()), strict=True)]
     space = (2,) + (8 + max(reach, default=0),) * site.spatial
     ids = blueprint.reads == "input" and site.kind == "embed"
@@ -226,7 +232,7 @@ def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
     ]
     if wrong:
         raise ValueError(f"{where}: parameters must be floating arrays, but {', '.join(wrong)}")
-    free = blueprint.reads == "input" and site.spatial
+    free = (blueprint.reads == "input" and site.spatial) or site.kind == SPAN
     expected = (*space, site.out_features)
     if f.ndim != len(expected) or f.shape[-1] != expected[-1] or (not free and f.shape != expected):
         raise ValueError(f"{where} gives shape {f.shape} for an input {u.shape}; the site needs {expected}")

@@ -70,6 +70,7 @@ class Compact:
     def __call__(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The network's output: what the model's own `apply` returns for the same arguments."""
         host = {name: part for name, part in variables.items() if name != SEEDS}
+        sources = {plant.source for plant in self._plants if plant.source}
         banks = {}
         for site in dict.fromkeys(plant.site for plant in self._plants):
             plants = tuple(plant for plant in self._plants if plant.site == site)
@@ -77,7 +78,12 @@ class Compact:
             place = self._spec.by_path[site]
             constant = () if place.layers else tuple(float(self._alphas[site, p.slot]) for p in plants)
             seeds = dict(variables[SEEDS][site])
-            banks[site] = Bank(seeds, None, None, None, place, plants, fixed if place.layers else {}, constant)
+            places = tuple(map(self._spec.place, plants))
+            banks[site] = Bank(
+                seeds, None, None, None, place, plants, fixed if place.layers else {}, constant, places, site in sources
+            )
+        for site in sources - set(banks):
+            banks[site] = Bank({}, None, None, None, self._spec.by_path[site], (), read=True)
         return self._forward.baked(host, banks, *args, **kwargs)
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ from .operate import planted_state, shed
 from .spec import Plant, Site
 from .stages import Stage
 from .state import SeedState, computes, layers_of, slot_of, with_slot
+from .widen import obstacle, widened_morph
 
 Slot = tuple[str, int]
 
@@ -27,7 +28,8 @@ def fold(morph: Morph, site: str | None = None, slot: int | None = None, *, stri
 
     A folded seed's slot is empty again (dormant, where it was planted ahead), and the host computes what host and seed
     computed: in float32 the logits differ by rounding alone, for bfloat16 see the table in docs/design.md. Weights are
-    merged in float32 at least and rounded once. Seeds in other stages stay as they are.
+    merged in float32 at least and rounded once. Seeds in other stages stay as they are. The units of a span make the
+    layers at its ends wider: the host is then that of a wider model (`sizes_changed`, `widened`).
 
     Args:
       morph: the morph, with concrete arrays; it is not changed.
@@ -36,8 +38,8 @@ def fold(morph: Morph, site: str | None = None, slot: int | None = None, *, stri
       strict: raise for a fossil that cannot be folded, instead of warning of it.
 
     Returns:
-      The morph, with the host in the form it was given. Call `growable(...).grow(opt_state, morph)` after it: the
-      optimizer state of all that is left is kept.
+      The morph, with the host in the form it was given. Call `growable(...).fold(opt_state, before, after)` after it:
+      the optimizer state of all that is left is kept, and that of units goes with them.
 
     Raises:
       KeyError: unknown site. ValueError: a slot without a fossil; with `strict`, a fossil that cannot be folded.
@@ -101,7 +103,7 @@ def _obstacle(morph: Morph, plant: Plant) -> str:
     """Why the fossil cannot be folded, or an empty text."""
     blueprint, site = get_blueprint(plant.blueprint), morph.spec.by_path[plant.site]
     if plant.source:
-        return "it spans two layers, which folding makes wider: see widen()"
+        return obstacle(morph, plant)
     if custom := dict(site.geometry).get("custom"):
         return f"the layer is {custom}, and may use its weights in a way of its own"
     if blueprint.merge is None:
@@ -129,6 +131,8 @@ def _obstacle(morph: Morph, plant: Plant) -> str:
 
 def _folded(morph: Morph, plant: Plant) -> Morph:
     """The morph with one fossil in its host's weights."""
+    if plant.source:
+        return widened_morph(morph, plant)
     site = morph.spec.by_path[plant.site]
     merged = _merged(morph, plant, site)
     params = with_host_arrays(morph.params["host"], site, merged)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from . import lifecycle
 from .blend import check_blend
-from .blueprints import get_blueprint, make_plant, seed_init
+from .blueprints import DENSE, get_blueprint, make_plant, seed_init
 from .morph import Morph, with_spec
 from .operate import NAN, Layers, answer, beside, chosen, concrete, find_site
 from .refusals import taken
@@ -23,14 +23,17 @@ from .stored import Stored, fit_params, label, misfit
 
 def germinate(
     morph: Morph,
-    site: str,
-    blueprint: str | Stored,
+    site: str | None = None,
+    blueprint: str | Stored | None = None,
     *,
+    span: tuple[str, str] | None = None,
     key: jax.Array | None = None,
     slot: int | None = None,
     layer: Layers = None,
     blend: str | None = None,
     params: Any = None,
+    init: str | None = None,
+    scores: Any = None,
     score: float = NAN,
     with_ok: bool = False,
     **config: Any,
@@ -45,12 +48,17 @@ def germinate(
       site: the site's path, e.g. `"block_0/Dense_1"`.
       blueprint: a registered blueprint's name, or a stored seed (`urza.get(id)`), which brings config, blend and
         parameters.
+      span: instead of `site`, a pair of sites: the seed reads the first one's input and adds to the second one's
+        output, as new hidden units between the two do (`blueprint="units"`; `spans` finds such pairs).
       key: a PRNG key for the fresh parameters; needed unless `params` or a stored seed is given.
       slot: a slot; None takes the first that is free.
       layer: at a site of stacked layers (`Site.layers`), the layer or layers that germinate; None is all of them. The
         others get a dormant seed in the same slot, which another call wakes without a new program.
       blend: add, lerp, multiply or gate; None is add, or what the planted seed has.
       params: stored parameters instead of fresh ones, in the blueprint's shapes and dtypes (those of one layer).
+      init: for units in a span: "gradmax", "tiny" or "best", where the new units point (see `scores.unit_params`);
+        needs `scores`, from `growth_scores(..., spans=[span])`. None draws them at random.
+      scores: what `growth_scores` gave.
       score: the validation score now, noted as the score at the start of the stage.
       with_ok: return `(morph, ok)` instead of raising for a stage that does not allow it.
       **config: the blueprint's config.
@@ -64,7 +72,14 @@ def germinate(
       ValueError: the slot is taken or does not exist, no slot is free, or the blueprint or the stored parameters do
       not fit the site.
     """
+    source = ""
+    if span is not None:
+        site, source = _ends(morph, site, span)
+    if site is None or blueprint is None:
+        raise TypeError("germinate() needs a site (or span=) and a blueprint")
     place = find_site(morph, site)
+    if source:
+        place = morph.spec.place(Plant(site, 0, "", source=source))
     name = f"parameters for {blueprint!r}"
     if not isinstance(blueprint, str):
         name, blueprint, config, blend, params = _unpack(blueprint, place, config, blend, params)
@@ -75,17 +90,28 @@ def germinate(
         raise TypeError(f"germinate() at {site!r} needs key= for fresh parameters, or params= for stored ones")
     if slot is not None and (isinstance(slot, bool) or not 0 <= slot < morph.spec.slots):
         raise ValueError(f"site {site!r} has slots 0 to {morph.spec.slots - 1}, got slot {slot!r}")
-    resident = _dormant_plant(morph, site, blueprint, slot, layer, blend, config)
+    resident = _dormant_plant(morph, site, source, blueprint, slot, layer, blend, config)
     if resident is not None:
         plant, grown = resident, morph
     else:
         free = morph.spec.free_slots(site)
         if slot is None and not free or slot is not None and slot not in free:
             raise ValueError(taken(morph, site, blueprint, slot))
-        plant = make_plant(place, free[0] if slot is None else slot, blueprint, config, blend or "add", resident=False)
+        plant = make_plant(
+            place, free[0] if slot is None else slot, blueprint, config, blend or "add", resident=False, source=source
+        )
         grown = with_spec(morph, morph.spec.with_plant(plant))
     old, life, now = grown.seeds[site][plant.key], grown.state[site], jnp.asarray(score, jnp.float32)
     mask = chosen(grown, site, plant.slot, layer)
+    if init is not None:
+        from .scores import unit_params
+
+        found = None if scores is None or span is None else scores.get(tuple(span))
+        if found is None or key is None:
+            raise ValueError(
+                f"init={init!r} needs key=, span= and scores=growth_scores(..., spans=[span]) of this morph"
+            )
+        params = unit_params(found, plant, place, init, key)
     if params is not None:
         fresh = fit_params(plant, place, params, name)
         if place.layers:
@@ -123,8 +149,33 @@ def _placed(
     return placed, state, jnp.all(moved | ~mask)
 
 
+def _ends(morph: Morph, site: str | None, span: Any) -> tuple[str, str]:
+    """The target and the source of a span, checked."""
+    if site is not None or isinstance(span, str) or len(span) != 2:
+        raise TypeError(
+            f"germinate(span=) takes a pair of sites in the place of site, got site={site!r}, span={span!r}"
+        )
+    first, second = find_site(morph, span[0]), find_site(morph, span[1])
+    known = (*DENSE, "conv")
+    wrong = [place for place in (first, second) if place.kind not in known]
+    if wrong or first.spatial != second.spatial or first.layers != second.layers:
+        raise ValueError(
+            f"a span goes from one dense layer or convolution to another of the same rank and stack; {first.path!r} is "
+            f"{first.layers or ''} {first.kind} of rank {first.spatial}, {second.path!r} {second.layers or ''} "
+            f"{second.kind} of rank {second.spatial}"
+        )
+    return second.path, first.path
+
+
 def _dormant_plant(
-    morph: Morph, site: str, blueprint: str, slot: int | None, layer: Layers, blend: str | None, config: dict[str, Any]
+    morph: Morph,
+    site: str,
+    source: str,
+    blueprint: str,
+    slot: int | None,
+    layer: Layers,
+    blend: str | None,
+    config: dict[str, Any],
 ) -> Plant | None:
     """The first seed planted ahead that is asked for and free to germinate (or, under a trace, may be).
 
@@ -135,6 +186,7 @@ def _dormant_plant(
         stacked = bool(morph.spec.by_path[site].layers)
         matches = (
             plant.blueprint == blueprint
+            and plant.source == source
             and slot in (None, plant.slot)
             and blend in (None, plant.blend)
             and set(freeze_config(config)) <= set(plant.config)

@@ -24,7 +24,9 @@ class Graft:
     def __call__(self, morph: Morph, *args: Any, **kwargs: Any) -> Any:
         """The grown model's output: what the host's `apply` returns for the same arguments."""
         _check_morph(morph)
-        return self._run(morph, {path: _bank(morph, path) for path in morph.spec.planted_at}, args, kwargs)
+        sources = [plant.source for plant in morph.spec.plants if plant.source]
+        banks = {path: _bank(morph, path) for path in dict.fromkeys((*morph.spec.planted_at, *sources))}
+        return self._run(morph, banks, args, kwargs)
 
     def tapped(self, morph: Morph, taps: Mapping[str, Tap], sample: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """The same output, with `taps` (see `zero_taps`) whose gradients are the step's faults and measurements."""
@@ -142,4 +144,7 @@ def _check_morph(morph: Any) -> None:
 def _bank(morph: Morph, path: str, tap: Tap | None = None, sample: jax.Array | None = None) -> Bank:
     plants = morph.spec.planted_at.get(path, ())
     state = morph.state[path] if plants else None
-    return Bank(dict(morph.seeds.get(path, {})), state, tap, sample, morph.spec.by_path[path], plants)
+    places = tuple(morph.spec.place(plant) for plant in plants) if any(plant.source for plant in plants) else ()
+    read = any(plant.source == path for plant in morph.spec.plants)
+    seeds = dict(morph.seeds.get(path, {}))
+    return Bank(seeds, state, tap, sample, morph.spec.by_path[path], plants, places=places, read=read)

@@ -63,6 +63,7 @@ def call(
     called: set[str] = set()
     visited: set[str] = set()
     inside: set[str] = set()
+    inputs: dict[str, Any] = {}
 
     def intercept(next_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
         module = context.module
@@ -84,7 +85,7 @@ def call(
             output = next_call(*args, **kwargs)
         finally:
             inside.remove(bank.site.path)
-        return with_seeds(module, bank, args, kwargs, output)
+        return with_seeds(module, bank, args, kwargs, output, inputs)
 
     try:
         with nn.intercept_methods(intercept):

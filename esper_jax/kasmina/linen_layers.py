@@ -128,7 +128,14 @@ def traced_site(
     return site(u.shape[-1:], h.shape[-1:])
 
 
-def with_seeds(module: Any, bank: Bank, args: tuple[Any, ...], kwargs: dict[str, Any], h: Any) -> Any:
+def with_seeds(
+    module: Any,
+    bank: Bank,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    h: Any,
+    inputs: dict[str, Any] | None = None,
+) -> Any:
     """The layer's output with its bank applied, in the layout that the layer gave it."""
     site, u = bank.site, first_input(module, args, kwargs)
     if not (hasattr(u, "shape") and hasattr(h, "shape")):
@@ -143,13 +150,13 @@ def with_seeds(module: Any, bank: Bank, args: tuple[Any, ...], kwargs: dict[str,
     geometry = geometry_of(module, u)
     if isinstance(module, nn.Einsum):
         geometry["equation"] = equation_of(module, args, kwargs)
-    inputs, output, back = arrange(site, geometry, u, h)
+    given, output, back = arrange(site, geometry, u, h)
     free = site.kind == "embed" or (site.kind in CONVS and not site.traced)
-    if not free and inputs.shape[-1] != site.in_features:
-        raise _mismatch(site, module, f"has an input of {inputs.shape[-1]} features")
+    if not free and given.shape[-1] != site.in_features:
+        raise _mismatch(site, module, f"has an input of {given.shape[-1]} features")
     if output.shape[-1] != site.out_features:
         raise _mismatch(site, module, f"has an output of shape {h.shape}")
-    return back(apply_bank(bank, inputs, output, _kernel_and_bias(module, site)))
+    return back(apply_bank(bank, given, output, _kernel_and_bias(module, site), inputs))
 
 
 def _peculiar(module: Any) -> dict[str, str]:

@@ -145,7 +145,7 @@ def with_spec(morph: Morph, spec: Spec) -> Morph:
     for path, plants in spec.planted_at.items():
         site, old = spec.by_path[path], morph.seeds.get(path, {})
         kept = {plant.key for plant in plants if morph.spec.plant(path, plant.slot) == plant}
-        seeds[path] = {p.key: old[p.key] if p.key in kept else blank(p, site) for p in plants}
+        seeds[path] = {p.key: old[p.key] if p.key in kept else blank(p, spec.place(p)) for p in plants}
         state[path] = morph.state[path] if path in morph.state else SeedState.empty(spec.slots, site.layers)
     return morph.replace(seeds=seeds, state=state, spec=spec)
 

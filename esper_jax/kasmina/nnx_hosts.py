@@ -42,6 +42,7 @@ _COLLECTIONS = {"Param": "params", "BatchStat": "batch_stats"}
 BANK = "esper_bank"
 """The attribute under which a bank sits at its layer for the time of a call."""
 _CALLED: contextvars.ContextVar[set[str] | None] = contextvars.ContextVar("called", default=None)
+_INPUTS: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("inputs", default=None)
 
 
 class BankVariable(nnx.Param):
@@ -296,7 +297,7 @@ def _planted(module: Any, banks: Mapping[str, Bank]) -> Iterator[None]:
     """The module with banks at its layers, each in the place of its class, and as it was afterwards."""
     modules = {join_path(tuple(map(str, path))): part for path, part in nnx.iter_modules(module)} if banks else {}
     changed: list[Any] = []
-    token = _CALLED.set(set())
+    tokens = _CALLED.set(set()), _INPUTS.set({})
     try:
         for path, bank in banks.items():
             layer = modules[path]
@@ -313,7 +314,8 @@ def _planted(module: Any, banks: Mapping[str, Bank]) -> Iterator[None]:
                 stacklevel=5,
             )
     finally:
-        _CALLED.reset(token)
+        _CALLED.reset(tokens[0])
+        _INPUTS.reset(tokens[1])
         for layer in changed:
             delattr(layer, BANK)
             layer.__class__ = type(layer).__mro__[1]
@@ -350,7 +352,7 @@ def with_seeds(module: Any, cls: type, bank: Bank, args: Any, kwargs: Any, h: An
         own = _own(module)
         bias = own["bias"].reshape(-1) if "bias" in own else None
         linear = own["kernel"].reshape(site.in_features, site.out_features), bias
-    return back(apply_bank(bank, inputs, output, linear))
+    return back(apply_bank(bank, inputs, output, linear, _INPUTS.get()))
 
 
 def _kind(module: Any) -> str | None:

@@ -114,6 +114,15 @@ class Spec:
         """The plant in that slot, or None where the slot is empty."""
         return next((plant for plant in self.planted_at.get(site, ()) if plant.slot == slot), None)
 
+    def place(self, plant: Plant) -> Site:
+        """Where a plant's seed stands: its site; a span's is of kind "span", from its source's input to its output."""
+        site = self.by_path[plant.site]
+        if not plant.source:
+            return site
+        source = self.by_path[plant.source]
+        geometry = (("first", source.geometry), ("second", site.geometry))
+        return dataclasses.replace(site, kind="span", in_shape=source.in_shape, geometry=geometry)
+
     def free_slots(self, site: str) -> tuple[int, ...]:
         """The empty slots of a site."""
         taken = {plant.slot for plant in self.planted_at.get(site, ())}
@@ -132,9 +141,9 @@ class Spec:
         }
         sites = [dataclasses.replace(s, path=path, layers=0) for s in self.sites for path in parts[s.path]]
         plants = [
-            dataclasses.replace(p, site=path, resident=p.resident or bool(self.by_path[p.site].layers))
+            dataclasses.replace(p, site=path, resident=p.resident or bool(self.by_path[p.site].layers), source=source)
             for p in self.plants
-            for path in parts[p.site]
+            for path, source in zip(parts[p.site], parts.get(p.source, [""] * len(parts[p.site])), strict=True)
         ]
         return Spec(tuple(sites), self.slots, tuple(plants))
 

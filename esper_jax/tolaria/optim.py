@@ -18,6 +18,7 @@ from ..kasmina.morph import Morph
 from ..kasmina.observe import when_seeds_compute
 from ..kasmina.spec import Plant
 from ..kasmina.state import learns
+from ..kasmina.widen import joined
 
 Learnt = Callable[[Any, Any], Any]
 """What comes of a seed's params and updates when it learns."""
@@ -64,6 +65,29 @@ class Growable:
             for path in morph.spec.planted_at
         }
         return GrowState(state.host, seeds)
+
+    def fold(self, state: GrowState, before: Morph, after: Morph) -> GrowState:
+        """The state for a morph that `fold` made: all that is left keeps its own, and folded units take theirs along.
+
+        A unit's moments come from its seed's state where host and seeds have one transformation, else they are zero.
+        """
+        host = state.host
+        for plant in before.spec.plants:
+            if plant.source and after.spec.plant(plant.site, plant.slot) is None:
+                first, second = before.spec.by_path[plant.source], before.spec.by_path[plant.site]
+                params = before.seeds[plant.site][plant.key]
+                own = _params_trees(self.seeds, state.seeds[plant.site][plant.key].inner)
+                alike = len(own) == len(_params_trees(self.host, host))
+                trees = iter(own if alike and self.seeds is self.host else [])
+                blank = jax.tree.map(jnp.zeros_like, params)
+
+                def widen(
+                    tree: Any, f: Any = first, s: Any = second, t: Any = trees, b: Any = blank, p: Any = plant
+                ) -> Any:
+                    return joined(tree, next(t, b), f, s, dict(p.config)["norm"], 1.0)
+
+                host = _map_params_trees(self.host, host, widen)
+        return self.grow(GrowState(host, state.seeds), after)
 
     def deepen(self, state: GrowState, deepened: Deepened) -> GrowState:
         """The state for a morph that `stack` made deeper: every moment stays, an added layer's begin at zero.
@@ -221,6 +245,13 @@ def _map_params_trees(tx: optax.GradientTransformation, state: Any, change: Call
         return node
 
     return jax.tree.map(swap, leaves, is_leaf=held)
+
+
+def _params_trees(tx: optax.GradientTransformation, state: Any) -> list[Any]:
+    """The trees of an optimizer state that have the structure of the params, in order."""
+    found: list[Any] = []
+    _map_params_trees(tx, state, lambda tree: found.append(tree) or tree)
+    return found
 
 
 @dataclasses.dataclass

@@ -130,7 +130,7 @@ def born(morph: Morph, seed: int) -> Morph:
     plants = enumerate(morph.spec.plants)
     keys = {(p.site, p.key): jax.random.fold_in(jax.random.key(seed), i) for i, p in plants}
     fresh = {
-        path: {p.key: seed_init(p, morph.spec.by_path[path], keys[path, p.key]) for p in planted}
+        path: {p.key: seed_init(p, morph.spec.place(p), keys[path, p.key]) for p in planted}
         for path, planted in morph.spec.planted_at.items()
     }
     return morph.replace(seeds=fresh)

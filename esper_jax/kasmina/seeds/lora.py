@@ -22,7 +22,7 @@ def _init(key: jax.Array, site: Site, *, rank: int = 8, scale: float = 1.0) -> d
     rank = at_least_one("rank", rank)
     lecun = jax.nn.initializers.lecun_uniform()
     if site.kind in CONVS:
-        form = _form(site)
+        form = form_of(site)
         groups = form.get("groups", 1)
         down = lecun(key, (*form["kernel_size"], site.in_features // groups, groups * rank), site.dtype)
         return {"down": down, "up": jnp.zeros((groups, rank, site.out_features // groups), site.dtype)}
@@ -39,7 +39,7 @@ def _apply(params: Params, u: Float[Array, "..."], site: Site, scale: float) -> 
         return down[u] @ up * scale
     if site.kind not in CONVS:
         return (u @ down) @ up * scale
-    inner = like_layer(site.kind, _form(site), u, down)
+    inner = like_layer(site.kind, form_of(site), u, down)
     if up.shape[0] == 1:
         return inner @ up[0] * scale
     grouped = inner.reshape(*inner.shape[:-1], up.shape[0], -1)
@@ -48,34 +48,44 @@ def _apply(params: Params, u: Float[Array, "..."], site: Site, scale: float) -> 
 
 def _merge(host: Params, params: Params, alpha: Any, *, site: Site, rank: int, scale: float) -> dict[str, Array]:
     down, up = params["down"], params["up"]
-    exact = {"precision": "highest"}
     if site.kind == "attention":
         raise ValueError("beside an attention layer nothing is linear; lora at its query, key, value and out is")
+    if site.kind not in CONVS:
+        return merged(host, jnp.matmul(down, up, precision="highest"), alpha * scale, site)
+    split = down.reshape(*down.shape[:-1], up.shape[0], -1)
+    delta = jnp.einsum("...igr,gro->...igo", split, up, precision="highest")
+    return merged(host, delta.reshape(*delta.shape[:-2], -1), alpha * scale, site)
+
+
+def merged(host: Params, delta: Array, alpha: Any, site: Site) -> dict[str, Array]:
+    """The layer's arrays with `alpha` times a linear map added, `[in, out]` or in the form of a convolution's kernel.
+
+    Raises:
+      ValueError: an embedding whose table the model also reads elsewhere.
+    """
+    name = "kernel"
     if site.kind == "embed":
+        name = "embedding"
         if dict(site.geometry).get("tied"):
             raise ValueError("the table is also read by attend(), which folding would change")
-        name, delta = "embedding", jnp.matmul(down, up, **exact)
-    elif site.kind in CONVS:
-        groups = up.shape[0]
-        split = down.reshape(*down.shape[:-1], groups, -1)
-        delta = jnp.einsum("...igr,gro->...igo", split, up, **exact)
-        name, delta = "kernel", delta.reshape(*delta.shape[:-2], -1)
-    else:
-        name, delta = "kernel", jnp.matmul(down, up, **exact).reshape(*site.in_shape, *site.out_shape)
+    elif site.kind not in CONVS:
+        delta = delta.reshape(*site.in_shape, *site.out_shape)
         if site.kind == "einsum":
             order = kernel_order(dict(site.geometry)["equation"])
             delta = delta.transpose([order.index(i) for i in range(len(order))])
-    return {**host, name: host[name] + alpha * scale * delta.reshape(host[name].shape)}
+    return {**host, name: host[name] + alpha * delta.reshape(host[name].shape)}
 
 
-def _form(site: Site) -> dict[str, Any]:
+def form_of(site: Site) -> dict[str, Any]:
+    """How a convolution moves; ValueError where no trace has told."""
     form = dict(site.geometry)
     if "kernel_size" not in form:
         raise ValueError(
-            "lora needs to know how the convolution moves: give morph() model= and example=, so that it is traced"
+            "a seed beside a convolution needs to know how it moves: give morph() model= and example=, so that it is "
+            "traced"
         )
     if form.get("transpose_kernel"):
-        raise ValueError("lora cannot follow a ConvTranspose with transpose_kernel=True")
+        raise ValueError("no seed can follow a ConvTranspose with transpose_kernel=True")
     return form
 
 
