@@ -105,9 +105,11 @@ FAMILIES = {
         ),
         "image": Form(partial(nn.ConvTranspose, 3, (2, 2), (2, 2)), "conv_transpose", "image"),
         "transposed kernel": Form(
-            partial(nn.ConvTranspose, 4, (3,), transpose_kernel=True), "conv_transpose", refuses=("lora",)
+            partial(nn.ConvTranspose, 4, (3,), transpose_kernel=True), "conv_transpose", refuses=("linear", "lora")
         ),
-        "circular": Form(partial(nn.ConvTranspose, 3, (4,), (2,), "CIRCULAR"), "conv_transpose", refuses=("lora",)),
+        "circular": Form(
+            partial(nn.ConvTranspose, 3, (4,), (2,), "CIRCULAR"), "conv_transpose", refuses=("linear", "lora")
+        ),
         "explicit": Form(partial(nn.ConvTranspose, 3, (3,), padding=((2, 2),)), "conv_transpose"),
         "unbatched": Form(
             partial(nn.ConvTranspose, 3, (3,), (2,)), "conv_transpose", call=lambda layer, xs, x, train: layer(x[0])
@@ -484,6 +486,6 @@ def test_a_fossil_at_a_layer_that_uses_its_weights_in_a_way_of_its_own_is_not_fo
     morph = esper_jax.morph(variables, where=r"^layer$", model=model, example=x)
     morph = esper_jax.germinate(morph, "layer", blueprint, key=jax.random.key(0))
     grown = in_stage(noisy(morph, 1), Stage.FOSSILIZED)
-    with pytest.warns(UserWarning, match=f"layer slot 0: the layer is {why}"):
+    with pytest.warns(UserWarning, match=f"layer slot 0: the layer layer is {why}"):
         folded = esper_jax.fold(grown)
     assert folded.spec == grown.spec and equal_bits(folded.host, grown.host)
