@@ -193,8 +193,20 @@ def seed_apply(plant: Plant, site: Site, variables: Params, u: jax.Array) -> tup
         return f, jnp.ones((), f.dtype)
     f = blueprint.apply(variables["seed"], u, site=site, **config)
     read = u[0] if blueprint.reads == "call" else u
-    gate = jax.nn.sigmoid(read @ variables["gate"]["kernel"] + variables["gate"]["bias"])
-    return f, gate.astype(f.dtype)
+    opens = _weighed(variables["gate"]["kernel"], read, site if blueprint.reads == "input" else None)
+    return f, jax.nn.sigmoid(opens + variables["gate"]["bias"]).astype(f.dtype)
+
+
+def _weighed(kernel: jax.Array, u: jax.Array, site: Site | None) -> jax.Array:
+    """A gate's sum of what its seed reads; `site` is given where that is the layer's input.
+
+    Ids pick a row. A convolution's output has other places than its input, so there one gate serves an image's whole.
+    """
+    if site is not None and site.kind == "embed":
+        return kernel[u]
+    if site is not None and site.spatial:
+        u = jnp.mean(u, axis=tuple(range(1, 1 + site.spatial)), keepdims=True)
+    return u @ kernel
 
 
 def seed_shapes(plant: Plant, site: Site) -> Params:

@@ -102,6 +102,9 @@ def _fossils(morph: Morph, plant: Plant) -> np.ndarray:
 def _obstacle(morph: Morph, plant: Plant) -> str:
     """Why the fossil cannot be folded, or an empty text."""
     blueprint, site = get_blueprint(plant.blueprint), morph.spec.by_path[plant.site]
+    for end in filter(None, (plant.source, plant.site)):
+        if custom := dict(morph.spec.by_path[end].geometry).get("custom"):
+            return f"the layer {end} is {custom}, and may use its weights in a way of its own"
     if plant.source:
         return obstacle(morph, plant)
     if blueprint.merge is None:

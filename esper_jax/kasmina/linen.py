@@ -87,8 +87,16 @@ def call(
             inside.remove(bank.site.path)
         return with_seeds(module, bank, args, kwargs, output, inputs)
 
-    with nn.intercept_methods(intercept):
-        result = apply({**variables, "params": _merge(variables["params"], banks)}, *args, **kwargs)
+    try:
+        with nn.intercept_methods(intercept):
+            result = apply({**variables, "params": _merge(variables["params"], banks)}, *args, **kwargs)
+    except Exception as error:
+        if guessed := [path for path, bank in banks.items() if not bank.site.traced]:
+            error.add_note(
+                f"morph() knows {', '.join(guessed)} by their parameters alone; if the error comes from there, give it "
+                "model= and example= so that the layers are traced"
+            )
+        raise
     # A jitted apply that is called again runs from its cache: no layer is called, and its seeds are in the program.
     missed = [path for path, bank in banks.items() if bank.plants and path not in visited]
     if missed and called and "method" not in kwargs:
@@ -112,13 +120,19 @@ def trace_sites(
     """The model's sites with kinds, shapes and dtypes read off a trace of one call on `example` (shapes only)."""
     seen: dict[str, Seen] = {}
     tied: set[str] = set()
+    wrappers: list[str] = []
 
     def intercept(next_call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
-        output, module = next_call(*args, **kwargs), context.module
+        module = context.module
+        wraps = context.method_name == "__call__" and isinstance(module, nn.WeightNorm | nn.SpectralNorm)
+        wrappers.extend([type(module).__name__] * wraps)
+        output = next_call(*args, **kwargs)
+        del wrappers[len(wrappers) - wraps :]
         path = join_path(module.path)
         if context.method_name == "__call__" and module.scope is not None and path not in seen:
             shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _own_params(module))
             known = {"equation": equation_of(module, args, kwargs)} if isinstance(module, nn.Einsum) else {}
+            known |= {"custom": f"inside {wrappers[-1]}"} if wrappers else {}
             seen[path] = Seen(module.clone(), first_input(module, args, kwargs), output, shapes, known)
         elif context.method_name == "attend":
             tied.add(path)

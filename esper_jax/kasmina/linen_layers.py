@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -100,7 +101,7 @@ def traced_site(
     if known.get("stack", 0) is None:
         return f"{name}, stacked along more than one axis"
     layers = arrays[0].shape[known["stack"]] if "stack" in known else 0
-    found = {**geometry_of(module, u), **known}
+    found = {**geometry_of(module, u), **_peculiar(module), **known}
     dtype = str(jnp.dtype(arrays[0].dtype))
 
     def site(inputs: Any, outputs: Any, spatial: int = 0) -> Site:
@@ -123,7 +124,7 @@ def traced_site(
     if kind is None:
         assert guessed is not None
         agrees = u.shape[-1:] == guessed.in_shape and h.shape[-1:] == guessed.out_shape and not layers
-        return guessed if agrees else name
+        return dataclasses.replace(guessed, geometry=freeze_config(_peculiar(module))) if agrees else name
     return site(u.shape[-1:], h.shape[-1:])
 
 
@@ -167,6 +168,16 @@ def attended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     keys = keys if keys is not None else shared if shared is not None else queries
     values = given.get("inputs_v")
     return queries, keys, values if values is not None else keys, given.get("mask")
+
+
+def _peculiar(module: Any) -> dict[str, str]:
+    """Why a layer's arrays may mean something else than in Flax's own layer, as `custom`, or nothing."""
+    name = type(module).__name__
+    if not type(module).__module__.startswith("flax."):
+        return {"custom": f"a {name}, not one of Flax's own layers"}
+    if getattr(module, "mask", None) is not None:
+        return {"custom": f"a {name} with a mask"}
+    return {}
 
 
 def _kernel_and_bias(module: nn.Module, site: Site) -> tuple[Any, Any] | None:

@@ -149,7 +149,7 @@ def in_stage(morph: Morph, stage: Any, alpha: Any = None) -> Morph:
                 else (stage.get((path, plant.slot)))
             )
             if wanted is not None:
-                stages[plant.slot], alphas[plant.slot] = wanted
+                stages[..., plant.slot], alphas[..., plant.slot] = wanted
         state[path] = morph.state[path].replace(stage=jnp.asarray(stages), alpha=jnp.asarray(alphas))
     return morph.replace(state=state)
 

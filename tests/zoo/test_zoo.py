@@ -15,6 +15,7 @@ import pytest
 
 import esper_jax
 from esper_jax import FixedSchedule, Gates, Lifecycle, Stage, Tolaria
+from esper_jax.kasmina import lifecycle
 from esper_jax.kasmina.blueprints import get_blueprint, make_plant, registered
 from esper_jax.kasmina.morph import with_spec
 from esper_jax.kasmina.summary import equal_bits, program
@@ -215,6 +216,13 @@ def test_a_seed_at_each_kind_of_site_leaves_the_model_to_the_bit_until_it_is_ble
     assert step._cache_size() == 1
 
 
+@jax.jit
+def tick(life):
+    """One tick of a site's seeds, compiled once for all models (`esper_jax.tick` is one program a morph)."""
+    config = Lifecycle(Gates(min_training_ticks=2, min_health=0.0), tempo=2)
+    return lifecycle.tick(life, score=jnp.nan, config=config)[0]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_short_epoch_with_growth_ends_with_a_fossil_in_the_output(name):
     """Two steps of the host alone, then germinate, train, blend, hold and fossilise, in one program."""
@@ -234,9 +242,6 @@ def test_a_short_epoch_with_growth_ends_with_a_fossil_in_the_output(name):
         step = esper_jax.make_train_step(
             forward, given.loss, tx, probe_every=4, rngs=STREAMS, unpack=lambda batch: batch, donate=False
         )
-        tick = jax.jit(
-            functools.partial(esper_jax.tick, config=Lifecycle(Gates(min_training_ticks=2, min_health=0.0), tempo=2))
-        )
         state = TrainState.create(morph, tx, key=key(1))
         losses, stages = [], []
         for i in range(10):
@@ -244,7 +249,8 @@ def test_a_short_epoch_with_growth_ends_with_a_fossil_in_the_output(name):
                 state = state.replace(morph=esper_jax.germinate(state.morph, path, blueprint, key=jax.random.key(2)))
             state, metrics = step(state, (given.args, given.targets))
             losses.append(float(metrics["loss"]))
-            state = state.replace(morph=tick(state.morph)[0])
+            life = tick(state.morph.state[path])
+            state = state.replace(morph=state.morph.replace(state={path: life}))
             stages.append(Stage(int(np.max(state.morph.state[path].stage))).name)
         grown = esper_jax.fossilize(state.morph, path)
         with_seed, without = (
@@ -307,3 +313,27 @@ def test_under_vmap_too_the_members_gradients_are_equal_to_the_bit(resident):
         for path, state in in_stage(morph, Stage.DORMANT).state.items()
     }
     assert equal_bits(step(morph.params["host"], morph.replace(state=second)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autoencoder", "convnext", "gpt", "siamese"])
+def test_fossils_at_all_sites_fold_into_the_model_and_leave_its_outputs(name):
+    """Contract 20: within 1e-6 relative in float32; only a table that is read twice keeps its seed."""
+    given, morph = exhibit(name), morphed(name)
+    spec = morph.spec
+    for i, site in enumerate(spec.sites):
+        names = [blueprint for blueprint in fitting(site) if get_blueprint(blueprint).merge is not None]
+        config = {"rank": 2} if names[i % len(names)] == "lora" else {}
+        spec = spec.with_plant(make_plant(site, 0, names[i % len(names)], config, "add", False))
+    grown = with_spec(morph, spec)
+    grown = in_stage(grown.replace(seeds=stirred(grown.seeds, 0.1)), Stage.FOSSILIZED)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"fold\(\) left 1 .*wte slot 0: the table is also read")
+        folded = esper_jax.fold(grown)
+    assert [plant.site for plant in folded.spec.plants] == (["wte"] if name == "gpt" else [])
+    forward = esper_jax.graft(given.model)
+    with unoptimised():
+        outputs = jax.jit(lambda morph: given.run(forward, morph, False)[1][0])
+        before, after, host = (jax.tree.leaves(outputs(m)) for m in (grown, folded, morph))
+    for p, q, bare in zip(before, after, host, strict=True):
+        assert jnp.max(jnp.abs(p - q)) <= 1e-6 * jnp.max(jnp.abs(p)) < jnp.max(jnp.abs(p - bare))
