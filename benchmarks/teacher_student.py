@@ -1,9 +1,9 @@
 """Does growing a hidden layer unit by unit reach what a wider network trained from the start reaches?
 
-The protocol of the GradMax paper (Evci et al., ICLR 2022): 1,000 points from N(0, 1)^10, a teacher 10-10-10 with a ReLU
-and no bias, weights from U(-1, 1); a student 10-5-10 that grows by one hidden unit at steps 200, 400, 600, 800 and
-1,000, plain SGD at 0.1 on the whole batch, 1,500 steps. Each unit is a span seed of this library, germinated, blended in
-and kept by its public calls. The gap is what a static student of 10 units gains over one of 5: (small - grown) /
+The protocol of the GradMax paper (Evci et al., ICLR 2022): 1,000 points from N(0, 1)^10, a teacher 10-10-10 with a
+ReLU and no bias, weights from U(-1, 1); a student 10-5-10 that grows by one hidden unit at steps 200, 400, 600, 800 and
+1,000, plain SGD at 0.1 on the whole batch, 1,500 steps. Each unit is a span seed of this library, germinated, blended
+in and kept by its public calls. The gap is what a static student of 10 units gains over one of 5: (small - grown) /
 (small - big), of the mean squared error at the end. "jump" is the largest change of the loss at a germination.
 """
 

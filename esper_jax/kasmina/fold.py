@@ -116,7 +116,7 @@ def _obstacle(morph: Morph, plant: Plant) -> str:
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(morph.seeds[plant.site][plant.key])):
         return "its parameters are not finite"
     for other in morph.spec.planted_at[plant.site]:
-        awake = np.any(computes(np.asarray(morph.state[other.site].stage)[..., other.slot]))
+        awake = np.any(computes(morph.state[other.site].stage[..., other.slot]))
         commutes = other.blend == plant.blend == "add" and "output" not in (
             get_blueprint(other.blueprint).reads,
             blueprint.reads,

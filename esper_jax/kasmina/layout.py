@@ -156,7 +156,7 @@ def with_host_arrays(params: Any, site: Site, arrays: Mapping[str, Array]) -> An
     """The host's params with a layer's arrays, as `host_arrays` gives them, in the place of its own."""
     axis = dict(site.geometry).get("stack", 0)
 
-    def put(node: Mapping[str, Any]) -> Any:
+    def put(node: Any) -> Any:
         new = {}
         for name, leaf in arrays.items():
             structure = jax.tree.structure(node[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from flax import nnx
@@ -79,18 +78,16 @@ def _seeded(layer: Any, cls: type, args: Any, kwargs: Any, h: Any) -> Any:
     return with_seeds(layer, cls, bank, args, kwargs, h)
 
 
-def _kasmina(cls: type, about: str) -> Any:
+def _kasmina(cls: Any, about: str) -> Any:
     """An nnx layer with a seed bank: the layer's own arguments, and `slots`, `planted` and `blend`."""
 
     class Layer(cls):  # type: ignore[misc]
-        @functools.wraps(cls.__init__)
         def __init__(
             self, *args: Any, slots: int = 4, planted: Any = None, blend: str = "add", rngs: nnx.Rngs, **kwargs: Any
         ) -> None:
             super().__init__(*args, rngs=rngs, **kwargs)
             _plant(self, slots, planted, blend, rngs)
 
-        @functools.wraps(cls.__call__)
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return _seeded(self, cls, args, kwargs, super().__call__(*args, **kwargs))
 

@@ -141,7 +141,8 @@ def collections(state: Any) -> dict[str, Any]:
 def embedded(host: Any) -> dict[str, Embedded]:
     """The seeds that Kasmina layers of a module carry, by site."""
     found = {}
-    for path, module in nnx.iter_modules(host) if isinstance(host, nnx.Module) else ():
+    layers: Any = nnx.iter_modules(host) if isinstance(host, nnx.Module) else ()
+    for path, module in layers:
         if isinstance(getattr(module, "kasmina_seeds", None), SeedVariable):
             name = join_path(tuple(map(str, path)))
             site = dataclasses.replace(module.kasmina_site, path=name)

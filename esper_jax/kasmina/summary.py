@@ -248,7 +248,7 @@ def _example_site(blueprint: Blueprint) -> Site:
     kind, width = blueprint.kinds[0], (EXAMPLE_FEATURES,)
     if kind not in CONVS:
         return Site("example", kind, width, width)
-    form = {"kernel_size": (3, 3), "strides": (1, 1), "padding": "SAME", "kernel_dilation": (1, 1)}
+    form: dict[str, Any] = {"kernel_size": (3, 3), "strides": (1, 1), "padding": "SAME", "kernel_dilation": (1, 1)}
     form |= {"input_dilation": (1, 1), "groups": 1} if kind == "conv" else {"transpose_kernel": False}
     return Site("example", kind, width, width, spatial=2, geometry=freeze_config(form))
 

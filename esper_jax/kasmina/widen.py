@@ -53,10 +53,10 @@ def widened_morph(morph: Morph, plant: Plant) -> Morph:
     params = joined(morph.params["host"], seed, first, second, config["norm"], alpha, epsilon=epsilon)
     bare = with_spec(morph, spec.without(plant.site, plant.slot))
     host = bare.with_params({"host": params, "seeds": bare.seeds}).host
-    if config["norm"] and isinstance(host, Mapping) and "batch_stats" in host:
+    if config["norm"] and "batch_stats" in host:
         host = type(host)({**host, "batch_stats": _stats(host["batch_stats"], config["norm"], config["units"])})
     width = (first.out_features + config["units"],)
-    known = {first.path: {"out_shape": width}, second.path: {"in_shape": width}}
+    known: dict[str, dict[str, Any]] = {first.path: {"out_shape": width}, second.path: {"in_shape": width}}
     if config["norm"]:
         known[config["norm"]] = {"in_shape": width, "out_shape": width}
     changed = [dataclasses.replace(site, **known.get(site.path, {})) for site in spec.sites]
@@ -74,16 +74,16 @@ def joined(
     enter, leave, bias = seed["enter"], seed["leave"], seed.get("bias")
     units = enter.shape[-1]
 
-    def widen_first(node: Mapping[str, Any]) -> Any:
+    def widen_first(node: Any) -> Any:
         new = {"kernel": _concatenated(node["kernel"], enter, -1, 1.0)}
         if "bias" in node:
             new["bias"] = _concatenated(node["bias"], jnp.zeros((units,)) if bias is None else bias, -1, 1.0)
         return type(node)({**node, **new})
 
-    def widen_second(node: Mapping[str, Any]) -> Any:
+    def widen_second(node: Any) -> Any:
         return type(node)({**node, "kernel": _concatenated(node["kernel"], leave, -2, alpha)})
 
-    def widen_norm(node: Mapping[str, Any]) -> Any:
+    def widen_norm(node: Any) -> Any:
         begin = {"scale": 0.0 if epsilon is None else (1 + epsilon) ** 0.5, "bias": 0.0}
         new = {n: _concatenated(node[n], jnp.full((units,), begin[n]), -1, 1.0) for n in begin if n in node}
         return type(node)({**node, **new})

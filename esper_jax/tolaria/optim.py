@@ -250,7 +250,12 @@ def _map_params_trees(tx: optax.GradientTransformation, state: Any, change: Call
 def _params_trees(tx: optax.GradientTransformation, state: Any) -> list[Any]:
     """The trees of an optimizer state that have the structure of the params, in order."""
     found: list[Any] = []
-    _map_params_trees(tx, state, lambda tree: found.append(tree) or tree)
+
+    def note(tree: Any) -> Any:
+        found.append(tree)
+        return tree
+
+    _map_params_trees(tx, state, note)
     return found
 
 
