@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .blueprints import get_blueprint
+from .graft import graft
 from .layout import host_arrays, with_host_arrays
 from .morph import Morph, check_morph
 from .operate import planted_state, shed
@@ -21,9 +22,20 @@ from .state import SeedState, computes, layers_of, slot_of, with_slot
 from .widen import obstacle, widened_morph
 
 Slot = tuple[str, int]
+TOLERANCE, LOW_TOLERANCE = 1e-4, 0.1
+"""How far outputs may be apart, relative to the largest, for a fold to count as exact; for 16-bit outputs."""
 
 
-def fold(morph: Morph, site: str | None = None, slot: int | None = None, *, strict: bool = False) -> Morph:
+def fold(
+    morph: Morph,
+    site: str | None = None,
+    slot: int | None = None,
+    *,
+    strict: bool = False,
+    model: Any = None,
+    example: Any = None,
+    **kwargs: Any,
+) -> Morph:
     """Merge fossils into the host's own weights.
 
     A folded seed's slot is empty again (dormant, where it was planted ahead), and the host computes what host and seed
@@ -36,6 +48,10 @@ def fold(morph: Morph, site: str | None = None, slot: int | None = None, *, stri
       site: fold at this site only; None is all of them.
       slot: fold this slot of `site` only.
       strict: raise for a fossil that cannot be folded, instead of warning of it.
+      model: the host's module, with `example` one input: each fold is tried on it, and one that changes the output is
+        left. So weights that the model reads elsewhere are found out, which no look at its layers tells.
+      example: one input, an array or a tuple of arguments.
+      **kwargs: keyword arguments of that call.
 
     Returns:
       The morph, with the host in the form it was given. Call `growable(...).fold(opt_state, before, after)` after it:
@@ -47,12 +63,16 @@ def fold(morph: Morph, site: str | None = None, slot: int | None = None, *, stri
     check_morph(morph, "fold")
     wanted = _wanted(morph, site, slot)
     left: dict[Slot, str] = {}
+    same = None if model is None or example is None else _Same(model, example, kwargs)
     for plant in wanted:
         reason = _obstacle(morph, plant)
+        if not reason:
+            folded = _folded(morph, plant)
+            reason = "" if same is None or plant.source else same(morph, folded)
         if reason:
             left[plant.site, plant.slot] = reason
         else:
-            morph = _folded(morph, plant)
+            morph = folded
     if left:
         told = "; ".join(f"{path} slot {at}: {why}" for (path, at), why in left.items())
         if strict:
@@ -62,6 +82,28 @@ def fold(morph: Morph, site: str | None = None, slot: int | None = None, *, stri
             stacklevel=2,
         )
     return shed(morph)
+
+
+class _Same:
+    """Compares what two morphs of one model compute on an example, in evaluation mode."""
+
+    def __init__(self, model: Any, example: Any, kwargs: Mapping[str, Any]) -> None:
+        forward = graft(model)
+        inputs = example if isinstance(example, tuple) else (example,)
+        options = {**forward.mode(False), **kwargs}
+        self.run = jax.jit(lambda morph: forward(morph, *inputs, **options))
+
+    def __call__(self, before: Morph, after: Morph) -> str:
+        """Why the second is another network than the first, or an empty text."""
+        worst = 0.0
+        for a, b in zip(jax.tree.leaves(self.run(before)), jax.tree.leaves(self.run(after)), strict=True):
+            if jnp.issubdtype(a.dtype, jnp.inexact):
+                gap = float(jnp.max(jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32))))
+                size = float(jnp.max(jnp.abs(a.astype(jnp.float32)))) + 1e-30
+                worst = max(worst, gap / size / (TOLERANCE if a.dtype.itemsize > 2 else LOW_TOLERANCE))
+        if worst <= 1:
+            return ""
+        return "the model's output is another one afterwards: it reads the layer's weights elsewhere too"
 
 
 def foldable(morph: Morph) -> dict[Slot, str]:

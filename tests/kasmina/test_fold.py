@@ -259,3 +259,25 @@ def test_tied_tables_and_untraced_convolutions_say_why_they_cannot():
     variables = Host(conv).init(jax.random.key(0), image)
     with pytest.raises(ValueError, match="model= and example="):
         esper_jax.germinate(esper_jax.morph(variables), "layer", "lora", key=jax.random.key(0))
+
+
+def test_a_model_that_reads_the_weights_elsewhere_is_found_out_by_trying():
+    """An untraced tied table looks like any other; with `model=` and `example=` the fold is left."""
+
+    class Tied(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            table = nn.Embed(7, 4, name="layer")
+            return nn.Dense(7, name="last")(table(ids)) + table.attend(table(ids))
+
+    model = Tied()
+    variables = jax.jit(model.init)(jax.random.key(0), IDS)
+    morph = esper_jax.morph(variables)
+    for site in ("layer", "last"):
+        morph = esper_jax.germinate(morph, site, "lora", key=jax.random.key(0), rank=2)
+    morph = in_stage(noisy(morph, 1), Stage.FOSSILIZED)
+    with pytest.warns(UserWarning, match="layer slot 0: the model's output is another one afterwards"):
+        folded = esper_jax.fold(morph, model=model, example=IDS)
+    assert [plant.site for plant in folded.spec.plants] == ["layer"]
+    forward = esper_jax.graft(model)
+    np.testing.assert_allclose(forward(folded, IDS), forward(morph, IDS), rtol=1e-5, atol=1e-5)
