@@ -47,7 +47,9 @@ def primitives(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["lean", "planted"])
+@pytest.mark.parametrize(
+    "resident", [pytest.param(False, id="lean"), pytest.param(True, id="planted", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_compact_network_computes_what_was_grown_without_branches_or_rules(name, resident):
     """Training and evaluation mode, updated collections included; plain dicts of arrays."""

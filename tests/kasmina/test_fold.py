@@ -46,8 +46,9 @@ LAYERS = {
     "group_norm": (nn.GroupNorm(2), X),
     "batch_norm": (nn.BatchNorm(use_running_average=True), IMAGE),
 }
+FEW = ("dense", "einsum", "conv", "conv in groups", "embed", "layer_norm")
 CASES = [
-    (name, blueprint)
+    pytest.param(name, blueprint, marks=[] if name in FEW else pytest.mark.slow)
     for name in LAYERS
     for blueprint in ("lora", "affine")
     if not ("norm" in name and blueprint == "lora")

@@ -273,7 +273,8 @@ def _paths(form):
     return (*(() if form.kind == "dense" else ("",)), *(f"/{name}" for name in form.below))
 
 
-SOME = [pytest.param(name, marks=pytest.mark.slow) if name in ("conv 1d", "dense") else name for name in FAMILIES]
+LIGHT = list(FAMILIES)[-3:]
+SOME = [name if name in LIGHT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 """The largest families are tested on one Python only."""
 
 

@@ -39,7 +39,9 @@ class Host(nn.Module):
         return jnp.sin(1.1 * self.layer(x))
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["lean", "planted"])
+@pytest.mark.parametrize(
+    "resident", [pytest.param(False, id="lean"), pytest.param(True, id="planted", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_every_blueprint_that_fits_is_born_silent_and_learns(kind, resident):
     """At alpha 1 a fresh seed changes nothing; in TRAINING it has a gradient and the host its own, to the bit."""

@@ -71,7 +71,9 @@ def test_empty_slots_are_the_hosts_own_program(name, api):
         assert str(grown.jaxpr.eqns) == str(bare.jaxpr.eqns)
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["lean", "planted"])
+@pytest.mark.parametrize(
+    "resident", [pytest.param(False, id="lean"), pytest.param(True, id="planted", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("name", "api"), PAIRS)
 def test_seeds_at_every_kind_leave_the_host_to_the_bit_until_they_blend(name, api, resident):
     """Contract 16 to 19: loss, outputs, statistics and gradients; then blended, and broken."""

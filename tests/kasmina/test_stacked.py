@@ -151,7 +151,9 @@ def test_empty_slots_of_a_stack_are_the_hosts_own_program(model):
     assert str(grown.jaxpr.eqns) == str(bare.jaxpr.eqns)
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["lean", "planted"])
+@pytest.mark.parametrize(
+    "resident", [pytest.param(False, id="lean"), pytest.param(True, id="planted", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("model", HOSTS, ids=repr)
 def test_one_layers_seed_trains_while_the_host_updates_as_without_it(model, resident):
     """Contract 16 and 17 over ten AdamW steps with clipping; the other layers' seeds stay as they are."""
