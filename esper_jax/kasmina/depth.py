@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .blueprints import DENSE
+from .graft import graft
 from .layout import change_at
 from .morph import Morph, check_morph, is_variables
 from .sites import join_path, matcher, split_path
@@ -205,8 +206,6 @@ def _passes(
     The depth of the model is its own, so the old depth has to tell: the first layer's parameters are put into the first
     place and into the last, with layers that have zeros in all others. Only the identity makes no difference.
     """
-    from .graft import graft
-
     forward = graft(model)
     inputs = example if isinstance(example, tuple) else (example,)
     options = {**forward.mode(False), **kwargs}

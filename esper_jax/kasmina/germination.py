@@ -15,6 +15,7 @@ from .blueprints import DENSE, get_blueprint, make_plant, seed_init
 from .morph import Morph, with_spec
 from .operate import NAN, Layers, answer, beside, chosen, concrete, find_site
 from .refusals import taken
+from .scores import unit_params
 from .spec import Plant, Site, freeze_config
 from .stages import Stage
 from .state import SeedState
@@ -104,8 +105,6 @@ def germinate(
     old, life, now = grown.seeds[site][plant.key], grown.state[site], jnp.asarray(score, jnp.float32)
     mask = chosen(grown, site, plant.slot, layer)
     if init is not None:
-        from .scores import unit_params
-
         found = None if scores is None or span is None else scores.get(tuple(span))
         if found is None or key is None:
             raise ValueError(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .blueprints import CONVS, Blueprint, example_input, registered, seed_apply, seed_shapes
-from .graft import Graft, graft
+from .graft import Graft, NnxGraft, graft
 from .morph import Morph, count
 from .spec import Plant, Site, freeze_config
 from .stages import Stage
@@ -212,6 +212,8 @@ def _host_call(grown: Graft, given: dict[str, Any]) -> Callable[..., Any]:
     """The user's own call on the host's variables, with no morph anywhere."""
 
     def call(host: Any, *inputs: Any) -> Any:
+        if isinstance(grown, NnxGraft):
+            return grown.baked(host, {}, *inputs, **given)
         bare = grown.model is not None and not (isinstance(host, Mapping) and isinstance(host.get("params"), Mapping))
         return grown.apply({"params": host} if bare else host, *inputs, **given)
 

@@ -204,6 +204,17 @@ def test_scanned_layers_are_one_site_with_a_life_each(mode, kind):
     assert not np.allclose(forward(blended, x), model(x), atol=1e-3)
 
 
+def test_compare_sees_the_same_program_and_bits_where_slots_are_empty():
+    """And what a seed costs where they are not."""
+    model = NnxBlock(nnx.Rngs(0))
+    morph = esper_jax.morph(model)
+    found = esper_jax.compare(model, morph, TEXT, repeats=1)
+    assert found.same_program and found.equal_bits and found.host_flops == found.grown_flops > 0
+    grown = in_stage(noisy(esper_jax.germinate(morph, "up", "lora", key=jax.random.key(0)), 1), Stage.HOLDING)
+    found = esper_jax.compare(model, grown, TEXT, repeats=1)
+    assert not found.equal_bits and found.grown_flops > found.host_flops
+
+
 def test_a_morph_of_another_model_is_refused_by_the_variable():
     """In words."""
     morph = esper_jax.morph(NnxBlock(nnx.Rngs(0)))
