@@ -162,7 +162,7 @@ def with_seeds(
 
 def attended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """Queries, keys, values and mask of an attention layer's call."""
-    given = inspect.signature(type(module).__call__).bind(module, *args, **kwargs).arguments
+    given = _signature(module).bind(module, *args, **kwargs).arguments
     queries, shared = given["inputs_q"], given.get("inputs_kv")
     keys = given.get("inputs_k")
     keys = keys if keys is not None else shared if shared is not None else queries
@@ -202,8 +202,17 @@ def first_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """The first argument of a layer's call."""
     if args:
         return args[0]
-    name = next(iter(list(inspect.signature(type(module).__call__).parameters)[1:]), None)
+    name = next(iter(list(_signature(module).parameters)[1:]), None)
     return kwargs.get(name) if name else None
+
+
+def _signature(module: Any) -> inspect.Signature:
+    """How a layer is called: the signature of the first class in its line that names its arguments."""
+    for cls in type(module).__mro__:
+        signature = inspect.signature(cls.__call__)
+        if any(p.kind is p.POSITIONAL_OR_KEYWORD and name != "self" for name, p in signature.parameters.items()):
+            return signature
+    return inspect.signature(type(module).__call__)
 
 
 def _mismatch(site: Site, module: nn.Module, found: str) -> ValueError:

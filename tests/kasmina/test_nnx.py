@@ -204,6 +204,29 @@ def test_scanned_layers_are_one_site_with_a_life_each(mode, kind):
     assert not np.allclose(forward(blended, x), model(x), atol=1e-3)
 
 
+def test_a_layer_called_by_keyword_is_read_too(mode):
+    """Its input has the layer's own name for it; a head group reads a call's keys and masks."""
+
+    class Named(nnx.Module):
+        def __init__(self, rngs):
+            self.layer, self.attention = (
+                nnx.Linear(4, 4, rngs=rngs),
+                nnx.MultiHeadAttention(2, 4, decode=False, rngs=rngs),
+            )
+
+        def __call__(self, x):
+            x = self.layer(inputs=x)
+            return self.attention(inputs_q=x, mask=jnp.ones((1, 1, 5, 5), bool))
+
+    model = Named(nnx.Rngs(0))
+    morph = esper_jax.germinate(esper_jax.morph(model), "layer", "lora", key=jax.random.key(0), rank=2)
+    morph = esper_jax.germinate(morph, "attention", "head_group", key=jax.random.key(0))
+    forward = esper_jax.graft(model)
+    silent = forward(in_stage(noisy(morph, 1), Stage.TRAINING), TEXT)
+    np.testing.assert_allclose(silent, model(TEXT), rtol=1e-5, atol=1e-6)
+    assert not np.allclose(forward(in_stage(noisy(morph, 1), Stage.HOLDING), TEXT), silent, atol=1e-3)
+
+
 def test_compare_sees_the_same_program_and_bits_where_slots_are_empty():
     """And what a seed costs where they are not."""
     model = NnxBlock(nnx.Rngs(0))
