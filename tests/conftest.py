@@ -1,6 +1,28 @@
 """Set before jax starts: tests run on the processor unless told otherwise."""
 
+import gc
+import itertools
 import os
+import pathlib
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+_TESTS = itertools.count(1)
+_MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs():
+    """Every compiled program holds several memory maps of the process, of which Linux allows 65,530.
+
+    A worker of this suite compiles so many that they run out, and XLA crashes; what is not used any more is let go.
+    """
+    yield
+    if next(_TESTS) % 20 == 0 and _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 30_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
