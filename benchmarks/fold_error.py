@@ -202,7 +202,7 @@ def main() -> None:
             f"{dtype}, {features} features",
             COLUMNS,
             rows,
-            "Errors are the largest of all draws and logits, relative to the largest logit; the seed's share is the median.",
+            "Errors are the largest of all draws and logits, relative to the largest logit; the share is the median.",
             f"Worst: {max(row['folded'] for row in rows):.3g} from folded to grown network.",
         )
     report.finish()

@@ -23,7 +23,7 @@ SMALL += ["--quiet", "--blueprints", "mlp", "lora", "--where", "Dense", "--batch
     ("arguments", "sentence"),
     [
         (["train", "--task", "digts"], "there is no task 'digts'; choose from digits"),
-        (["train", "--blueprints", "conv_lite"], "unknown blueprint 'conv_lite'; known: bottleneck"),
+        (["train", "--blueprints", "conv_lite"], "unknown blueprint 'conv_lite'; known: affine"),
         (["train", "--epochs", "0"], "--epochs must be 1 or more, got 0"),
         (["train", "--epochs", "many"], "Error parsing --epochs"),
         (["train", "--learning-rate", "-1"], "--learning-rate must be above 0"),
