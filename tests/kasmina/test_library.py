@@ -28,7 +28,10 @@ LAYERS = {
     "group_norm": (nn.GroupNorm(2), X),
     "batch_norm": (nn.BatchNorm(use_running_average=True), IMAGE),
 }
-OWN = {b.name for b in registered() if b.about and "span" not in b.kinds[:1]}
+OWN = (
+    *("affine", "bottleneck", "causal_conv", "conv_heavy", "conv_light", "conv_small", "depthwise"),
+    *("glu", "head_group", "linear", "lora", "mlp", "norm", "se"),
+)
 
 
 class Host(nn.Module):
