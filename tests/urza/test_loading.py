@@ -71,7 +71,11 @@ def test_a_seed_planted_ahead_takes_it_without_a_new_program(lora) -> None:
         ("Dense_0", {"params": {"down": np.ones((4, 8), np.float64), "up": np.ones((8, 6))}}, r"float64\(4, 8\)"),
         ("Dense_0", {"params": {"down": np.ones((4, 8), np.float32)}}, "it holds down; .* needs down, up"),
         ("Dense_0", {"blend": "gate"}, "another structure: it holds down, up; .* needs gate/bias"),
-        ("Dense_0", {"blueprint": "conv_light", "config": {}}, "is made for conv, conv_transpose; site 'Dense_0' is dense"),
+        (
+            "Dense_0",
+            {"blueprint": "conv_light", "config": {}},
+            "is made for conv, conv_transpose; site 'Dense_0' is dense",
+        ),
         ("Dense_0", {"blueprint": "lorra"}, "unknown blueprint 'lorra'; known: "),
     ],
 )
