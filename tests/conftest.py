@@ -26,3 +26,14 @@ def room_for_programs():
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def own_blueprints():
+    """A blueprint that a test registers ends with it: the tests of a worker share one registry."""
+    from esper_jax.kasmina.blueprints import _REGISTRY
+
+    before = dict(_REGISTRY)
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)

@@ -30,15 +30,6 @@ IDS = [f"{name}-{site.kind}-{site.spatial}-{site.dtype}" for name, site in PAIRS
 LEARNING = [(name, site) for name, site in PAIRS if site.dtype == "float32" and site.spatial < 3]
 
 
-@pytest.fixture
-def registry():
-    """The registry, put back after the test."""
-    before = dict(_REGISTRY)
-    yield _REGISTRY
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
-
-
 def seed_of(name, site):
     plant = make_plant(site, 0, name, {}, "add", False)
     features = site.in_features if get_blueprint(name).reads == "input" else site.out_features
@@ -129,7 +120,7 @@ def test_a_wrong_config_value_is_refused_before_anything_changes(name, config, w
         make_plant(SITES[0], 0, name, config, "add", False)
 
 
-def test_a_pair_of_functions_becomes_a_blueprint(registry):
+def test_a_pair_of_functions_becomes_a_blueprint():
     """Config comes from `init`'s keyword defaults; `apply` gets `site` and config only where it names them."""
 
     def init(key, site, *, gain=2.0):
@@ -146,7 +137,7 @@ def test_a_pair_of_functions_becomes_a_blueprint(registry):
     assert esper_jax.graft(given_host.model)(morph, given_host.x).shape == (8, 3)
 
 
-def test_a_flax_module_becomes_a_blueprint(registry):
+def test_a_flax_module_becomes_a_blueprint():
     """`module(site, **config)` with parameters only."""
 
     def module(site, width=4):
@@ -164,7 +155,7 @@ def test_a_flax_module_becomes_a_blueprint(registry):
     np.testing.assert_allclose(forward(morph, given_host.x), given_host.model.apply(given_host.variables, given_host.x))
 
 
-def test_a_module_with_more_than_parameters_is_refused(registry):
+def test_a_module_with_more_than_parameters_is_refused():
     """Contract 5: the message names the collection."""
     register_blueprint("stateful", module=lambda site: nn.BatchNorm(use_running_average=False))
     with pytest.raises(ValueError, match="batch_stats"):
@@ -184,7 +175,7 @@ def test_a_module_with_more_than_parameters_is_refused(registry):
         (lambda key, site: {"w": jnp.zeros(3)}, lambda p, u: u.sum(), r"gives shape \(\)"),
     ],
 )
-def test_germination_refuses_a_blueprint_that_does_not_fit_before_anything_changes(registry, init, apply, word):
+def test_germination_refuses_a_blueprint_that_does_not_fit_before_anything_changes(init, apply, word):
     """Contract 5: by shapes alone, and the morph is as it was."""
     register_blueprint("odd", init=init, apply=apply, kinds=("dense",))
     morph = esper_jax.morph(host("mlp").variables)
@@ -193,7 +184,7 @@ def test_germination_refuses_a_blueprint_that_does_not_fit_before_anything_chang
     assert morph.spec.plants == () and morph.seeds == {}
 
 
-def test_registering_wrongly_says_what_is_wrong(registry):
+def test_registering_wrongly_says_what_is_wrong():
     """Rule 4 of the design."""
     pair = {"init": lambda key, site: {}, "apply": lambda p, u: u}
     with pytest.raises(ValueError, match="exists already"):
@@ -206,5 +197,5 @@ def test_registering_wrongly_says_what_is_wrong(registry):
         register_blueprint("x", init=pair["init"])
     with pytest.raises(ValueError, match="either init= and apply=, or module="):
         register_blueprint("x", module=lambda site: nn.Dense(1), **pair)
-    assert "x" not in registry
+    assert "x" not in _REGISTRY
     assert register_blueprint("lora", replace=True, **pair) is get_blueprint("lora")
