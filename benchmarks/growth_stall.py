@@ -205,7 +205,7 @@ def lean(work: Workload, loop: Loop) -> Event:
         state = grown(work, state, tx)
         whole["spec"] = state.morph.spec
         store.request(state)
-        view, whole["held"] = swap.park(state, swap.Waiting(((site, 0),), 0, None, False))
+        view, whole["held"] = swap.park(state, swap.Waiting(((site, 0),), 0, None))
         return view
 
     def arrived() -> Any:

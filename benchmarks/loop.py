@@ -114,7 +114,7 @@ class Ours:
 
 
 def main() -> None:
-    made = parser(__doc__ or "", rounds=30, budget=6.0)
+    made = parser(__doc__ or "", rounds=30, budget=4.5)
     made.add_argument("--steps", type=int, help=f"steps of an epoch (default: {STEPS}; a multiple of {WRITTEN_OUT})")
     args = begin(made)
     report = Report("loop", __doc__ or "", args)

@@ -43,7 +43,7 @@ TRAP = 2.0
 
 def main() -> None:
     """Measure and print."""
-    args = begin(parser(__doc__ or "", rounds=60, budget=1.5))
+    args = begin(parser(__doc__ or "", rounds=60, budget=1.2))
     report = Report("seed_cost", __doc__ or "", args)
     rows: list[dict[str, Any]] = []
     for name in args.models:

@@ -64,7 +64,7 @@ BASE, COPY, DOWN = "list and file", "the same once more", "bus, server down"
 
 def main() -> None:
     """Measure and print."""
-    made = parser(__doc__ or "", rounds=200, budget=10.0, models=("mlp", "cnn"))
+    made = parser(__doc__ or "", rounds=200, budget=6.0, models=("mlp", "cnn"))
     made.add_argument("--steps", type=int, default=100, help="train steps between two ticks")
     made.add_argument("--batch", type=int, default=64, help="batch size")
     made.add_argument("--redis", help="URL of a running server; without it, one of our own is started")
