@@ -1,0 +1,72 @@
+"""Values between torch's state and Flax's variables. Imports torch only to read or make tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .graph import BridgeError, Dtype, Graph
+from .layout import from_flax, get, put
+from .ops.registry import dtype_of
+from .plan import plan_of
+
+
+def to_variables(graph: Graph, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Flax variables from numpy arrays by torch's names (all of them)."""
+    variables: dict[str, Any] = {"params": {}}
+    for tensor in graph.tensors:
+        value = np.asarray(values[tensor.name])
+        wanted = dtype_of(Dtype(tensor.dtype))
+        if np.issubdtype(value.dtype, np.integer) and value.size and wanted != value.dtype:
+            limits = np.iinfo(np.dtype(wanted)) if np.issubdtype(np.dtype(wanted), np.integer) else None
+            if limits and (value.max() > limits.max or value.min() < limits.min):
+                raise BridgeError(
+                    f"{graph.name}: {tensor.name} holds values beyond {wanted}; run "
+                    'jax.config.update("jax_enable_x64", True) before anything else'
+                )
+        for place in plan_of(graph).places[tensor.name]:
+            put(variables.setdefault(place.collection, {}), place.path, jnp.asarray(place.to_flax(value), wanted))
+    return variables
+
+
+def to_state(graph: Graph, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Numpy arrays by torch's names from Flax variables."""
+    found = {}
+    for tensor in graph.tensors:
+        places = plan_of(graph).places[tensor.name]
+        try:
+            leaves = [np.asarray(get(variables[place.collection], place.path)) for place in places]
+        except KeyError as error:
+            paths = ", ".join("/".join((place.collection, *place.path)) for place in places)
+            raise BridgeError(f"{graph.name}: the variables lack {paths} (torch's {tensor.name})") from error
+        for place, leaf in zip(places, leaves, strict=True):
+            if leaf.shape != place.shape:
+                raise BridgeError(
+                    f"{graph.name}: {'/'.join(place.path)} has shape {leaf.shape}, expected {place.shape} (torch's "
+                    f"{tensor.name} {tensor.shape})"
+                )
+        found[tensor.name] = from_flax(places, tensor.shape, leaves, np)
+    return found
+
+
+def numpy_of(tensor: Any) -> np.ndarray:
+    """A torch tensor as numpy, copied: torch writes in place; bfloat16 by way of its bits."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return np.array(tensor.view(torch.int16).numpy()).view(jnp.bfloat16)
+    return np.array(tensor.numpy())
+
+
+def tensor_of(value: Any) -> Any:
+    """A numpy or JAX array as a torch tensor; bfloat16 by way of its bits."""
+    import torch
+
+    array = np.array(value)  # a copy: torch would write into JAX's own memory
+    if array.dtype == jnp.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

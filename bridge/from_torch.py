@@ -1,0 +1,121 @@
+"""`from_torch`: a torch module in, a Flax model and its variables out. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from .capture import capture
+from .convert import numpy_of, tensor_of, to_variables
+from .graph import BridgeError, Graph
+from .module import Imported
+from .ops.registry import find, unknown
+from .plan import LAYER, plan_of
+from .verify import Report, refuse
+from .verify import verify as compare
+
+_INNER = (LAYER, "input", "constant", "getitem", "getitem0")
+
+
+class Import(tuple[Imported, dict[str, Any]]):
+    """`(model, variables)`, with the `report` of what was compared."""
+
+    report: Report
+
+    def __new__(cls, model: Imported, variables: dict[str, Any], report: Report) -> Import:
+        """A pair that unpacks into model and variables."""
+        made = super().__new__(cls, (model, variables))
+        made.report = report
+        return made
+
+    @property
+    def model(self) -> Imported:
+        """The Flax model."""
+        return self[0]
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Its variables: `params`, and where torch has buffers `batch_stats` and `buffers`."""
+        return self[1]
+
+    def __repr__(self) -> str:
+        return f"Import({self.model!r}; {'verified' if self.report.checks else 'not verified'}; print(_.report))"
+
+
+def from_torch(module: Any, example_inputs: Any, *, verify: bool = True) -> Import:
+    """A torch module as a Flax model whose parameters sit at torch's module paths and whose layers are sites.
+
+    The module is captured in evaluation and in training mode with torch.export, from the example's shapes; the first
+    axis of every input as long as the first input's is the batch, and free. Linear, Conv, ConvTranspose, Embedding,
+    MultiheadAttention, LayerNorm, RMSNorm, GroupNorm and BatchNorm become Flax layers (`kernel` in Flax's layout,
+    `bias`, `scale`, `embedding`; `batch_stats` with torch's momentum); everything else keeps torch's names and layout
+    (`report.bare` says why it is no site). The model needs no torch to run:
+
+        model, variables = esper_jax.from_torch(torch_model, torch.zeros(2, 3, 32, 32))
+        morph = esper_jax.morph(variables, model=model, example=x)
+        logits = model.apply(variables, x)
+        logits, updated = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats", "buffers"])
+
+    Args:
+      module: the torch module, on any device, float32 (or bfloat16, float16; float64 with x64). It is not changed.
+      example_inputs: one tensor or array, a tuple of positional inputs, or a dict of named ones; at least one of the
+        shapes that the model will see. Constants among them (None, booleans, numbers) stay fixed.
+      verify: compare forward, gradients and buffers after a training step with torch, on the example and on a batch
+        two larger, and refuse the import where they differ. Dropout keeps every unit in both for that.
+
+    Returns:
+      `(model, variables)`, a pair with the further attribute `report`.
+
+    Raises:
+      BridgeError: for what cannot become one pure program (control flow on values, `.item()`, lost custom gradients,
+        unknown operators, ...), with module, cause and remedy; and where the comparison fails.
+    """
+    if not isinstance(module, torch.nn.Module):
+        raise BridgeError(f"from_torch takes a torch.nn.Module, got {type(module).__name__}")
+    args, kwargs = _inputs(example_inputs)
+    graph, constants = capture(module, args, kwargs)
+    _check(graph)
+    variables = to_variables(graph, values_of(graph, module, constants))
+    model = Imported(graph)
+    plan = plan_of(graph)
+    report = Report(graph.name, (), len(plan.layers), plan.bare)
+    if verify:
+        report = compare(model, variables, module, args, kwargs)
+        refuse(report)
+    return Import(model, variables, report)
+
+
+def values_of(graph: Graph, module: torch.nn.Module, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """All tensors of a graph as numpy, by torch's names."""
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers()), **constants}
+    return {tensor.name: numpy_of(state[tensor.name]) for tensor in graph.tensors}
+
+
+def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def tensor(leaf: Any) -> Any:
+        return tensor_of(leaf) if isinstance(leaf, np.ndarray | jax.Array) else leaf
+
+    example = pytree.tree_map(tensor, example)
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    args = example if isinstance(example, tuple) else tuple(example) if isinstance(example, list) else (example,)
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(args)):
+        raise BridgeError("example_inputs hold no tensor: give a tensor, a tuple of inputs, or a dict of named inputs")
+    return args, {}
+
+
+def _check(graph: Graph) -> None:
+    for program in plan_of(graph).programs:
+        for node in program.nodes:
+            if node.op not in _INNER and find(node.op) is None:
+                raise unknown(node.op, f"{node.path or 'the module'} of {graph.name}")
+    if any(tensor.dtype == "float64" for tensor in graph.tensors) and not jax.config.jax_enable_x64:
+        raise BridgeError(
+            f"{graph.name} has float64 tensors, and JAX runs in 32 bit: give module.float(), or run "
+            'jax.config.update("jax_enable_x64", True) before anything else'
+        )

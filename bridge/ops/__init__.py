@@ -1,0 +1,21 @@
+"""What torch's operators are in JAX, by topic."""
+
+from . import conv, fft, index, linear, loss, norm, pointwise, pool, random, recurrent, reduce, shape
+from .registry import register_op, supported_ops
+
+__all__ = [
+    "conv",
+    "fft",
+    "index",
+    "linear",
+    "loss",
+    "norm",
+    "pointwise",
+    "pool",
+    "random",
+    "recurrent",
+    "reduce",
+    "register_op",
+    "shape",
+    "supported_ops",
+]

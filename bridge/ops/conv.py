@@ -1,0 +1,231 @@
+"""Convolutions. Inside, channels come last; torch's layout is at the border."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .registry import Last, op
+
+_SPATIAL = "XYZ"
+_MOST_TAPS = 49
+
+
+def dimension_numbers(spatial: int) -> tuple[str, str, str]:
+    """`NXYC, XYIO, NXYC` for a number of spatial axes."""
+    axes = _SPATIAL[:spatial]
+    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+
+
+def convolve(
+    x: Any,
+    kernel: Any,
+    strides: Any,
+    padding: Any,
+    lhs_dilation: Any = None,
+    rhs_dilation: Any = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> Any:
+    """`lax.conv_general_dilated` with channels last; depthwise ones on a CPU as shifted multiply-adds.
+
+    XLA:CPU has no kernel of its own for a convolution with as many groups as channels and computes each group alone.
+    """
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
+    )
+    taps = math.prod(kernel.shape[:-2])
+    depthwise = feature_group_count > 1 and kernel.shape[-2] == 1 and taps <= _MOST_TAPS
+    stretched = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
+    if not depthwise or stretched or isinstance(padding, str):
+        return plain(x, kernel)
+    shifted = functools.partial(_shifted, strides=strides, padding=padding, dilation=rhs_dilation)
+    return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+
+
+def _shifted(x: Any, kernel: Any, strides: Any, padding: Any, dilation: Any) -> Any:
+    spatial = kernel.ndim - 2
+    dilation = (1,) * spatial if dilation is None else tuple(dilation)
+    repeats = kernel.shape[-1] // x.shape[-1]
+    x = jnp.repeat(x, repeats, axis=-1) if repeats > 1 else x
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    sizes = kernel.shape[:spatial]
+    out = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[1:-1], dilation, sizes, strides, strict=True)]
+    total = None
+    for tap in range(math.prod(sizes)):
+        at, rest = [], tap
+        for size in reversed(sizes):
+            at.insert(0, rest % size)
+            rest //= size
+        starts = [i * d for i, d in zip(at, dilation, strict=True)]
+        ends = [a + (n - 1) * s + 1 for a, n, s in zip(starts, out, strides, strict=True)]
+        window = lax.slice(x, (0, *starts, 0), (x.shape[0], *ends, x.shape[-1]), (1, *strides, 1))
+        term = window * kernel[(*at, 0)]
+        total = term if total is None else total + term
+    return total
+
+
+def pads(padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...]:
+    """Torch's padding as a pair for each axis; `same` has the odd one behind."""
+    if padding == "valid":
+        return ((0, 0),) * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple((n // 2, n - n // 2) for n in totals)
+    return tuple((p, p) for p in _each(padding, len(kernel)))
+
+
+def transposed_pads(padding: Any, output_padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...]:
+    """The padding of the stretched input that gives torch's transposed convolution."""
+    n = len(kernel)
+    parts = zip(_each(padding, n), _each(output_padding, n), kernel, dilation, strict=True)
+    return tuple((d * (k - 1) - p, d * (k - 1) - p + more) for p, more, k, d in parts)
+
+
+def _each(value: Any, n: int) -> tuple[int, ...]:
+    value = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return value * n if len(value) == 1 else value
+
+
+each = _each
+
+
+def to_last(x: Any, spatial: int) -> Any:
+    """`[N, C, *spatial]` (or without N) with its channels last."""
+    return jnp.moveaxis(x, x.ndim - spatial - 1, -1)
+
+
+def from_last(x: Any, spatial: int) -> Any:
+    """Back to torch's layout."""
+    return jnp.moveaxis(x, -1, x.ndim - spatial - 1)
+
+
+@op(
+    "conv1d.default",
+    "conv1d.padding",
+    "conv2d.default",
+    "conv2d.padding",
+    "conv3d.default",
+    "conv3d.padding",
+    channels=True,
+)
+def conv(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    last: bool = False,
+) -> Any:
+    spatial = weight.ndim - 2
+    kernel = jnp.transpose(weight, (*range(2, weight.ndim), 1, 0))
+    batched = input.ndim == spatial + 2
+    x = input if last else to_last(input, spatial)
+    x = x if batched else x[None]
+    dilation = _each(dilation, spatial)
+    result = convolve(
+        x,
+        kernel,
+        _each(stride, spatial),
+        pads(padding, weight.shape[2:], dilation),
+        None,
+        dilation,
+        dimension_numbers(spatial),
+        groups,
+    )
+    result = result if bias is None else result + bias
+    return Last(result) if batched else from_last(result[0], spatial)
+
+
+@op("convolution.default")
+def convolution(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Any:
+    if transposed:
+        return conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return conv(input, weight, bias, stride, padding, dilation, groups)
+
+
+@op("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input", channels=True)
+def conv_transpose(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+    last: bool = False,
+) -> Any:
+    spatial = weight.ndim - 2
+    inputs, each_out = weight.shape[0], weight.shape[1]
+    # [in, out / groups, *k] to [*k, in / groups, out], flipped: the transpose of the forward convolution
+    kernel = weight.reshape(groups, inputs // groups, each_out, *weight.shape[2:])
+    kernel = jnp.moveaxis(kernel, (1, 0, 2), (-3, -2, -1)).reshape(*weight.shape[2:], inputs // groups, -1)
+    kernel = jnp.flip(kernel, tuple(range(spatial)))
+    batched = input.ndim == spatial + 2
+    x = input if last else to_last(input, spatial)
+    x = x if batched else x[None]
+    dilation = _each(dilation, spatial)
+    result = lax.conv_general_dilated(
+        x,
+        kernel,
+        (1,) * spatial,
+        transposed_pads(padding, output_padding, weight.shape[2:], dilation),
+        _each(stride, spatial),
+        dilation,
+        dimension_numbers(spatial),
+        groups,
+    )
+    result = result if bias is None else result + bias
+    return Last(result) if batched else from_last(result[0], spatial)
+
+
+@op("im2col.default")
+def im2col(self: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    """`F.unfold`: patches `[N, C * taps, places]`."""
+    batched = self.ndim == 4
+    x = self if batched else self[None]
+    found = lax.conv_general_dilated_patches(
+        x, _each(kernel_size, 2), _each(stride, 2), [(p, p) for p in _each(padding, 2)], rhs_dilation=_each(dilation, 2)
+    )
+    found = found.reshape(*found.shape[:2], -1)
+    return found if batched else found[0]
+
+
+@op("col2im.default")
+def col2im(self: Any, output_size: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Any:
+    """`F.fold`: the transpose of `im2col`."""
+    batched = self.ndim == 3
+    x = self if batched else self[None]
+    channels = x.shape[1] // math.prod(_each(kernel_size, 2))
+    shape = jax.ShapeDtypeStruct((x.shape[0], channels, *output_size), x.dtype)
+    transpose = jax.linear_transpose(lambda y: im2col(y, kernel_size, dilation, padding, stride), shape)
+    (result,) = transpose(x)
+    return result if batched else result[0]

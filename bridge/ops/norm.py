@@ -1,0 +1,161 @@
+"""Normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from .registry import Last, full_float, op
+
+
+@op("layer_norm.default", "native_layer_norm.default")
+def layer_norm(
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Any:
+    axes = tuple(range(input.ndim - len(normalized_shape), input.ndim))
+    result = full_float(lambda x: _standard(x, axes, eps))(input)
+    return _affine(result, weight, bias)
+
+
+@op("rms_norm.default")
+def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    axes = tuple(range(input.ndim - len(normalized_shape), input.ndim))
+    eps = float(jnp.finfo(input.dtype).eps) if eps is None else eps
+    scaled = full_float(lambda x: x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + eps))(input)
+    return _affine(scaled, weight, None)
+
+
+@op("_fused_rms_norm.default")
+def fused_rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
+    return rms_norm(input, normalized_shape, weight, eps), None
+
+
+def _standard(x: Any, axes: tuple[int, ...], eps: float) -> Any:
+    centred = x - jnp.mean(x, axes, keepdims=True)
+    return centred * lax.rsqrt(jnp.mean(centred * centred, axes, keepdims=True) + eps)
+
+
+def _affine(x: Any, weight: Any, bias: Any) -> Any:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _of_channels(vector: Any, x: Any, last: bool) -> Any:
+    if vector is None or last:
+        return vector
+    return vector.reshape((1, -1) + (1,) * (x.ndim - 2))
+
+
+@op("group_norm.default")
+def group_norm(
+    input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
+) -> Any:
+    n, channels = input.shape[:2]
+    grouped = input.reshape(n, num_groups, channels // num_groups, *input.shape[2:])
+    result = full_float(lambda x: _standard(x, tuple(range(2, x.ndim)), eps))(grouped).reshape(input.shape)
+    return _affine(result, _of_channels(weight, input, False), _of_channels(bias, input, False))
+
+
+@op("instance_norm.default")
+def instance_norm(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Any:
+    if use_input_stats:
+        result = full_float(lambda x: _standard(x, tuple(range(2, x.ndim)), eps))(input)
+        return _affine(result, _of_channels(weight, input, False), _of_channels(bias, input, False))
+    return normalised(input, weight, bias, running_mean, running_var, eps, False)
+
+
+def statistics(x: Any, last: bool) -> tuple[Any, Any, int]:
+    """Mean and biased variance of each channel over batch and space, in float32, and of how many values."""
+    channel = x.ndim - 1 if last else 1
+    axes = tuple(a for a in range(x.ndim) if a != channel)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(wide, axes)
+    centred = wide - (mean if last else _of_channels(mean, x, False))
+    return mean, jnp.mean(centred * centred, axes), x.size // x.shape[channel]
+
+
+def normalised(x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, last: bool) -> Any:
+    """`x` standardised by given statistics of its channels, in x's dtype."""
+    scale = lax.rsqrt(var + eps)
+    mean, scale, weight, bias = (_of_channels(v, x, last) for v in (mean, scale, weight, bias))
+    return _affine((x.astype(scale.dtype) - mean) * scale, weight, bias).astype(x.dtype)
+
+
+def updated(running: Any, batch: Any, momentum: float) -> Any:
+    """Torch's momentum: how much of the batch enters."""
+    return ((1 - momentum) * running + momentum * batch).astype(running.dtype)
+
+
+def unbiased(var: Any, count: int) -> Any:
+    """The variance that torch keeps of a batch."""
+    return var * (count / max(count - 1, 1))
+
+
+@op("_native_batch_norm_legit_no_training.default", channels=True)
+def batch_norm_frozen(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    momentum: float,
+    eps: float,
+    last: bool = False,
+) -> Any:
+    result = normalised(input, weight, bias, running_mean, running_var, eps, last)
+    return (Last(result) if last else result), None, None
+
+
+@op("_native_batch_norm_legit_functional.default", channels=True)
+def batch_norm_training(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    last: bool = False,
+) -> Any:
+    if not training:
+        return *batch_norm_frozen(input, weight, bias, running_mean, running_var, momentum, eps, last), None, None
+    mean, var, count = statistics(input, last)
+    result = normalised(input, weight, bias, mean, var, eps, last)
+    frozen_mean, frozen_var = lax.stop_gradient((mean, var))
+    means = updated(running_mean, frozen_mean, momentum)
+    variances = updated(running_var, unbiased(frozen_var, count), momentum)
+    return (Last(result) if last else result), mean, var, means, variances
+
+
+@op("_native_batch_norm_legit.no_stats", channels=True)
+def batch_norm_no_stats(
+    input: Any, weight: Any, bias: Any, training: bool, momentum: float, eps: float, last: bool = False
+) -> Any:
+    mean, var, _ = statistics(input, last)
+    result = normalised(input, weight, bias, mean, var, eps, last)
+    return (Last(result) if last else result), mean, var
+
+
+@op("local_response_norm.default")
+def local_response_norm(input: Any, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Any:
+    padded = jnp.pad(input * input, [(0, 0), (size // 2, (size - 1) // 2)] + [(0, 0)] * (input.ndim - 2))
+    summed = sum(lax.slice_in_dim(padded, i, i + input.shape[1], axis=1) for i in range(size))
+    return input / (k + alpha * summed / size) ** beta

@@ -1,0 +1,291 @@
+"""Whether an imported model computes what torch computes: forward, gradients, buffers. Imports torch."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .convert import numpy_of, tensor_of, to_state
+from .graph import BridgeError, Graph, flatten, nest
+from .module import Imported
+from .plan import plan_of
+
+LIMITS = {"float32": (1e-4, 1e-3), "float64": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1), "float16": (1e-2, 1e-1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison: the largest relative error of `what` with a batch."""
+
+    what: str
+    batch: int
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is within its limit (a NaN is not)."""
+        return self.error <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `from_torch` compared and found; print it.
+
+    Attributes:
+      name: the torch class.
+      checks: largest relative errors; of a gradient or buffer relative to its largest value, at least a thousandth
+        of the largest of all.
+      layers: how many layers can be sites.
+      bare: `(torch module, why it is no site)`.
+    """
+
+    name: str
+    checks: tuple[Check, ...]
+    layers: int
+    bare: tuple[tuple[str, str], ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all comparisons are within their limits."""
+        return all(check.passed for check in self.checks)
+
+    def worst(self, what: str) -> float:
+        """The largest error of all checks whose name begins with `what`; 0 if there are none."""
+        return max((check.error for check in self.checks if check.what.startswith(what)), default=0.0)
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.layers} layers are Flax layers, which morph() makes sites"]
+        if self.checks:
+            width = max(len(check.what) for check in self.checks)
+            lines.append(f"  {'compared with torch':<{width}}  batch  relative error   limit")
+            for check in self.checks:
+                mark = "" if check.passed else "  TOO LARGE"
+                lines.append(f"  {check.what:<{width}}  {check.batch:5d}  {check.error:14.1e} {check.limit:7.0e}{mark}")
+        else:
+            lines.append("  not compared with torch (verify=False)")
+        lines += [f"  no site: {path} ({reason})" for path, reason in self.bare]
+        return "\n".join(lines)
+
+
+class EveryUnit(TorchDispatchMode):
+    """Meanwhile dropout in torch keeps every unit, still divided by 1 - rate."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bernoulli_.float:
+            return args[0].fill_(1.0)
+        if func is torch.ops.aten.native_dropout.default:
+            scaled = args[0] / (1 - args[1]) if args[2] else args[0]
+            return scaled, torch.ones_like(args[0], dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
+
+
+def verify(
+    model: Imported,
+    variables: Mapping[str, Any],
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Report:
+    """Compare with torch on the example and on a batch two larger; nothing is raised for what differs."""
+    graph = model.graph
+    module = _copy(module)
+    dtype = next((t.dtype for t in graph.tensors if t.dtype in LIMITS), "float32")
+    forward_limit, gradient_limit = LIMITS[dtype]
+    checks: list[Check] = []
+    for given_args, given_kwargs, batch in _batches(graph, args, dict(kwargs)):
+        arrays = pytree.tree_map(_array, (given_args, given_kwargs))
+        module.eval()
+        with torch.no_grad():
+            wanted = _flat(graph, module(*_cloned(given_args), **_cloned(given_kwargs)))
+        found = jax.jit(lambda v, a, k: model.apply(v, *a, **k))(variables, *arrays)
+        for name, want, got in _pairs(graph, wanted, found):
+            checks.append(Check(f"forward: {name}", batch, _error(got, want), forward_limit))
+        checks += _step(
+            model, variables, module, given_args, given_kwargs, arrays, batch, gradient_limit, forward_limit
+        )
+    plan = plan_of(graph)
+    return Report(graph.name, tuple(checks), len(plan.layers), plan.bare)
+
+
+def _copy(module: torch.nn.Module) -> torch.nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError):
+        return module
+
+
+def _batches(graph: Graph, args: Any, kwargs: Any) -> list[tuple[Any, Any, int]]:
+    """The example, and one with two more rows where the batch is free."""
+    program = graph.evaluate
+    leaves = flatten(graph.takes, (tuple(args), dict(kwargs)))
+    first = next((leaves[i][1] for i, spec in enumerate(program.inputs) if spec.dims), None)
+    if first is None:
+        return [(args, kwargs, 0)]
+    size = first.shape[0]
+    free = {
+        i
+        for i, s in enumerate(program.inputs)
+        if s.dims and isinstance(s.dims[0], str) and leaves[i][1].shape[0] == size
+    }
+    found = [(args, kwargs, size)]
+    if free:
+        more = torch.arange(size + 2) % size
+        changed = [leaves[i][1][more] if i in free else leaves[i][1] for i in range(len(leaves))]
+        a, k = nest(graph.takes, changed)
+        found.append((a, k, size + 2))
+    return found
+
+
+def _array(leaf: Any) -> Any:
+    return jnp.asarray(numpy_of(leaf)) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _cloned(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+def _flat(graph: Graph, output: Any) -> list[Any]:
+    return list(pytree.tree_leaves(output))
+
+
+def _pairs(graph: Graph, wanted: list[Any], found: Any) -> list[tuple[str, Any, Any]]:
+    leaves = flatten(graph.evaluate.structure, found)
+    named = [leaves[i] for i in sorted(leaves)]
+    named = [(name, value) for name, value in named if value is not None]
+    tensors = [value for value in wanted if value is not None]
+    return [
+        (name, numpy_of(want), np.asarray(got))
+        for (name, got), want in zip(named, tensors, strict=True)
+        if isinstance(want, torch.Tensor)
+    ]
+
+
+def _error(got: Any, want: Any, floor: float = 0.0) -> float:
+    """Largest difference over the largest value; infinite where shapes or non-finite places differ."""
+    got, want = (np.asarray(x) for x in (got, want))
+    if got.shape != want.shape:
+        return float("inf")
+    if not want.size:
+        return 0.0
+    wide = np.complex128 if np.iscomplexobj(want) else np.float64
+    got, want = got.astype(wide), want.astype(wide)
+    finite = np.isfinite(want)
+    if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(got[~finite], want[~finite], equal_nan=True):
+        return float("inf")
+    scale = max(float(np.abs(want[finite]).max(initial=0.0)), floor)
+    difference = float(np.abs(got[finite] - want[finite]).max(initial=0.0))
+    return difference / scale if scale else difference
+
+
+def _weights(shape: tuple[int, ...], at: int) -> np.ndarray:
+    """Fixed random cotangents, so that no gradient cancels by symmetry."""
+    return np.random.default_rng(at).uniform(0.5, 1.5, shape).astype(np.float32)
+
+
+def torch_step(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients of a weighted sum of all outputs in training mode; buffers are updated in place."""
+    module.train()
+    module.zero_grad()
+    with EveryUnit():
+        outputs = pytree.tree_leaves(module(*_cloned(args), **_cloned(kwargs)))
+        loss = torch.zeros((), dtype=torch.float32)
+        outputs = [o for o in outputs if o is not None]
+        for at, output in enumerate(outputs):
+            if isinstance(output, torch.Tensor) and output.is_floating_point() and output.requires_grad:
+                weights = torch.from_numpy(_weights(tuple(output.shape), at))
+                loss = loss + (output.float() * weights).sum() / output.numel()
+        if loss.requires_grad:
+            loss.backward()
+    grads = {
+        name: numpy_of(p.grad) if p.grad is not None else np.zeros(tuple(p.shape), np.float32)
+        for name, p in module.named_parameters()
+    }
+    return float(loss.detach()), grads
+
+
+def jax_loss(model: Imported, differentiable: Callable[[int], bool]) -> Callable[..., Any]:
+    """The same loss in JAX: `(params, others, args, kwargs) -> (loss, others after)`."""
+    still = model.clone(every_unit=True)
+
+    def loss(params: Any, others: Any, args: Any, kwargs: Any) -> Any:
+        mutable = [name for name in ("batch_stats", "buffers") if name in others]
+        output, changed = still.apply({**others, "params": params}, *args, train=True, mutable=mutable, **kwargs)
+        leaves = flatten(model.graph.train.structure, output)
+        values = [leaves[i][1] for i in sorted(leaves)]
+        values = [v for v in values if v is not None]
+        total = jnp.zeros((), jnp.float32)
+        for at, value in enumerate(values):
+            if jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating) and differentiable(at):
+                total += (value.astype(jnp.float32) * _weights(value.shape, at)).sum() / value.size
+        return total, {**others, **changed}
+
+    return loss
+
+
+def differentiable_outputs(module: torch.nn.Module, args: Any, kwargs: Any) -> Callable[[int], bool]:
+    """Which of torch's outputs carry a gradient."""
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    module.train()
+    with EveryUnit():
+        outputs = [o for o in pytree.tree_leaves(module(*_cloned(args), **_cloned(kwargs))) if o is not None]
+    module.load_state_dict(state)
+    flags = [isinstance(o, torch.Tensor) and o.requires_grad for o in outputs]
+    return lambda at: flags[at]
+
+
+def _step(
+    model: Imported,
+    variables: Mapping[str, Any],
+    module: torch.nn.Module,
+    args: Any,
+    kwargs: Any,
+    arrays: Any,
+    batch: int,
+    gradient_limit: float,
+    forward_limit: float,
+) -> list[Check]:
+    state = {name: value.clone() for name, value in [*module.named_parameters(), *module.named_buffers()]}
+    carries = differentiable_outputs(module, args, kwargs)
+    loss, grads = torch_step(module, args, kwargs)
+    after = {name: numpy_of(value) for name, value in module.named_buffers()}
+    with torch.no_grad():
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            value.copy_(state[name])
+    others = {name: value for name, value in variables.items() if name != "params"}
+    compute = jax.jit(jax.value_and_grad(jax_loss(model, carries), has_aux=True))
+    (got_loss, changed), got = compute(variables["params"], others, *arrays)
+    found = to_state(model.graph, {**others, **changed, "params": got})
+    largest = max((float(np.abs(g.astype(np.float64)).max(initial=0)) for g in grads.values()), default=0.0)
+    error = max((_error(found[n], g, largest * 1e-3) for n, g in grads.items() if n in found), default=0.0)
+    buffers = max((_error(found[n], v) for n, v in after.items() if n in found), default=0.0)
+    scale = max(abs(loss), 1e-3)
+    return [
+        Check("training: loss", batch, abs(float(got_loss) - loss) / scale, forward_limit),
+        Check("training: gradients", batch, error, gradient_limit),
+        Check("training: buffers after a step", batch, buffers, forward_limit),
+    ]
+
+
+def refuse(report: Report) -> None:
+    """Raise for a report that failed, naming what differs most."""
+    failed = [check for check in report.checks if not check.passed]
+    if failed:
+        worst = max(failed, key=lambda check: check.error / check.limit if np.isfinite(check.error) else np.inf)
+        raise BridgeError(
+            f"{report.name} does not compute what torch computes: {worst.what} differs by {worst.error:.1e} (relative, "
+            f"batch {worst.batch}; at most {worst.limit:.0e}). verify=False takes it as it is, to find the operation:\n"
+            f"{report}"
+        )
+
+
+__all__ = ["Check", "EveryUnit", "Report", "jax_loss", "refuse", "tensor_of", "torch_step", "verify"]
