@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import logging
 import operator
 import re
 import warnings
@@ -162,7 +163,8 @@ def _custom_functions() -> Iterator[list[str]]:
 def _export(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, name: str
 ) -> ExportedProgram:
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, silenced = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch logs whole graphs for what the error below says in a sentence
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
@@ -178,6 +180,7 @@ def _export(
         raise BridgeError(f"{name} cannot be captured: {_cause(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        logging.disable(silenced)
     if custom:
         raise BridgeError(
             f"{name} calls {', '.join(sorted(set(custom)))}, an autograd Function whose backward the captured graph "

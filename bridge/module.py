@@ -301,6 +301,11 @@ def _bind(graph: Graph, program: Program, args: tuple[Any, ...], kwargs: dict[st
 def _checked(graph: Graph, spec: Input, value: Any) -> Any:
     where = f"{graph.name}: input {spec.name}"
     if not spec.dtype:
+        if isinstance(value, jax.core.Tracer):
+            raise BridgeError(
+                f"{where} is the constant {spec.value!r} of the captured graph and cannot be traced: leave it out, or name "
+                "it in jit's static_argnames"
+            )
         if value is not spec.value and value != spec.value:
             raise BridgeError(f"{where} was {spec.value!r} when the model was captured, got {value!r}; capture it anew")
         return value

@@ -74,7 +74,11 @@ _op.register_fake(_compute)
 @contextlib.contextmanager
 def attention_as_one_op(module: torch.nn.Module) -> Iterator[None]:
     """Meanwhile each `nn.MultiheadAttention` in the module is one node; masks and shapes are checked by torch itself."""
-    changed = []
+    from torch.nn.modules import transformer
+
+    changed, detect = [], transformer._detect_is_causal_mask
+    # it reads a mask's values to choose a fast kernel; the mask itself is given on, so that nothing hangs on it
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)  # type: ignore[assignment]
     for child in module.modules():
         if (
             isinstance(child, torch.nn.MultiheadAttention)
@@ -85,6 +89,7 @@ def attention_as_one_op(module: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        transformer._detect_is_causal_mask = detect
         for child in changed:
             del child.forward
 

@@ -105,6 +105,9 @@ def _binary(names: tuple[str, ...], fn: Any, real: bool = False) -> None:
     op(*names, **pointwise)(apply)
 
 
+_ALSO = {"maximum": ("max.other",), "minimum": ("min.other",)}
+
+
 def _both(name: str) -> tuple[str, str]:
     return f"{name}.Tensor", f"{name}.Scalar"
 
@@ -138,7 +141,7 @@ for _name, _fn in {
     "logical_or": jnp.logical_or,
     "logical_xor": jnp.logical_xor,
 }.items():
-    _binary((f"{_name}.default",), _fn)
+    _binary((f"{_name}.default", *_ALSO.get(_name, ())), _fn)
 _binary(("atan2.default",), jnp.arctan2, real=True)
 _binary(("hypot.default",), jnp.hypot, real=True)
 _binary(("logaddexp.default",), jnp.logaddexp, real=True)

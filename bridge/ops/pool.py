@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -55,6 +56,22 @@ class _Window:
         cut = full([slice(0, n) for n in self.out], slice(None))
         return reduced[tuple(cut)]
 
+    def largest(self, x: Any) -> Any:
+        """The largest of each window, from one slice for each of its places; its gradient goes to the first."""
+        widths = [(0, 0, 0)] * x.ndim
+        for axis, (low, high) in zip(self.axes, self.pads, strict=True):
+            widths[axis] = (low, high, 0)
+        x = lax.pad(x, jnp.asarray(_lowest(x.dtype), x.dtype), widths)
+        slices = []
+        for place in itertools.product(*(range(k) for k in self.kernel)):
+            at = [slice(None)] * x.ndim
+            for axis, i, d, s, n in zip(self.axes, place, self.dilation, self.stride, self.out, strict=True):
+                at[axis] = slice(i * d, i * d + (n - 1) * s + 1, s)
+            slices.append(x[tuple(at)])
+        stacked = jnp.stack(slices)
+        first = jnp.argmax(lax.stop_gradient(stacked), axis=0, keepdims=True)
+        return jnp.take_along_axis(stacked, first, axis=0)[0]
+
     def divisors(self, x: Any, count_include_pad: bool) -> Any:
         """How many places each window averages over, broadcast against the output."""
         counts = np.ones((), np.float32)
@@ -87,7 +104,10 @@ def max_pool(
     last: bool = False,
 ) -> Any:
     window = _Window(self, last, kernel_size, stride, padding, dilation, ceil_mode)
-    result = window.reduce(self, _lowest(self.dtype), lax.max)
+    if any(d > 1 for d in window.dilation):  # XLA has no gradient for a dilated window
+        result = window.largest(self)
+    else:
+        result = window.reduce(self, _lowest(self.dtype), lax.max)
     return Last(result) if last else result
 
 

@@ -48,6 +48,12 @@ def feature_dropout(input: Any, p: float, train: bool, *, draw: Any = None) -> A
     return dropped(input, p if train else 0, draw, shape)
 
 
+@op("bernoulli.p", random=True)
+def bernoulli(self: Any, p: float, generator: Any = None, *, draw: Any = None) -> Any:
+    """The mask that dropout of whole channels draws; with every unit kept it is one."""
+    return keeps(draw, 1 - p, self.shape).astype(self.dtype)
+
+
 @op("alpha_dropout.default", random=True)
 def alpha_dropout(input: Any, p: float, train: bool, *, draw: Any = None) -> Any:
     """Self-normalising dropout (Klambauer et al. 2017)."""

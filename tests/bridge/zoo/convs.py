@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,7 +41,7 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         widths = [width, width, 2 * width, 4 * width]
         self.layers = nn.Sequential(
-            *(nn.Sequential(Block(a, b, 1 + (a != b)), Block(b, b, 1)) for a, b in zip(widths, widths[1:]))
+            *(nn.Sequential(Block(a, b, 1 + (a != b)), Block(b, b, 1)) for a, b in itertools.pairwise(widths))
         )
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(widths[-1], 10)
@@ -208,7 +210,7 @@ MODELS = {
     "lenet": Entry(
         lambda: nn.Sequential(
             nn.Conv2d(1, 4, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(32, 10),
+            nn.Linear(8, 10),
         ),
         floats(1, 14, 14),
     ),

@@ -140,7 +140,7 @@ class WaveNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         skips = 0
-        for filters, mix in zip(self.filters, self.mixes):
+        for filters, mix in zip(self.filters, self.mixes, strict=True):
             a, b = filters(F.pad(x, (filters.dilation[0], 0))).chunk(2, 1)
             y = mix(a.tanh() * b.sigmoid())
             x, skips = x + y, skips + y
