@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .graph import BridgeError, Dtype, Graph, Input, Node, Program, Ref, Tensor, evaluate
+from .ops.registry import find
 from .torch_attention import attention_as_one_op
 
 _INT32 = 2**31
@@ -31,6 +31,7 @@ _NOTHING = {
     "aten.sym_constrain_range.default",
     "aten._assert_scalar.default",
 }
+_RANDOM = re.compile(r"aten\.(rand|normal|bernoulli(?!\.p$)|exponential|multinomial|poisson|cauchy|log_normal|geometric)")
 _READS_VALUES = {"aten.item.default", "aten._local_scalar_dense.default"}
 _BIG_INTS = {"aten.slice.Tensor", "aten.slice_scatter.default", "aten.unfold.default"}
 _INLINED = ("wrap_with_set_grad_enabled", "tag_activation_checkpoint", "wrap_with_autocast")
@@ -52,7 +53,6 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     for train in (False, True):
         copied = _copy(module).train(train)
         exported = _export(copied, args, kwargs, shapes, name)
-        _check_side_effects(copied, name)
         program, large, takes = _Reader(exported, module, name, "train" if train else "evaluate").read()
         programs.append(program)
         constants.update(large)
@@ -168,12 +168,12 @@ def _export(
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
-            warnings.catch_warnings(),
+            warnings.catch_warnings(record=True) as told,
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
             attention_as_one_op(module),
             _custom_functions() as custom,
         ):
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("always")
             exported = export(module, args, kwargs, strict=False, dynamic_shapes=shapes)
             exported = exported.run_decompositions({})
     except Exception as error:
@@ -181,6 +181,7 @@ def _export(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         logging.disable(silenced)
+    _check_memory(told, name)
     if custom:
         raise BridgeError(
             f"{name} calls {', '.join(sorted(set(custom)))}, an autograd Function whose backward the captured graph "
@@ -195,6 +196,8 @@ def _cause(error: Exception) -> str:
     where = _user_line(error)
     at = f" ({where})" if where else ""
     known = type(error).__name__
+    if isinstance(error, TypeError) and _passes_through(error, "nn/modules/rnn.py"):
+        return f"packed sequences have lengths of their own{at}; give padded arrays and a mask"
     if "data-dependent" in text or "GuardOnDataDependent" in known or "DataDependent" in known:
         return (
             f"its control flow or its shapes depend on the values of a tensor{at}: a compiled program has one path for "
@@ -203,6 +206,15 @@ def _cause(error: Exception) -> str:
     if "aten::nonzero" in text or "unbacked" in text.lower():
         return f"a shape depends on the values of a tensor{at}; torch said: {first}"
     return f"{known}: {first}{at}"
+
+
+def _passes_through(error: Exception, file: str) -> bool:
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(file):
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _user_line(error: Exception) -> str:
@@ -216,16 +228,16 @@ def _user_line(error: Exception) -> str:
     return found
 
 
-def _check_side_effects(module: torch.nn.Module, name: str) -> None:
-    for path, child in module.named_modules():
-        for key, value in vars(child).items():
-            if key.startswith("_"):
-                continue
-            if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(value)):
-                raise BridgeError(
-                    f"{name}: the forward of {path or 'the module'} keeps tensors in its attribute {key!r}; a pure "
-                    "function has no such memory: return them, or make it a buffer"
-                )
+def _check_memory(told: list[warnings.WarningMessage], name: str) -> None:
+    """Torch warns of tensors that a forward keeps in attributes (of those that its own RNN sets, too)."""
+    for warning in told:
+        found = re.search(r"tensor attributes? (.*?) (?:was|were) assigned during export", str(warning.message))
+        kept = [a.strip() for a in found[1].split(",")] if found else []
+        if kept := [attribute for attribute in kept if "_flat_weights" not in attribute]:
+            raise BridgeError(
+                f"{name} keeps tensors in {', '.join(kept)}; a pure function has no such memory: return them, or make them "
+                "buffers (register_buffer)"
+            )
 
 
 def _tensors(module: torch.nn.Module, constants: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -358,6 +370,17 @@ class _Reader:
             raise BridgeError(
                 f"{where} reads a tensor's value as a number (.item(), int(), float(): {_line(node)}); a compiled program "
                 "cannot: keep it a tensor"
+            )
+        if _RANDOM.match(op) and find(op) is None:
+            raise BridgeError(
+                f"{where} draws random numbers beside dropout ({op}: {_line(node)}), which cannot be compared with torch's: "
+                "give the noise to the model as an input, or register_op() a form of your own"
+            )
+        sizes = [size for leaf in pytree.tree_leaves(node.meta.get("val")) for size in getattr(leaf, "shape", ())]
+        if any(re.search(r"\bu\d+\b", str(size)) for size in sizes):
+            raise BridgeError(
+                f"{where}: the shape of {op} depends on the values of a tensor ({_line(node)}); a compiled program has one "
+                "shape for all values: use torch.where or a mask instead"
             )
         args = self._value(node.args)
         kwargs = tuple((k, self._value(v)) for k, v in node.kwargs.items() if k not in _DROPPED)

@@ -42,13 +42,15 @@ def to_state(graph: Graph, variables: Mapping[str, Any]) -> dict[str, np.ndarray
         except KeyError as error:
             paths = ", ".join("/".join((place.collection, *place.path)) for place in places)
             raise BridgeError(f"{graph.name}: the variables lack {paths} (torch's {tensor.name})") from error
-        for place, leaf in zip(places, leaves, strict=True):
-            if leaf.shape != place.shape:
-                raise BridgeError(
-                    f"{graph.name}: {'/'.join(place.path)} has shape {leaf.shape}, expected {place.shape} (torch's "
-                    f"{tensor.name} {tensor.shape})"
-                )
-        found[tensor.name] = from_flax(places, tensor.shape, leaves, np)
+        shape = tensor.shape
+        if leaves[0].shape != places[0].shape:
+            shape = places[0].torch_shape(leaves[0].shape)  # a folded span has made the layer wider
+        if shape is None or any(leaf.shape != leaves[0].shape for leaf in leaves):
+            raise BridgeError(
+                f"{graph.name}: {'/'.join(places[0].path)} has shape {leaves[0].shape}, expected {places[0].shape} "
+                f"(torch's {tensor.name} {tensor.shape})"
+            )
+        found[tensor.name] = from_flax(places, shape, leaves, np)
     return found
 
 
@@ -56,7 +58,7 @@ def numpy_of(tensor: Any) -> np.ndarray:
     """A torch tensor as numpy, copied: torch writes in place; bfloat16 by way of its bits."""
     import torch
 
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu().resolve_conj().contiguous()
     if tensor.dtype == torch.bfloat16:
         return np.array(tensor.view(torch.int16).numpy()).view(jnp.bfloat16)
     return np.array(tensor.numpy())

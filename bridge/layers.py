@@ -50,6 +50,7 @@ class Attention(nn.MultiHeadDotProductAttention):
       zero: whether a key and value of zeros join it.
     """
 
+    one_site = True
     out_bias: bool = True
     extra: bool = False
     zero: bool = False

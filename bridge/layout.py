@@ -22,6 +22,7 @@ class Place(NamedTuple):
       shape: Flax's.
       perm: torch's axes in Flax's order, before a reshape to `shape`.
       part, parts: which of how many parts along torch's first axis.
+      flip: how many of its first axes run backwards (the taps of a transposed convolution).
     """
 
     tensor: str
@@ -31,20 +32,30 @@ class Place(NamedTuple):
     perm: tuple[int, ...]
     part: int = 0
     parts: int = 1
+    flip: int = 0
 
     def to_flax(self, value: Any) -> Any:
         """The leaf, from torch's tensor as an array."""
         if self.parts > 1:
             rows = value.shape[0] // self.parts
             value = value[self.part * rows : (self.part + 1) * rows]
-        return value.transpose(self.perm).reshape(self.shape)
+        return _flipped(value.transpose(self.perm), self.flip).reshape(self.shape)
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Torch's shape for a leaf of another size; None where it lies in parts, is reshaped or has other axes."""
+        plain = self.parts == 1 and len(self.shape) == len(self.perm) == len(shape)
+        return tuple(shape[self.perm.index(axis)] for axis in range(len(shape))) if plain else None
 
     def of_torch(self, shape: tuple[int, ...], leaf: Any) -> Any:
         """The part of torch's tensor (of `shape`) that this leaf is."""
         if self.parts > 1:
             shape = (shape[0] // self.parts, *shape[1:])
-        permuted = leaf.reshape(tuple(shape[axis] for axis in self.perm))
+        permuted = _flipped(leaf.reshape(tuple(shape[axis] for axis in self.perm)), self.flip)
         return permuted.transpose(tuple(int(axis) for axis in np.argsort(self.perm)))
+
+
+def _flipped(x: Any, axes: int) -> Any:
+    return x[(slice(None, None, -1),) * axes] if axes else x
 
 
 def from_flax(places: tuple[Place, ...], shape: tuple[int, ...], leaves: list[Any], xp: Any) -> Any:

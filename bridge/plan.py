@@ -27,7 +27,7 @@ class Layer(NamedTuple):
       path: of its module.
       kind: which class (see `module.make`).
       fields: what that class is made with.
-      leaves: `(leaf path within the layer, collection, torch tensor, part, parts, axes)`.
+      leaves: `(leaf path within the layer, collection, torch tensor, part, parts, axes, shape, flipped axes)`.
     """
 
     path: tuple[str, ...]
@@ -90,9 +90,9 @@ def plan_of(graph: Graph) -> Plan:
     places = {tensor.name: (_bare_place(tensor),) for tensor in graph.tensors}
     for layer in chosen.values():
         found_places: dict[str, list[Place]] = {}
-        for leaf, collection, name, part, parts, perm, shape in layer.leaves:
+        for leaf, collection, name, part, parts, perm, shape, flip in layer.leaves:
             found_places.setdefault(name, []).append(
-                Place(name, collection, (*layer.path, *leaf), shape, perm, part, parts)
+                Place(name, collection, (*layer.path, *leaf), shape, perm, part, parts, flip)
             )
         places.update({name: tuple(each) for name, each in found_places.items()})
     programs = tuple(_rewritten(program, tensors, chosen) for program in graph.programs())
@@ -223,6 +223,7 @@ def _plain(
     perm: Any,
     name: str,
     inputs: Any,
+    flip: int = 0,
     **more: Any,
 ) -> Any:
     """A layer of one weight and an optional bias."""
@@ -231,7 +232,7 @@ def _plain(
     if not isinstance(owner, str):
         return owner
     assert w is not None
-    leaves = [_leaf((name,), w, perm)]
+    leaves = [_leaf((name,), w, perm, flip=flip)]
     if b is not None:
         leaves.append(_leaf(("bias",), b, tuple(range(len(b.shape)))))
     layer = Layer(module_path(owner), kind, tuple(sorted(fields.items())), tuple(leaves))
@@ -239,10 +240,17 @@ def _plain(
 
 
 def _leaf(
-    path: Any, tensor: Tensor, perm: Any, shape: Any = None, part: int = 0, parts: int = 1, to: str = "params"
+    path: Any,
+    tensor: Tensor,
+    perm: Any,
+    shape: Any = None,
+    part: int = 0,
+    parts: int = 1,
+    to: str = "params",
+    flip: int = 0,
 ) -> Any:
     shape = tuple(tensor.shape[axis] for axis in perm) if shape is None else shape
-    return (path, to, tensor.name, part, parts, tuple(perm), tuple(shape))
+    return (path, to, tensor.name, part, parts, tuple(perm), tuple(shape), flip)
 
 
 def _linear(args: _Args) -> Any:
@@ -294,10 +302,9 @@ def _conv_transpose(args: _Args) -> Any:
         "strides": each(args(3, "stride", 1), n),
         "padding": transposed_pads(args(4, "padding", 0), args(5, "output_padding", 0), kernel, dilation),
         "kernel_dilation": dilation,
-        "transpose_kernel": True,
         "use_bias": bias is not None,
     }
-    return _plain(args, "conv_transpose", weight, bias, fields, (*range(2, n + 2), 1, 0), "kernel", (x,))
+    return _plain(args, "conv_transpose", weight, bias, fields, (*range(2, n + 2), 0, 1), "kernel", (x,), flip=n)
 
 
 def _embedding(args: _Args) -> Any:

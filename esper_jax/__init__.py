@@ -4,6 +4,8 @@ Seeds (small modules) wait at a model's own layers, are germinated where it lack
 blended in, and are kept or pruned. Structure is static, life is data.
 """
 
+from typing import Any
+
 from .kasmina import (
     Blueprint,
     Comparison,
@@ -68,6 +70,17 @@ from .tolaria import (
     restore_morph,
 )
 from .urza import Urza, UrzaError, seed_of
+
+_BRIDGE = ("from_torch", "load_imported", "to_torch")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _BRIDGE:  # the bridge is imported when it is used
+        from . import bridge
+
+        return getattr(bridge, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 

@@ -40,7 +40,7 @@ def _places(x: Any, indices: Any) -> tuple[Any, ...]:
     return tuple(slice(None) if i is None else i for i in indices)
 
 
-@op("index_put.default", "_unsafe_index_put.default", "index_put_.default")
+@op("index_put.default", "_unsafe_index_put.default")
 def index_put(self: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
     if len(indices) == 1 and is_array(indices[0]) and indices[0].dtype == jnp.bool_ and values.ndim == 0:
         mask = indices[0].reshape(indices[0].shape + (1,) * (self.ndim - indices[0].ndim))

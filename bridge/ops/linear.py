@@ -76,11 +76,6 @@ def inverse(A: Any, check_errors: bool = False) -> Any:
     return jnp.linalg.inv(A), jnp.zeros(A.shape[:-2], jnp.int32)
 
 
-@op("_linalg_det.default")
-def determinant(A: Any) -> Any:
-    return jnp.linalg.det(A), A, jnp.zeros(A.shape[:-1], jnp.int32)
-
-
 @op("embedding.default")
 def embedding(
     weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
@@ -149,7 +144,7 @@ def matrix_norm(self: Any, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool 
     return jnp.linalg.norm(self, ord=ord, axis=dim, keepdims=keepdim)
 
 
-@op("_weight_norm.default", "_weight_norm_interface.default")
+@op("_weight_norm.default")
 def weight_norm(v: Any, g: Any, dim: int = 0) -> Any:
     axes = tuple(a for a in range(v.ndim) if a != dim % v.ndim) if dim != -1 else tuple(range(v.ndim))
     return v * (g / jnp.sqrt(jnp.sum(v * v, axis=axes, keepdims=True)))

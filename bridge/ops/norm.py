@@ -10,7 +10,7 @@ from jax import lax
 from .registry import Last, full_float, op
 
 
-@op("layer_norm.default", "native_layer_norm.default")
+@op("layer_norm.default")
 def layer_norm(
     input: Any,
     normalized_shape: Any,
@@ -30,11 +30,6 @@ def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = N
     eps = float(jnp.finfo(input.dtype).eps) if eps is None else eps
     scaled = full_float(lambda x: x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + eps))(input)
     return _affine(scaled, weight, None)
-
-
-@op("_fused_rms_norm.default")
-def fused_rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
-    return rms_norm(input, normalized_shape, weight, eps), None
 
 
 def _standard(x: Any, axes: tuple[int, ...], eps: float) -> Any:
@@ -142,7 +137,7 @@ def batch_norm_training(
     frozen_mean, frozen_var = lax.stop_gradient((mean, var))
     means = updated(running_mean, frozen_mean, momentum)
     variances = updated(running_var, unbiased(frozen_var, count), momentum)
-    return (Last(result) if last else result), mean, var, means, variances
+    return (Last(result) if last else result), mean, lax.rsqrt(var + eps), means, variances
 
 
 @op("_native_batch_norm_legit.no_stats", channels=True)
@@ -151,11 +146,4 @@ def batch_norm_no_stats(
 ) -> Any:
     mean, var, _ = statistics(input, last)
     result = normalised(input, weight, bias, mean, var, eps, last)
-    return (Last(result) if last else result), mean, var
-
-
-@op("local_response_norm.default")
-def local_response_norm(input: Any, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Any:
-    padded = jnp.pad(input * input, [(0, 0), (size // 2, (size - 1) // 2)] + [(0, 0)] * (input.ndim - 2))
-    summed = sum(lax.slice_in_dim(padded, i, i + input.shape[1], axis=1) for i in range(size))
-    return input / (k + alpha * summed / size) ** beta
+    return (Last(result) if last else result), mean, lax.rsqrt(var + eps)

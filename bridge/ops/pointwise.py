@@ -87,12 +87,12 @@ for _name, _fn in {
     _unary(_name, _fn, real=False)
 
 
-@op("relu.default", "relu_.default", **pointwise)
+@op("relu.default", **pointwise)
 def relu(self: Any) -> Any:
     return jax.nn.relu(self)
 
 
-@op("abs.out", "clone.default", "contiguous.default", **pointwise)
+@op("clone.default", "contiguous.default", **pointwise)
 def clone(self: Any) -> Any:
     return self
 
@@ -125,10 +125,9 @@ for _name, _fn in {
     "bitwise_and": jnp.bitwise_and,
     "bitwise_or": jnp.bitwise_or,
     "bitwise_xor": jnp.bitwise_xor,
-    "floor_divide": jnp.floor_divide,
 }.items():
     _binary(_both(_name), _fn)
-op("floor_divide.default", **pointwise)(lambda self, other: jnp.floor_divide(*together(self, other)))
+op("floor_divide.default", "floor_divide.Scalar", **pointwise)(lambda self, other: jnp.floor_divide(*together(self, other)))
 op("__and__.Tensor", "__and__.Scalar", **pointwise)(lambda self, other: jnp.bitwise_and(*together(self, other)))
 op("__or__.Tensor", "__or__.Scalar", **pointwise)(lambda self, other: jnp.bitwise_or(*together(self, other)))
 op("__xor__.Tensor", "__xor__.Scalar", **pointwise)(lambda self, other: jnp.bitwise_xor(*together(self, other)))
@@ -355,11 +354,6 @@ def softshrink(self: Any, lambd: float = 0.5) -> Any:
 @op("threshold.default", **pointwise)
 def threshold(self: Any, threshold: float, value: float) -> Any:
     return jnp.where(self > threshold, self, jnp.asarray(value, self.dtype))
-
-
-@op("softsign.default", **pointwise)
-def softsign(self: Any) -> Any:
-    return self / (1 + jnp.abs(self))
 
 
 @op("prelu.default", "_prelu_kernel.default")

@@ -157,12 +157,6 @@ def avg_pool(
     return Last(result) if last else result
 
 
-@op("lp_pool2d.default")
-def lp_pool(self: Any, norm_type: float, kernel_size: Any, stride: Any = (), ceil_mode: bool = False) -> Any:
-    window = _Window(self, False, kernel_size, stride, 0, 1, ceil_mode)
-    return window.reduce(jnp.abs(self) ** norm_type, 0.0, lax.add) ** (1 / norm_type)
-
-
 def _bounds(size: int, out: int) -> list[tuple[int, int]]:
     return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
 

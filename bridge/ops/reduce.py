@@ -193,7 +193,7 @@ def norm_all(self: Any, p: Any = 2) -> Any:
     return norm(self, p, None)
 
 
-@op("linalg_norm.default", "frobenius_norm.dim")
+@op("linalg_norm.default")
 def linalg_norm(self: Any, ord: Any = None, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
     if ord not in (None, 2, 2.0) or (ord is not None and (dim is None or isinstance(dim, tuple) and len(dim) > 1)):
         return jnp.linalg.norm(self, ord=ord, axis=dim, keepdims=keepdim)
@@ -203,7 +203,7 @@ def linalg_norm(self: Any, ord: Any = None, dim: Any = None, keepdim: bool = Fal
 # --- along one axis ---
 
 
-@op("softmax.int", "_softmax.default", "_safe_softmax.default", "special_softmax.int")
+@op("softmax.int", "_softmax.default", "_safe_softmax.default")
 def softmax(self: Any, dim: int, dtype: Any = None, half_to_float: bool = False) -> Any:
     x = self if dtype is None or isinstance(dtype, bool) else self.astype(dtype_of(dtype))
     return _softmax(x, dim)

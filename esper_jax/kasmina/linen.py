@@ -148,8 +148,11 @@ def trace_sites(
     found: list[Site] = []
     skipped: list[tuple[str, str]] = []
     statistics = {path for path, node in nodes(variables.get("batch_stats", {})) if own_arrays(node)}
+    whole = {split_path(path) for path, at in seen.items() if getattr(at.module, "one_site", False)}
     for parts, node in nodes(variables["params"]):
         path = join_path(parts)
+        if any(parts[:n] in whole for n in range(1, len(parts))):
+            continue
         if path not in seen:
             if own_arrays(node):
                 skipped.append((path, "never called on the example"))

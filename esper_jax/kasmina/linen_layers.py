@@ -173,7 +173,7 @@ def attended(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 def _peculiar(module: Any) -> dict[str, str]:
     """Why a layer's arrays may mean something else than in Flax's own layer, as `custom`, or nothing."""
     name = type(module).__name__
-    if not type(module).__module__.startswith("flax."):
+    if not type(module).__module__.startswith("flax.") and not getattr(module, "keeps_meaning", False):
         return {"custom": f"a {name}, not one of Flax's own layers"}
     if getattr(module, "mask", None) is not None:
         return {"custom": f"a {name} with a mask"}

@@ -117,10 +117,11 @@ class Normed(nn.Module):
         self.first = parametrizations.weight_norm(nn.Linear(8, 12))
         self.second = parametrizations.spectral_norm(nn.Linear(12, 12))
         self.third = parametrizations.weight_norm(nn.Conv1d(3, 5, 3, padding=1))
+        self.head = nn.Linear(20, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.second(F.softplus(self.first(x)))
-        return self.third(y.view(-1, 3, 4)).flatten(1)
+        return self.head(self.third(y.view(-1, 3, 4)).flatten(1))
 
 
 class Tied(nn.Module):
@@ -145,10 +146,11 @@ class Lists(nn.Module):
         super().__init__()
         self.shifts = nn.ParameterList(torch.randn(6) for _ in range(3))
         self.scales = nn.ParameterDict({"a": torch.rand(6) + 0.5, "b": torch.rand(1, 6) + 0.5})
-        self.pair = nn.Bilinear(6, 6, 4)
+        self.pair, self.stem = nn.Bilinear(6, 6, 4), nn.Linear(6, 6)
         self.slope = nn.PReLU(6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
         y = x * self.scales["a"] + self.shifts[0]
         y = F.leaky_relu(y, 0.2) + F.hardswish(self.shifts[1] * y) + F.hardsigmoid(y) + F.relu6(y * 2) + F.selu(y)
         z = self.slope(x * self.scales["b"] - self.shifts[2]) + F.celu(y, 0.7) - F.softshrink(y, 0.3) + F.logsigmoid(x)

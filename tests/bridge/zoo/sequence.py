@@ -65,6 +65,7 @@ class Einsum(nn.Module):
         super().__init__()
         self.q, self.k, self.v = (nn.Parameter(torch.randn(8, 2, 4) * 0.3) for _ in range(3))
         self.relative = nn.Parameter(torch.randn(2, 11) * 0.1)
+        self.out = nn.Linear(8, 8)
         self.register_buffer("index", torch.arange(6)[:, None] - torch.arange(6) + 5, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Einsum(nn.Module):
         logits = torch.einsum("bhqe,bhke->bhqk", q, k) / math.sqrt(4) + self.relative[:, self.index]
         mask = torch.ones(6, 6, dtype=torch.bool).tril()
         weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(dim=-1)
-        return torch.roll((weights @ v).permute(0, 2, 1, 3).reshape(x.shape[0], 6, 8), 2, 1)
+        return torch.roll(self.out((weights @ v).permute(0, 2, 1, 3).reshape(x.shape[0], 6, 8)), 2, 1)
 
 
 class Rotary(nn.Module):
@@ -118,6 +119,7 @@ class Cells(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lstm, self.gru, self.rnn = nn.LSTMCell(4, 6), nn.GRUCell(6, 5), nn.RNNCell(5, 4)
+        self.head = nn.Linear(4, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = c = x.new_zeros(x.shape[0], 6)
@@ -126,7 +128,7 @@ class Cells(nn.Module):
             h, c = self.lstm(step, (h, c))
             g = self.gru(h, g)
             r = self.rnn(g, r)
-        return r
+        return self.head(r)
 
 
 class WaveNet(nn.Module):

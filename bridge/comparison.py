@@ -274,6 +274,8 @@ def _step(
     compute = jax.jit(jax.value_and_grad(jax_loss(model, carries), has_aux=True))
     (got_loss, changed), got = compute(variables["params"], others, *arrays)
     found = to_state(model.graph, {**others, **changed, "params": got})
+    frozen = {tensor.name for tensor in model.graph.tensors if tensor.frozen}
+    grads = {name: grad for name, grad in grads.items() if name not in frozen}  # torch gives them none
     largest = max((float(np.abs(g.astype(np.float64)).max(initial=0)) for g in grads.values()), default=0.0)
     error = max((_error(found[n], g, largest * 1e-2) for n, g in grads.items() if n in found), default=0.0)
     buffers = max((_error(found[n], v) for n, v in after.items() if n in found), default=0.0)

@@ -16,8 +16,9 @@ from .graph import BridgeError, Graph
 from .module import Imported
 from .ops.registry import find, unknown
 from .plan import LAYER, plan_of
-from .verify import Report, refuse
-from .verify import verify as compare
+from .recent import remember
+from .comparison import Report, refuse
+from .comparison import verify as compare
 
 _INNER = (LAYER, "input", "constant", "getitem", "getitem0")
 
@@ -80,6 +81,7 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True) -> Impo
     args, kwargs = _inputs(example_inputs)
     graph, constants = capture(module, args, kwargs)
     _check(graph)
+    remember(graph)
     variables = to_variables(graph, values_of(graph, module, constants))
     model = Imported(graph)
     plan = plan_of(graph)

@@ -1,0 +1,141 @@
+"""Modules that must be refused, and the words that tell why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+X = torch.ones(2, 4)
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Items(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * x.max().item()
+
+
+class Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad.clamp(-1, 1)
+
+
+class Custom(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Clipped.apply(x) * 2
+
+
+class Overflow(nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return (ids * 6364136223846793005) % 7
+
+
+class BigBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("hashes", torch.tensor([2**40, 1]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :2] * self.hashes
+
+
+class Nonzero(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x > 0].sum()[None] + torch.nonzero(x > 0).shape[0]
+
+
+class InPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2)
+        return x + 1
+
+
+class Random(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+class ComplexWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.w).abs()
+
+
+class Memory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x * 2
+        return self.last
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(self.head(x))
+
+
+class Packed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x[:, None], torch.tensor([2]), enforce_sorted=False)
+        return self.rnn(packed)[1][0]
+
+
+def quantised() -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}, torch.qint8)
+
+
+def meta() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Linear(4, 4)
+
+
+REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "control flow on values": (Branches, X, "control flow or its shapes depend on the values of a tensor \\(line"),
+    "item": (Items, X, "the values of a tensor|reads a tensor's value as a number"),
+    "custom autograd function": (Custom, X, "Clipped, an autograd Function whose backward the captured graph would lose"),
+    "integer constant": (Overflow, torch.ones(2, dtype=torch.long), "overflows the 32 bit integers.*jax_enable_x64"),
+    "integer buffer": (BigBuffer, X, "hashes holds values beyond int32.*jax_enable_x64"),
+    "shapes of values": (Nonzero, X, "the shape of aten.* depends on the values of a tensor"),
+    "write to an input": (InPlace, X, "writes into its input 'x' in place; a pure function cannot: clone it first"),
+    "random numbers": (Random, X, "draws random numbers beside dropout"),
+    "complex parameters": (ComplexWeights, X, "parameter 'w' is complex; torch and JAX define its gradient differently"),
+    "memory": (Memory, X, "keeps tensors in self.last; a pure function has no such memory"),
+    "unknown operator": (Unknown, X, "aten.special_bessel_j0.default, which the bridge does not know.*register_op"),
+    "packed sequences": (Packed, X, "packed sequences have lengths of their own"),
+    "quantised": (quantised, X, "quantised and scripted modules have no parameters to train"),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Linear(4, 4))), X, "scripted modules"),
+    "meta": (meta, X, "is on the meta device and has no values"),
+    "float64": (lambda: nn.Linear(4, 4).double(), X.double(), "float64 tensors, and JAX runs in 32 bit"),
+    "no module": (lambda: torch.tanh, X, "from_torch takes a torch.nn.Module, got builtin_function_or_method"),
+    "no tensor": (lambda: nn.Linear(4, 4), (3,), "example_inputs hold no tensor"),
+    "wrong example": (lambda: nn.Linear(4, 4), (X, X), "forward does not take these example inputs"),
+    "misfit": (lambda: nn.Linear(5, 4), X, "Linear cannot be captured"),
+}

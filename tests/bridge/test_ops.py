@@ -1,0 +1,160 @@
+"""Each operator against torch's own: values, dtypes, and gradients where there are any."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from esper_jax.bridge import register_op, supported_ops  # noqa: E402
+from esper_jax.bridge.convert import numpy_of  # noqa: E402
+from esper_jax.bridge.graph import Dtype  # noqa: E402
+from esper_jax.bridge.ops import registry  # noqa: E402
+from esper_jax.bridge.ops.registry import Last, find, result_dtype  # noqa: E402
+
+from .op_cases import CASES  # noqa: E402
+from .zoo import MODELS  # noqa: E402
+
+pytestmark = pytest.mark.torch
+SAME = {"int64": "int32", "float64": "float32", "complex128": "complex64"}
+INDIRECT = {
+    "aten.native_dropout.default", "aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default",
+    "aten.bernoulli.p",
+}  # fmt: skip
+"""Random ones: tested by the share that they keep (test_dropout.py)."""
+
+
+def ours(value):
+    if isinstance(value, torch.Tensor):
+        return jnp.asarray(numpy_of(value))
+    if isinstance(value, torch.dtype):
+        return Dtype(str(value).removeprefix("torch."))
+    return tuple(ours(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def flat(value):
+    if isinstance(value, Last):
+        return [jnp.moveaxis(value.array, -1, 1)]
+    if isinstance(value, list | tuple):
+        return [leaf for item in value for leaf in flat(item)]
+    return [value]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_an_operator_gives_what_torch_gives(name):
+    packet, overload = name.split(".")
+    reference = getattr(getattr(torch.ops.aten, packet), overload)
+    op = find(f"aten.{name}")
+    assert op is not None, f"{name} is not registered"
+    for args in CASES[name]:
+        kwargs = args[-1] if args and isinstance(args[-1], dict) else {}
+        args = args[: len(args) - bool(kwargs)]
+        cloned = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, list(args))
+        wanted = [w for w in flat(reference(*cloned, **kwargs))]
+        more = {"draw": None} if op.random else {}
+        found = flat(op.fn(*ours(args), **{k: ours(v) for k, v in kwargs.items()}, **more))
+        for got, want in zip(found, wanted, strict=False):
+            if got is None or not isinstance(want, torch.Tensor):
+                continue
+            wide = str(want.dtype).removeprefix("torch.")
+            assert got.dtype == SAME.get(wide, wide), name
+            want = numpy_of(want)
+            assert got.shape == want.shape, name
+            limit = 2e-2 if wide == "bfloat16" else 2e-5
+            np.testing.assert_allclose(
+                np.asarray(got).astype(np.complex128), want.astype(np.complex128), rtol=limit, atol=limit, err_msg=name
+            )
+
+
+DIFFERENTIABLE = [
+    name for name in sorted(CASES)
+    if not name.startswith(("_native_batch_norm_legit_no", "fft", "_fft", "view_as_complex", "complex", "polar", "lift"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_its_gradient_is_torchs(name):
+    packet, overload = name.split(".")
+    reference, op = getattr(getattr(torch.ops.aten, packet), overload), find(f"aten.{name}")
+    for args in CASES[name][:2]:
+        kwargs = args[-1] if args and isinstance(args[-1], dict) else {}
+        args = list(args[: len(args) - bool(kwargs)])
+        if not args or not isinstance(args[0], torch.Tensor) or args[0].dtype != torch.float32:
+            continue
+        x = args[0].clone().requires_grad_()
+        output = reference(x, *args[1:], **kwargs)
+        output = output[0] if isinstance(output, list | tuple) else output
+        if not output.requires_grad or output.is_complex():
+            continue
+        weights = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)) + 0.5
+        try:
+            (want,) = torch.autograd.grad((output.float() * weights).sum(), x)
+        except RuntimeError:
+            continue  # torch has none
+
+        def loss(first, rest=args[1:], kwargs=kwargs, weights=weights):
+            more = {"draw": None} if op.random else {}
+            found = flat(op.fn(first, *ours(rest), **{k: ours(v) for k, v in kwargs.items()}, **more))[0]
+            return jnp.sum(found.astype(jnp.float32) * numpy_of(weights))
+
+        got = jax.grad(loss)(ours(args[0]))
+        np.testing.assert_allclose(np.asarray(got), want.numpy(force=True), rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_every_registered_operator_has_a_case_or_is_python():
+    names = {name for name in supported_ops() if name.startswith("aten.")}
+    left = {n.removeprefix("aten.") for n in names - INDIRECT} - set(CASES) - UNTESTED_HERE
+    assert not left, sorted(left)
+
+
+UNTESTED_HERE = {
+    "empty.memory_format", "empty_like.default", "new_empty.default",  # zeros here, anything in torch
+    "sym_size.int", "sym_numel.default",  # sizes: every model of the zoo
+    "as_strided.default",  # refused: below
+}  # fmt: skip
+
+
+def test_an_operator_of_ones_own_is_registered_and_used(monkeypatch):
+    import esper_jax
+
+    monkeypatch.setattr(registry, "_OPS", dict(registry._OPS))
+
+    class Bessel(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    x = torch.rand(3, 4)
+    with pytest.raises(esper_jax.bridge.BridgeError, match="register_op"):
+        esper_jax.from_torch(Bessel(), x)
+
+    def series(x):  # converges fast where |x| < 1
+        terms = [(-1) ** k * (x / 2) ** (2 * k) / float(np.prod(np.arange(1, k + 1), initial=1.0)) ** 2 for k in range(8)]
+        return sum(terms)
+
+    register_op("aten.special_bessel_j0.default", series, elementwise=True)
+    model, variables = esper_jax.from_torch(Bessel(), x)
+    np.testing.assert_allclose(model.apply(variables, x.numpy()), torch.special.bessel_j0(x).numpy(), rtol=1e-5)
+    with pytest.raises(ValueError, match="no operator's full name"):
+        register_op("bessel", series)
+    with pytest.raises(TypeError, match="fn must be callable"):
+        register_op("a.b.c", 3)
+
+
+def test_dtypes_meet_as_torch_has_it():
+    """Arrays with axes decide, then those without, then numbers."""
+    half, full, whole = (jnp.zeros((2,), d) for d in (jnp.bfloat16, jnp.float32, jnp.int32))
+    zero = jnp.zeros((), jnp.float32)
+    assert result_dtype(half, zero) == jnp.bfloat16
+    assert result_dtype(half, 2.5) == jnp.bfloat16
+    assert result_dtype(half, full) == jnp.float32
+    assert result_dtype(whole, zero) == jnp.float32
+    assert result_dtype(whole, 2.5) == jnp.float32
+    assert result_dtype(whole, 2) == jnp.int32
+    assert result_dtype(jnp.zeros((2,), bool), 2) == jnp.int32
+
+
+def test_the_zoo_is_large_enough():
+    assert len(MODELS) >= 40
