@@ -31,7 +31,9 @@ _NOTHING = {
     "aten.sym_constrain_range.default",
     "aten._assert_scalar.default",
 }
-_RANDOM = re.compile(r"aten\.(rand|normal|bernoulli(?!\.p$)|exponential|multinomial|poisson|cauchy|log_normal|geometric)")
+_RANDOM = re.compile(
+    r"aten\.(rand|normal|bernoulli(?!\.p$)|exponential|multinomial|poisson|cauchy|log_normal|geometric)"
+)
 _READS_VALUES = {"aten.item.default", "aten._local_scalar_dense.default"}
 _BIG_INTS = {"aten.slice.Tensor", "aten.slice_scatter.default", "aten.unfold.default"}
 _INLINED = ("wrap_with_set_grad_enabled", "tag_activation_checkpoint", "wrap_with_autocast")
@@ -65,9 +67,35 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         names=_forward_names(module),
         tensors=tensors,
         aliases=aliases,
-        modules=tuple((path, type(child).__name__) for path, child in module.named_modules()),
+        modules=tuple((path, type(child).__name__, _is_plain(child)) for path, child in module.named_modules()),
     )
     return graph, constants
+
+
+_PLAIN = (
+    torch.nn.Linear,
+    torch.nn.Conv1d,
+    torch.nn.Conv2d,
+    torch.nn.Conv3d,
+    torch.nn.ConvTranspose1d,
+    torch.nn.ConvTranspose2d,
+    torch.nn.ConvTranspose3d,
+    torch.nn.Embedding,
+    torch.nn.LayerNorm,
+    torch.nn.GroupNorm,
+    torch.nn.RMSNorm,
+    torch.nn.modules.batchnorm._BatchNorm,
+    torch.nn.modules.instancenorm._InstanceNorm,
+    torch.nn.MultiheadAttention,
+)
+
+
+def _is_plain(module: torch.nn.Module) -> bool:
+    """Whether the module's forward is its layer and no more, so that a hook on it sees the layer's input and output."""
+    if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return True
+    base = next((cls for cls in _PLAIN if isinstance(module, cls)), None)
+    return base is not None and type(module).forward is base.forward
 
 
 def numpy_dtype(dtype: torch.dtype) -> str:

@@ -121,7 +121,8 @@ class Graph:
       names: the parameters of torch's `forward`, for calls by keyword.
       tensors: parameters and buffers; programs refer to them by `torch:<dotted name>`.
       aliases: `(other name, name)` of tied tensors.
-      modules: `(dotted name, class)` of every torch module.
+      modules: `(dotted name, class, plain)` of every torch module; plain: its forward is one layer of torch's and no
+        more.
     """
 
     name: str
@@ -131,7 +132,7 @@ class Graph:
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     aliases: tuple[tuple[str, str], ...]
-    modules: tuple[tuple[str, str], ...]
+    modules: tuple[tuple[str, str, bool], ...]
 
     @functools.cached_property
     def digest(self) -> str:
@@ -283,7 +284,7 @@ def loads(text: str, where: str = "the graph") -> Graph:
             raise BridgeError(f"{where} was saved in another format; this version reads format {FORMAT}")
         programs = {name: _program(data.pop(name)) for name in ("evaluate", "train")}
         tensors = tuple(Tensor(t[0], tuple(t[1]), *t[2:]) for t in data.pop("tensors"))
-        pairs = {name: tuple((a, b) for a, b in data.pop(name)) for name in ("aliases", "modules")}
+        pairs = {name: tuple(tuple(row) for row in data.pop(name)) for name in ("aliases", "modules")}
         return Graph(**programs, tensors=tensors, names=tuple(data.pop("names")), **pairs, **data)
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise BridgeError(f"{where} holds no graph of this library: {error}") from error

@@ -38,4 +38,6 @@ def to_stablehlo(apply: Any, variables: Any, *example: Any, platforms: tuple[str
         return export.export(jax.jit(apply), platforms=platforms)(shapes, *jax.tree.map(free, example))
     except Exception as error:
         first = str(error).strip().splitlines()[0]
-        raise BridgeError(f"the model cannot be exported with a free batch size: {type(error).__name__}: {first}") from error
+        raise BridgeError(
+            f"the model cannot be exported with a free batch size: {type(error).__name__}: {first}"
+        ) from error

@@ -36,7 +36,9 @@ def load_imported(directory: Any) -> tuple[Imported, dict[str, Any]]:
     where = pathlib.Path(directory)
     for name in (GRAPH, WEIGHTS):
         if not (where / name).is_file():
-            raise BridgeError(f"{where} holds no imported model: there is no {name}; model.save(directory, variables) writes one")
+            raise BridgeError(
+                f"{where} holds no imported model: there is no {name}; model.save(directory, variables) writes one"
+            )
     graph = loads((where / GRAPH).read_text(), str(where / GRAPH))
     return Imported(graph), to_variables(graph, _matched(graph, _read(where / WEIGHTS), where / WEIGHTS, {}))
 
@@ -97,10 +99,14 @@ def _read_pickled(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:
-        raise BridgeError(f"{path} is a file of torch's, which needs torch to read: pip install 'esper_jax[torch]'") from error
+        raise BridgeError(
+            f"{path} is a file of torch's, which needs torch to read: pip install 'esper_jax[torch]'"
+        ) from error
     version = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in torch.__version__.split(".")[:2])
     if version < _OLDEST_TORCH:
-        raise BridgeError(f"{path}: files of pickles are read with torch 2.10 or newer only, this is {torch.__version__}")
+        raise BridgeError(
+            f"{path}: files of pickles are read with torch 2.10 or newer only, this is {torch.__version__}"
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -45,12 +45,24 @@ class Plan:
       places: the leaves of each torch tensor, by its name.
       programs: evaluation and training with layers called.
       bare: the torch modules that hold parameters and are no site, with the reason.
+      calls: the torch modules in whose forward each layer is called (several where they share its weights).
     """
 
     layers: dict[tuple[str, ...], Layer]
     places: dict[str, tuple[Place, ...]]
     programs: tuple[Program, Program]
     bare: tuple[tuple[str, str], ...]
+    calls: dict[tuple[str, ...], tuple[str, ...]]
+
+    def unreachable(self, graph: Graph) -> dict[str, str]:
+        """The sites that no hook on a torch module reaches, so that their seeds cannot go back, with the reason."""
+        plain = {path for path, _, is_plain in graph.modules if is_plain}
+        found = {}
+        for path, homes in self.calls.items():
+            if odd := [home for home in homes if home not in plain]:
+                kind = dict((p, cls) for p, cls, _ in graph.modules).get(odd[0], "module")
+                found["/".join(path)] = f"it is called inside {odd[0] or 'the model'} ({kind}), whose forward does more"
+        return found
 
 
 class _Call(NamedTuple):
@@ -96,7 +108,12 @@ def plan_of(graph: Graph) -> Plan:
             )
         places.update({name: tuple(each) for name, each in found_places.items()})
     programs = tuple(_rewritten(program, tensors, chosen) for program in graph.programs())
-    return Plan(chosen, places, programs, tuple(_bare_modules(graph, chosen, refused)))  # type: ignore[arg-type]
+    homes: dict[tuple[str, ...], dict[str, None]] = {}
+    for node in programs[0].nodes:
+        if node.op == LAYER:
+            homes.setdefault(tuple(node.args[0].split("/")), {})[node.path] = None
+    calls = {path: tuple(found) for path, found in homes.items()}
+    return Plan(chosen, places, programs, tuple(_bare_modules(graph, chosen, refused)), calls)  # type: ignore[arg-type]
 
 
 def _bare_place(tensor: Tensor) -> Place:
@@ -104,7 +121,7 @@ def _bare_place(tensor: Tensor) -> Place:
 
 
 def _bare_modules(graph: Graph, chosen: dict[Any, Layer], refused: dict[str, str]) -> Iterator[tuple[str, str]]:
-    classes = dict(graph.modules)
+    classes = {path: cls for path, cls, _ in graph.modules}
     owners: dict[str, list[str]] = {}
     for tensor in graph.tensors:
         owner, _, leaf = tensor.name.rpartition(".")
@@ -136,6 +153,7 @@ def _rewritten(program: Program, tensors: dict[str, Tensor], chosen: dict[Any, L
     stale: set[str] = set()  # running statistics that a layer keeps itself
     renamed: dict[str, Any] = {}
     used = {(n.args[0].name, n.args[1]) for n in program.nodes if n.op == "getitem"}
+    flattened = _flattened(program)
     for node in program.nodes:
         node = node._replace(args=_renamed(node.args, renamed), kwargs=_renamed(node.kwargs, renamed))
         if node.op == "getitem" and node.args[0].name in taken:
@@ -152,16 +170,38 @@ def _rewritten(program: Program, tensors: dict[str, Tensor], chosen: dict[Any, L
         if not isinstance(call, _Call) or chosen.get(call.layer.path) != call.layer:
             nodes.append(node)
             continue
-        options = call.options
+        options, given = call.options, call.inputs
+        if node.name in flattened:
+            given = (_renamed(flattened[node.name], renamed),)
         if call.layer.kind == "attention":
             options = (*options, ("need_weights", (node.name, 1) in used))
-        nodes.append(Node(node.name, LAYER, ("/".join(call.layer.path), *call.inputs), options, node.path))
+        nodes.append(Node(node.name, LAYER, ("/".join(call.layer.path), *given), options, node.path))
         if call.outputs:
             taken[node.name] = call.layer
     updates = tuple(
         (name, _renamed(ref, renamed)) for name, ref in program.updates if _renamed(ref, renamed).name[:6] != "stale:"
     )
     return dataclasses.replace(program, nodes=tuple(nodes), outputs=_renamed(program.outputs, renamed), updates=updates)
+
+
+def _flattened(program: Program) -> dict[str, Ref]:
+    """Products over rows `[N * T, I]` that were `[N, T, I]` before and are so again after: what they were made of."""
+    by_name = {node.name: node for node in program.nodes}
+    readers: dict[str, list[Node]] = {}
+    for node in program.nodes:
+        for ref in node.refs():
+            readers.setdefault(ref.name, []).append(node)
+    kept = {ref.name for ref in program.outputs if isinstance(ref, Ref)}
+    found = {}
+    for node in program.nodes:
+        if node.op != "aten.addmm.default" or not isinstance(node.args[1], Ref) or node.name in kept:
+            continue
+        source = by_name.get(node.args[1].name)
+        views = readers.get(node.name, [])
+        if source is not None and source.op == "aten.view.default" and views and len(source.args[1]) == 2:
+            if all(view.op == "aten.view.default" and len(view.args[1]) > 2 for view in views):
+                found[node.name] = source.args[0]
+    return found
 
 
 def _renamed(value: Any, renamed: dict[str, Any]) -> Any:

@@ -121,6 +121,7 @@ def _entry(morph: Morph, graph: Graph, plant: Plant) -> dict[str, Any]:
     shapes = {name: list(np.shape(leaf)) for name, leaf in _flat(morph.seeds[plant.site][plant.key]).items()}
     return {
         "module": _torch_path(graph, plant.site),
+        "hooks": list(plan_of(graph).calls[tuple(plant.site.split("/"))]),
         "slot": plant.slot,
         "site": plant.site,
         "blueprint": plant.blueprint,
@@ -149,11 +150,15 @@ def _plain(value: Any) -> Any:
 
 
 def _torch_path(graph: Graph, site: str) -> str:
-    paths = {"/".join(module_path(name)): name for name, _ in graph.modules}
+    paths = {"/".join(module_path(name)): name for name, _, _ in graph.modules}
     if site in paths:
+        if reason := plan_of(graph).unreachable(graph).get(site):
+            raise BridgeError(f"a seed at {site!r} cannot go back to torch: {reason} than that layer; fold it first")
         return paths[site]
     outer = site.rpartition("/")[0]
-    if outer in paths and outer in {"/".join(p) for p, layer in plan_of(graph).layers.items() if layer.kind == "attention"}:
+    if outer in paths and outer in {
+        "/".join(p) for p, layer in plan_of(graph).layers.items() if layer.kind == "attention"
+    }:
         raise BridgeError(
             f"a seed at {site!r} stands inside torch's MultiheadAttention, which calls no layer there: fold it, or grow at "
             f"{outer!r} (give morph() model= and example=, and the attention is one site)"

@@ -12,6 +12,7 @@ output by a forward hook. Parameters have the shapes that they have in JAX; chan
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -94,25 +95,31 @@ def regrow(module: nn.Module, spec: dict[str, Any]) -> nn.Module:
     Raises:
       KeyError: a seed's layer is not in the module. ValueError: a blueprint without a twin, or seeds are there already.
     """
-    layers = dict(module.named_modules())
     for name, shape in spec.get("sizes", {}).items():
-        _resize(layers, name, tuple(shape))
+        _resize(module, name, tuple(shape))
     for entry in spec["seeds"]:
-        for path in (entry["module"], entry.get("source") or entry["module"]):
-            if path not in layers:
-                close = ", ".join(list(layers)[1:9])
-                raise KeyError(f"the module has no layer {path!r} for a seed; it has {close}, ...")
-        layer = layers[entry["module"]]
+        layer = _layer(module, entry["module"])
+        hooked = [_layer(module, path) for path in entry.get("hooks") or [entry["module"]]]
         if not hasattr(layer, CHILD):
-            setattr(layer, CHILD, nn.ModuleDict())
-            layer.register_forward_hook(_hook, with_kwargs=True)
+            bank = nn.ModuleDict()
+            setattr(layer, CHILD, bank)
+            for other in hooked:
+                other.register_forward_hook(functools.partial(_hook, bank), with_kwargs=True)
         bank = getattr(layer, CHILD)
         if str(entry["slot"]) in bank:
             raise ValueError(f"layer {entry['module']!r} has a seed in slot {entry['slot']} already")
         bank[str(entry["slot"])] = Seed(entry)
         if entry.get("source"):
-            bank[str(entry["slot"])].given = _watch(layers[entry["source"]])
+            bank[str(entry["slot"])].given = _watch(_layer(module, entry["source"]))
     return module
+
+
+def _layer(module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        close = ", ".join([name for name, _ in module.named_modules()][1:9])
+        raise KeyError(f"the module has no layer {path!r} for a seed; it has {close}, ...") from None
 
 
 class _Given:
@@ -131,8 +138,7 @@ def _watch(layer: nn.Module) -> _Given:
     return given
 
 
-def _hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    bank = getattr(layer, CHILD)
+def _hook(bank: nn.ModuleDict, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     if isinstance(layer, nn.MultiheadAttention):
         call, h, back = _attended(layer, args, kwargs, output[0])
         for seed in bank.values():
@@ -162,7 +168,16 @@ def _last(layer: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tenso
 
 def _attended(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> tuple[Any, Tensor, Any]:
     """Queries, keys, values and what is allowed `[N, heads or 1, L, S]`, batch first."""
-    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+    names = (
+        "query",
+        "key",
+        "value",
+        "key_padding_mask",
+        "need_weights",
+        "attn_mask",
+        "average_attn_weights",
+        "is_causal",
+    )
     given = {**dict(zip(names, args)), **kwargs}
     q, k, v = given["query"], given["key"], given["value"]
     padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
@@ -191,10 +206,10 @@ def _allows(mask: Tensor) -> Tensor:
     return ~mask if mask.dtype == torch.bool else mask > -math.inf
 
 
-def _resize(layers: dict[str, nn.Module], name: str, shape: tuple[int, ...]) -> None:
+def _resize(module: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     """Give a tensor of a layer another shape (a folded span makes layers wider)."""
     path, _, leaf = name.rpartition(".")
-    layer: Any = layers[path]
+    layer: Any = _layer(module, path)
     old = getattr(layer, leaf)
     if tuple(old.shape) == shape:
         return

@@ -127,7 +127,9 @@ for _name, _fn in {
     "bitwise_xor": jnp.bitwise_xor,
 }.items():
     _binary(_both(_name), _fn)
-op("floor_divide.default", "floor_divide.Scalar", **pointwise)(lambda self, other: jnp.floor_divide(*together(self, other)))
+op("floor_divide.default", "floor_divide.Scalar", **pointwise)(
+    lambda self, other: jnp.floor_divide(*together(self, other))
+)
 op("__and__.Tensor", "__and__.Scalar", **pointwise)(lambda self, other: jnp.bitwise_and(*together(self, other)))
 op("__or__.Tensor", "__or__.Scalar", **pointwise)(lambda self, other: jnp.bitwise_or(*together(self, other)))
 op("__xor__.Tensor", "__xor__.Scalar", **pointwise)(lambda self, other: jnp.bitwise_xor(*together(self, other)))

@@ -54,7 +54,11 @@ case("add.Tensor sub.Tensor", (r(3), r(3), {"alpha": 2}))
 case("rsub.Scalar", (r(3), 2.0, 3))
 case("rsub.Tensor", (r(3), r(3)))
 case("floor_divide.default", (r(4) * 5, u(4)), (i(9, 4) - 4, i(3, 4) + 1))
-case("div.Tensor_mode", (r(4) * 5, u(4), {"rounding_mode": "trunc"}), (i(9, 4) - 4, i(3, 4) + 1, {"rounding_mode": "floor"}))
+case(
+    "div.Tensor_mode",
+    (r(4) * 5, u(4), {"rounding_mode": "trunc"}),
+    (i(9, 4) - 4, i(3, 4) + 1, {"rounding_mode": "floor"}),
+)
 case("div.Tensor_mode", (i(9, 4) - 4, i(3, 4) + 1, {"rounding_mode": "trunc"}), (r(3), r(3), {"rounding_mode": None}))
 case("div.Scalar_mode", (r(4) * 5, 2, {"rounding_mode": "floor"}))
 case("true_divide.Tensor", (i(9, 3), i(3, 3) + 1))
@@ -86,7 +90,12 @@ case("where.Scalar", (b(4), 2.0, 3.0))
 case("masked_fill.Scalar", (r(3, 4), b(4), -1.0))
 case("masked_fill.Tensor", (r(3, 4), b(4), torch.tensor(-1.0)))
 case("nan_to_num.default", (torch.tensor([1.0, float("nan"), float("inf")]), 0.5, 9.0))
-case("_to_copy.default", (r(4) * 3, {"dtype": torch.int32}), (i(4, 4), {"dtype": torch.float32}), (r(3), {"dtype": torch.bfloat16}))
+case(
+    "_to_copy.default",
+    (r(4) * 3, {"dtype": torch.int32}),
+    (i(4, 4), {"dtype": torch.float32}),
+    (r(3), {"dtype": torch.bfloat16}),
+)
 case("to.dtype", (r(4) * 3, torch.int32))
 case("gelu.default", (r(9), {"approximate": "tanh"}))
 case("threshold.default", (r(5), 0.1, 20.0))
@@ -97,7 +106,11 @@ case("glu.default", (r(2, 6), 1))
 # reductions
 case("sum.default mean.default prod.default max.default min.default var.default std.default trace.default", (r(3, 3),))
 case("sum.default any.default all.default", (b(3, 4),))
-case("sum.dim_IntList mean.dim var.dim std.dim logsumexp.default amax.default amin.default", (r(2, 3, 4), [0, -1], True), (r(2, 3, 4), [1]))
+case(
+    "sum.dim_IntList mean.dim var.dim std.dim logsumexp.default amax.default amin.default",
+    (r(2, 3, 4), [0, -1], True),
+    (r(2, 3, 4), [1]),
+)
 case("sum.dim_IntList", (i(9, 3, 4), [1], False, {"dtype": torch.float32}))
 case("prod.dim_int", (u(2, 3), 1, True))
 case("max.dim min.dim", (r(3, 4), 1), (r(3, 4), 0, True))
@@ -239,15 +252,28 @@ case("linalg_cross.default", (r(2, 3), r(2, 3)))
 case("linalg_inv_ex.default", (r(3, 3) + 3 * torch.eye(3),))
 case("embedding.default", (r(5, 3), i(5, 2, 4)), (r(5, 3), i(5, 4), 2))
 _q = (r(2, 3, 4, 8), r(2, 3, 5, 8), r(2, 3, 5, 6))
-case("scaled_dot_product_attention.default", _q, (*_q, b(4, 5) | torch.eye(4, 5).bool()), (*_q, r(2, 1, 4, 5), {"scale": 0.3}))
+case(
+    "scaled_dot_product_attention.default",
+    _q,
+    (*_q, b(4, 5) | torch.eye(4, 5).bool()),
+    (*_q, r(2, 1, 4, 5), {"scale": 0.3}),
+)
 case("scaled_dot_product_attention.default", (r(2, 4, 5, 8), r(2, 4, 5, 8), r(2, 4, 5, 8), {"is_causal": True}))
 case("scaled_dot_product_attention.default", (r(2, 4, 5, 8), r(2, 2, 5, 8), r(2, 2, 5, 8), {"enable_gqa": True}))
 case("_weight_norm.default", (r(4, 3), u(4, 1), 0))
 # convolutions, pools
 case("conv1d.default", (r(2, 3, 9), r(4, 3, 3), r(4), [2], [1], [2]), (r(3, 9), r(4, 3, 3)))
 case("conv1d.padding", (r(2, 3, 9), r(4, 3, 4), None, [1], "same"))
-case("conv2d.default", (r(2, 4, 7, 6), r(6, 2, 3, 2), r(6), [2, 1], [1, 0], [1, 2], 2), (r(2, 4, 7, 6), r(8, 1, 3, 3), None, [2, 2], [1, 1], [1, 1], 4))
-case("conv2d.padding", (r(2, 3, 7, 6), r(4, 3, 3, 2), r(4), [1, 1], "same", [2, 1]), (r(2, 3, 7, 6), r(4, 3, 3, 2), None, [2, 2], "valid"))
+case(
+    "conv2d.default",
+    (r(2, 4, 7, 6), r(6, 2, 3, 2), r(6), [2, 1], [1, 0], [1, 2], 2),
+    (r(2, 4, 7, 6), r(8, 1, 3, 3), None, [2, 2], [1, 1], [1, 1], 4),
+)
+case(
+    "conv2d.padding",
+    (r(2, 3, 7, 6), r(4, 3, 3, 2), r(4), [1, 1], "same", [2, 1]),
+    (r(2, 3, 7, 6), r(4, 3, 3, 2), None, [2, 2], "valid"),
+)
 case("conv3d.default", (r(1, 2, 4, 5, 4), r(3, 2, 2, 3, 2), r(3)))
 case("conv3d.padding", (r(1, 2, 4, 5, 4), r(3, 2, 2, 3, 2), r(3), [1, 1, 1], "same"))
 case("convolution.default", (r(2, 3, 7, 6), r(4, 3, 3, 2), r(4), [1, 1], [1, 1], [1, 1], False, [0, 0], 1))
@@ -259,25 +285,45 @@ case("im2col.default", (r(2, 3, 6, 5), [2, 3], [1, 1], [1, 0], [2, 1]))
 case("col2im.default", (r(2, 12, 9), [6, 5], [2, 2], [1, 1], [0, 1], [2, 2]))
 for _n, _shape in ((1, (2, 3, 9)), (2, (2, 3, 9, 7)), (3, (1, 2, 7, 6, 5))):
     _two, _three = [2] * _n, [3] * _n
-    case(f"max_pool{_n}d.default", (r(*_shape), _three, _two, [1] * _n, [1] * _n, True), (r(*_shape), _two), (r(*_shape), _two, [1] * _n, [0] * _n, _two))
+    case(
+        f"max_pool{_n}d.default",
+        (r(*_shape), _three, _two, [1] * _n, [1] * _n, True),
+        (r(*_shape), _two),
+        (r(*_shape), _two, [1] * _n, [0] * _n, _two),
+    )
     case(f"max_pool{_n}d_with_indices.default", (r(*_shape), _three, _two, [1] * _n)) if _n > 1 else None
-    case(f"avg_pool{_n}d.default", (r(*_shape), _three, _two, [1] * _n, True, False), (r(*_shape), _two, _two, [0] * _n, True))
+    case(
+        f"avg_pool{_n}d.default",
+        (r(*_shape), _three, _two, [1] * _n, True, False),
+        (r(*_shape), _two, _two, [0] * _n, True),
+    )
     case(f"adaptive_avg_pool{_n}d.default", (r(*_shape), _two), (r(*_shape), [1] * _n))
     case(f"adaptive_max_pool{_n}d.default", (r(*_shape), _two))
     case(f"reflection_pad{_n}d.default replication_pad{_n}d.default", (r(*_shape), [1, 2] * _n))
 case("avg_pool2d.default", (r(2, 3, 9, 7), [3, 3], [2, 2], [1, 1], False, True, 5))
 case("_adaptive_avg_pool2d.default", (r(2, 3, 5, 7), [2, 3]))
 case("_adaptive_avg_pool3d.default", (r(2, 3, 5, 7, 4), [2, 3, 2]))
-case("pad.default", (r(2, 3, 4), [1, 2]), (r(2, 3, 4), [1, -1, 2, 0], "constant", 0.5), (r(2, 3, 4), [1, 2], "circular"))
+case(
+    "pad.default", (r(2, 3, 4), [1, 2]), (r(2, 3, 4), [1, -1, 2, 0], "constant", 0.5), (r(2, 3, 4), [1, 2], "circular")
+)
 case("pad.default", (r(2, 3, 4), [1, 2], "reflect"), (r(2, 3, 4), [1, 2], "replicate"))
 case("constant_pad_nd.default", (r(2, 3, 4), [1, 2, 0, 1], 3.0))
 case("upsample_nearest1d.vec", (r(2, 3, 5), [8], None), (r(2, 3, 5), None, [1.7]))
-case("upsample_nearest2d.vec _upsample_nearest_exact2d.vec", (r(2, 3, 5, 4), [8, 3], None), (r(2, 3, 5, 4), None, [2.0, 1.5]))
+case(
+    "upsample_nearest2d.vec _upsample_nearest_exact2d.vec",
+    (r(2, 3, 5, 4), [8, 3], None),
+    (r(2, 3, 5, 4), None, [2.0, 1.5]),
+)
 case("upsample_nearest3d.vec", (r(1, 2, 3, 4, 3), None, [2.0, 2.0, 2.0]))
 case("_upsample_nearest_exact1d.vec", (r(2, 3, 5), [8], None))
 case("_upsample_nearest_exact3d.vec", (r(1, 2, 3, 4, 3), [5, 5, 5], None))
 case("upsample_linear1d.vec", (r(2, 3, 5), [8], False, None), (r(2, 3, 5), None, True, [1.7]))
-case("upsample_bilinear2d.vec", (r(2, 3, 5, 4), [8, 3], False, None), (r(2, 3, 5, 4), [8, 3], True, None), (r(2, 3, 5, 4), None, False, [2.0, 1.5]))
+case(
+    "upsample_bilinear2d.vec",
+    (r(2, 3, 5, 4), [8, 3], False, None),
+    (r(2, 3, 5, 4), [8, 3], True, None),
+    (r(2, 3, 5, 4), None, False, [2.0, 1.5]),
+)
 case("upsample_bicubic2d.vec", (r(2, 3, 5, 4), [8, 7], False, None), (r(2, 3, 5, 4), [8, 7], True, None))
 case("upsample_trilinear3d.vec", (r(1, 2, 3, 4, 3), [5, 5, 5], False, None))
 case("upsample_nearest2d.default", (r(2, 3, 5, 4), [8, 3]), (r(2, 3, 5, 4), [10, 6], 2.0, 1.5))
@@ -319,7 +365,11 @@ case("fft_fftshift.default fft_ifftshift.default", (r(2, 5),), (r(2, 5), [1]))
 case("fft_fftfreq.default", (5, 0.5))
 case("hann_window.default", (6,))
 # losses
-case("mse_loss.default l1_loss.default smooth_l1_loss.default huber_loss.default", (r(3, 4), r(3, 4)), (r(3, 4), r(3, 4), 2))
+case(
+    "mse_loss.default l1_loss.default smooth_l1_loss.default huber_loss.default",
+    (r(3, 4), r(3, 4)),
+    (r(3, 4), r(3, 4), 2),
+)
 case("binary_cross_entropy_with_logits.default", (r(3, 4), u(3, 4)), (r(3, 4), u(3, 4), u(4), u(4), 2))
 case("cross_entropy_loss.default", (r(3, 5), i(5, 3)), (r(3, 5), i(5, 3), None, 1, -100, 0.1))
 case("cross_entropy_loss.default", (r(3, 5, 2), i(5, 3, 2), u(5), 1, 1), (r(3, 5), r(3, 5).softmax(-1)))

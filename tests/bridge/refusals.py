@@ -120,13 +120,21 @@ def meta() -> nn.Module:
 REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "control flow on values": (Branches, X, "control flow or its shapes depend on the values of a tensor \\(line"),
     "item": (Items, X, "the values of a tensor|reads a tensor's value as a number"),
-    "custom autograd function": (Custom, X, "Clipped, an autograd Function whose backward the captured graph would lose"),
+    "custom autograd function": (
+        Custom,
+        X,
+        "Clipped, an autograd Function whose backward the captured graph would lose",
+    ),
     "integer constant": (Overflow, torch.ones(2, dtype=torch.long), "overflows the 32 bit integers.*jax_enable_x64"),
     "integer buffer": (BigBuffer, X, "hashes holds values beyond int32.*jax_enable_x64"),
     "shapes of values": (Nonzero, X, "the shape of aten.* depends on the values of a tensor"),
     "write to an input": (InPlace, X, "writes into its input 'x' in place; a pure function cannot: clone it first"),
     "random numbers": (Random, X, "draws random numbers beside dropout"),
-    "complex parameters": (ComplexWeights, X, "parameter 'w' is complex; torch and JAX define its gradient differently"),
+    "complex parameters": (
+        ComplexWeights,
+        X,
+        "parameter 'w' is complex; torch and JAX define its gradient differently",
+    ),
     "memory": (Memory, X, "keeps tensors in self.last; a pure function has no such memory"),
     "unknown operator": (Unknown, X, "aten.special_bessel_j0.default, which the bridge does not know.*register_op"),
     "packed sequences": (Packed, X, "packed sequences have lengths of their own"),

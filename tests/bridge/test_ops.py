@@ -131,7 +131,9 @@ def test_an_operator_of_ones_own_is_registered_and_used(monkeypatch):
         esper_jax.from_torch(Bessel(), x)
 
     def series(x):  # converges fast where |x| < 1
-        terms = [(-1) ** k * (x / 2) ** (2 * k) / float(np.prod(np.arange(1, k + 1), initial=1.0)) ** 2 for k in range(8)]
+        terms = [
+            (-1) ** k * (x / 2) ** (2 * k) / float(np.prod(np.arange(1, k + 1), initial=1.0)) ** 2 for k in range(8)
+        ]
         return sum(terms)
 
     register_op("aten.special_bessel_j0.default", series, elementwise=True)

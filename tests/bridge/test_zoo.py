@@ -92,11 +92,15 @@ def test_the_grown_model_computes_the_same_in_torch_and_back_again_in_jax(given)
 def test_twenty_steps_of_sgd_stay_with_torchs(given):
     """Both begin at the same weights and see the same batches; the drift is relative to each tensor's largest value."""
     module = esper_jax.to_torch(given.variables, given.module)
-    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=given.rate)
     frozen = {t.name for t in given.model.graph.tensors if t.frozen}
     module.train()
     with EveryUnit():
-        flags = [o.requires_grad for o in torch.utils._pytree.tree_leaves(module(*given.args, **given.kwargs)) if o is not None]
+        flags = [
+            o.requires_grad
+            for o in torch.utils._pytree.tree_leaves(module(*given.args, **given.kwargs))
+            if o is not None
+        ]
     module.load_state_dict(given.module.state_dict())
     loss = jax_loss(given.model, lambda at: flags[at])
     trainable = _trainable(given, frozen)
@@ -105,7 +109,7 @@ def test_twenty_steps_of_sgd_stay_with_torchs(given):
     def step(variables):
         others = {k: v for k, v in variables.items() if k != "params"}
         grads, others = jax.grad(loss, has_aux=True)(variables["params"], others, (), given.arrays)
-        params = jax.tree.map(lambda p, g, t: p - 3e-3 * g if t else p, variables["params"], grads, trainable)
+        params = jax.tree.map(lambda p, g, t: p - given.rate * g if t else p, variables["params"], grads, trainable)
         return {**others, "params": params}
 
     variables = given.variables

@@ -15,12 +15,13 @@ import esper_jax
 from esper_jax.bridge.comparison import verify as compare
 from esper_jax.bridge.convert import numpy_of
 from esper_jax.bridge.graph import flatten
+from esper_jax.bridge.plan import plan_of
 from esper_jax.kasmina.blueprints import get_blueprint, make_plant, registered
 from esper_jax.kasmina.morph import with_spec
 
 from ..kasmina.hosts import in_stage
 from ..zoo.exhibits import stirred
-from .zoo import fresh, inputs
+from .zoo import MODELS, fresh, inputs
 
 BATCH = 4
 SMALL = {"hidden": 4, "rank": 2, "width": 4, "kernel": 3}
@@ -37,6 +38,7 @@ class Case:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     arrays: dict[str, Any]
+    rate: float
 
     def flat(self, output: Any) -> list[Any]:
         """The model's outputs in torch's order."""
@@ -64,7 +66,7 @@ def case(name: str) -> Case:
     args, kwargs = split(given)
     report = compare(found.model, found.variables, module, args, kwargs)
     arrays = to_arrays(found.model.graph.names, args, kwargs)
-    return Case(module, found.model, found.variables, report, args, kwargs, arrays)
+    return Case(module, found.model, found.variables, report, args, kwargs, arrays, MODELS[name].rate)
 
 
 def outputs_of(module: torch.nn.Module, args: Any, kwargs: Any) -> list[np.ndarray]:
@@ -97,11 +99,14 @@ def morphed(given: Case) -> esper_jax.Morph:
         return esper_jax.morph(given.variables, model=given.model, example=(), **given.arrays)
 
 
-def fully_planted(given: Case, *, only: Any = None) -> esper_jax.Morph:
+def fully_planted(given: Case, *, only: Any = None, back: bool = False) -> esper_jax.Morph:
     """One seed at every site, blueprints and blends in turn, none of its parameters zero."""
     morph = morphed(given)
     spec = morph.spec
+    left = plan_of(given.model.graph).unreachable(given.model.graph) if back else {}
     for i, site in enumerate(spec.sites):
+        if site.path in left:
+            continue
         own = [b.name for b in registered() if b.fits(site) and b.init.__module__.startswith("esper_jax.kasmina")]
         names = [n for n in own if only is None or get_blueprint(n).merge is not None]
         names = [n for n in names if n != "norm" or site.out_features > 1] or own
@@ -115,6 +120,5 @@ def fully_planted(given: Case, *, only: Any = None) -> esper_jax.Morph:
 
 
 def grown(given: Case, **options: Any) -> esper_jax.Morph:
-    """All those seeds in the output, with another alpha each."""
-    morph = in_stage(fully_planted(given, **options), esper_jax.Stage.FOSSILIZED)
-    return morph
+    """All those seeds in the output, wherever torch has a layer to hook them to."""
+    return in_stage(fully_planted(given, back=True, **options), esper_jax.Stage.FOSSILIZED)

@@ -9,11 +9,12 @@ import torch
 
 
 class Entry(NamedTuple):
-    """How to make a model and its inputs; `slow` ones take more than a few seconds to capture."""
+    """How to make a model and its inputs; `slow` ones take more than a few seconds to capture; `rate` is SGD's."""
 
     make: Callable[[], torch.nn.Module]
     inputs: Callable[[int, torch.Generator], Any]
     slow: bool = False
+    rate: float = 3e-3
 
 
 def floats(*shape: int) -> Callable[[int, torch.Generator], Any]:

@@ -141,6 +141,7 @@ MODELS = {
         ),
         _clip,
         slow=True,
+        rate=1e-4,
     ),
     "hf_whisper": Entry(
         _plain(
