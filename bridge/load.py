@@ -23,7 +23,7 @@ def save_imported(model: Imported, variables: Mapping[str, Any], directory: Any)
     where = pathlib.Path(directory)
     where.mkdir(parents=True, exist_ok=True)
     state = to_state(model.graph, variables)
-    _safetensors("numpy").save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, str(where / WEIGHTS))
+    _safetensors("numpy").save_file({k: np.array(v, order="C") for k, v in state.items()}, str(where / WEIGHTS))
     (where / GRAPH).write_text(dumps(model.graph))
 
 

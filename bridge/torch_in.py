@@ -11,14 +11,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .capture import capture
+from .comparison import Report, refuse
+from .comparison import verify as compare
 from .convert import numpy_of, tensor_of, to_variables
 from .graph import BridgeError, Graph
 from .module import Imported
 from .ops.registry import find, unknown
 from .plan import LAYER, plan_of
 from .recent import remember
-from .comparison import Report, refuse
-from .comparison import verify as compare
 
 _INNER = (LAYER, "input", "constant", "getitem", "getitem0")
 

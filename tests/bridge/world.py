@@ -15,6 +15,7 @@ import esper_jax
 from esper_jax.bridge.comparison import verify as compare
 from esper_jax.bridge.convert import numpy_of
 from esper_jax.bridge.graph import flatten
+from esper_jax.bridge.layout import get
 from esper_jax.bridge.plan import plan_of
 from esper_jax.kasmina.blueprints import get_blueprint, make_plant, registered
 from esper_jax.kasmina.morph import with_spec
@@ -34,11 +35,15 @@ class Case:
     module: torch.nn.Module
     model: Any
     variables: Any
-    report: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     arrays: dict[str, Any]
     rate: float
+
+    @functools.cached_property
+    def report(self) -> Any:
+        """What differs from torch, measured once."""
+        return compare(self.model, self.variables, self.module, self.args, self.kwargs)
 
     def flat(self, output: Any) -> list[Any]:
         """The model's outputs in torch's order."""
@@ -59,14 +64,13 @@ def to_arrays(case_names: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 
 @functools.cache
 def case(name: str) -> Case:
-    """A model of the zoo, imported and compared with torch once."""
+    """A model of the zoo, imported once."""
     torch.set_num_threads(1)
     module, given = fresh(name), inputs(name, BATCH)
     found = esper_jax.from_torch(module, given, verify=False)
     args, kwargs = split(given)
-    report = compare(found.model, found.variables, module, args, kwargs)
     arrays = to_arrays(found.model.graph.names, args, kwargs)
-    return Case(module, found.model, found.variables, report, args, kwargs, arrays, MODELS[name].rate)
+    return Case(module, found.model, found.variables, args, kwargs, arrays, MODELS[name].rate)
 
 
 def outputs_of(module: torch.nn.Module, args: Any, kwargs: Any) -> list[np.ndarray]:
@@ -113,6 +117,8 @@ def fully_planted(given: Case, *, only: Any = None, back: bool = False) -> esper
         blueprint = names[i % len(names)]
         known = get_blueprint(blueprint).config
         config = {key: value for key, value in SMALL.items() if key in known}
+        if only and blueprint == "affine":
+            config = {"bias": bool(get(given.variables["params"], tuple(site.path.split("/"))).get("bias") is not None)}
         blend = "add" if only else ("add", "lerp", "gate", "multiply")[i % 4]
         spec = spec.with_plant(make_plant(site, 0, blueprint, config, blend, False))
     morph = with_spec(morph, spec)

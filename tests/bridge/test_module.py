@@ -1,0 +1,270 @@
+"""The imported model as a Flax model: inputs, dropout, statistics, dtypes, a process without torch, Tolaria."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import esper_jax  # noqa: E402
+from esper_jax import FixedSchedule, Gates, Lifecycle, Stage, Tolaria  # noqa: E402
+from esper_jax.bridge import BridgeError, supported_ops, to_stablehlo  # noqa: E402
+
+from .world import case, close, outputs_of  # noqa: E402
+from .zoo import fresh, inputs  # noqa: E402
+
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:morph")]
+
+
+@pytest.fixture(scope="module")
+def dropping():
+    module = torch.nn.Sequential(
+        torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Dropout(0.25), torch.nn.BatchNorm1d(64)
+    )
+    return module, *esper_jax.from_torch(module, torch.randn(4, 6))
+
+
+def test_parameters_sit_at_torchs_paths_in_flax_layout():
+    variables = case("encoder").variables
+    layer = variables["params"]["layers"]["0"]
+    module = case("encoder").module
+    assert np.array_equal(layer["linear1"]["kernel"], module.layers[0].linear1.weight.detach().numpy().T)
+    assert layer["self_attn"]["query"]["kernel"].shape == (8, 2, 4) and set(layer["norm1"]) == {"scale", "bias"}
+    conv = case("lenet").variables["params"]["0"]["kernel"]
+    assert np.array_equal(conv, case("lenet").module[0].weight.detach().numpy().transpose(2, 3, 1, 0))
+    resnet = case("mobilenet").variables
+    assert set(resnet["batch_stats"]["stem"]["1"]) == {"mean", "var"}
+    assert resnet["buffers"]["stem"]["1"]["num_batches_tracked"].dtype == jnp.int32
+    assert case("tied").variables["params"]["embed"]["embedding"].shape == (20, 8)
+    assert "head" not in case("tied").variables["params"], "a tied weight is held once"
+
+
+def test_dropout_draws_a_fresh_mask_each_call_also_under_jit(dropping):
+    _, model, variables = dropping
+    x = jnp.ones((512, 6))
+
+    @jax.jit
+    def run(key):
+        return model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats", "buffers"])[0]
+
+    first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    assert jnp.array_equal(first, again) and not jnp.array_equal(first, other)
+    with pytest.raises(BridgeError, match="has dropout: call it in training with rngs="):
+        model.apply(variables, x, train=True, mutable=["batch_stats", "buffers"])
+
+
+def test_dropout_keeps_the_share_that_torch_keeps_and_rescales_it():
+    for layer in (torch.nn.Dropout(0.25), torch.nn.AlphaDropout(0.25), torch.nn.Dropout2d(0.25)):
+        module = torch.nn.Sequential(layer, torch.nn.Flatten())
+        x = torch.ones(64, 16, 3, 3)
+        model, variables = esper_jax.from_torch(module, x)
+        out = np.asarray(model.apply(variables, x.numpy(), train=True, rngs={"dropout": jax.random.key(0)}))
+        kept = out != out.min()
+        assert abs(kept.mean() - 0.75) < 0.05, type(layer).__name__
+        if not isinstance(layer, torch.nn.AlphaDropout):
+            assert np.allclose(out[kept], 1 / 0.75)
+        if isinstance(layer, torch.nn.Dropout2d):
+            channels = kept.reshape(64, 16, 9)
+            assert np.array_equal(channels.all(-1), channels.any(-1)), "whole channels"
+
+
+def test_a_training_call_returns_new_statistics_and_an_evaluating_one_none(dropping):
+    module, model, variables = dropping
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+    still = model.clone(every_unit=True)
+    _, updated = still.apply(variables, x, train=True, mutable=["batch_stats", "buffers"])
+    assert int(updated["buffers"]["3"]["num_batches_tracked"]) == 1
+    assert not np.array_equal(updated["batch_stats"]["3"]["mean"], variables["batch_stats"]["3"]["mean"])
+    _, unchanged = model.apply(variables, x, mutable=["batch_stats", "buffers"])
+    assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(unchanged), jax.tree.leaves(
+        {k: variables[k] for k in unchanged}), strict=True))  # fmt: skip
+
+
+def test_any_batch_is_taken_and_one_of_another_size_than_the_graph_holds_for_is_refused():
+    class Pairs(torch.nn.Module):
+        def forward(self, x):
+            return x.view(x.shape[0] // 2, 2, -1).sum(1)
+
+    model, variables = esper_jax.from_torch(Pairs(), torch.randn(4, 3))
+    assert model.apply(variables, jnp.ones((6, 3))).shape == (3, 3)
+    with pytest.raises(BridgeError, match=r"the captured graph holds only where .*x\.shape\[0\].*; got x \(5, 3\)"):
+        model.apply(variables, jnp.ones((5, 3)))
+    with pytest.raises(BridgeError, match=r"input x must have 3 along axis 1, got shape \(4, 2\)"):
+        model.apply(variables, jnp.ones((4, 2)))
+    given = case("lenet")
+    assert given.model.apply(given.variables, jnp.ones((1, 1, 14, 14))).shape == (1, 10)
+
+
+def test_an_example_of_one_row_gives_a_free_batch():
+    model, variables = esper_jax.from_torch(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.randn(1, 3))
+    assert model.apply(variables, jnp.ones((7, 3))).shape == (7, 2)
+    assert model.apply(variables, jnp.ones((1, 3))).shape == (1, 2)
+
+
+def test_inputs_are_checked_by_name_dtype_and_nesting():
+    given = case("siamese")
+    left = jnp.ones((2, 7))
+    named = given.model.apply(given.variables, left=left, right=left)
+    assert jnp.array_equal(named["codes"][1], given.model.apply(given.variables, left, left)["codes"][1])
+    with pytest.raises(BridgeError, match=r"Siamese takes left, right; got 1 positional"):
+        given.model.apply(given.variables, left)
+    with pytest.raises(BridgeError, match="input left must be float32, got int32"):
+        given.model.apply(given.variables, jnp.ones((2, 7), jnp.int32), left)
+    with pytest.raises(BridgeError, match="input ids must be int32, got float32"):
+        case("tied").model.apply(case("tied").variables, jnp.ones((2, 5)))
+    with pytest.raises(BridgeError, match="must have 2 axes"):
+        given.model.apply(given.variables, jnp.ones((2, 7, 1)), left)
+
+
+def test_a_constant_input_stays_what_it_was():
+    class Scaled(torch.nn.Module):
+        def forward(self, x, factor=2.0, flip=False):
+            return -x * factor if flip else x * factor
+
+    model, variables = esper_jax.from_torch(Scaled(), {"x": torch.ones(2, 3), "factor": 3.0, "flip": True})
+    x = jnp.ones((4, 3))
+    assert float(model.apply(variables, x).sum()) == -36.0
+    assert float(model.apply(variables, x, factor=3.0, flip=True).sum()) == -36.0
+    with pytest.raises(BridgeError, match="input flip was True when the model was captured, got False"):
+        model.apply(variables, x, flip=False)
+    with pytest.raises(BridgeError, match="cannot be traced: leave it out"):
+        jax.jit(model.apply)(variables, x, factor=3.0)
+
+
+def test_init_says_where_the_variables_come_from():
+    model, _ = esper_jax.from_torch(torch.nn.Sequential(torch.nn.LSTM(3, 4, batch_first=True)), torch.randn(2, 5, 3))
+    with pytest.raises(BridgeError, match="an imported model has no initialisers"):
+        model.init(jax.random.key(0), jnp.ones((2, 5, 3)))
+
+
+def test_models_are_equal_where_their_graphs_are_and_can_be_static_arguments():
+    a, _ = esper_jax.from_torch(fresh("mlp", 0), inputs("mlp", 2), verify=False)
+    b, _ = esper_jax.from_torch(fresh("mlp", 1), inputs("mlp", 2), verify=False)
+    assert a == b and hash(a) == hash(b) and a != case("mixer").model
+    assert "parameters" in repr(a) and "3 layers" in repr(a)
+
+
+@pytest.mark.parametrize("name", ["mixer", "gpt", "unet"])
+def test_in_bfloat16_it_stays_as_near_to_torch_as_one_rounding_a_layer(name):
+    """The bound: 3 % of the largest output (8 bits of mantissa, a few roundings deep)."""
+    module = fresh(name).bfloat16()
+    given = tuple(x.bfloat16() if x.is_floating_point() else x for x in inputs(name, 4))
+    model, variables = esper_jax.from_torch(module, given, verify=False)
+    arrays = [jnp.asarray(x.float().numpy(), jnp.bfloat16) if x.is_floating_point() else x.numpy() for x in given]
+    got = model.apply(variables, *arrays)
+    assert got.dtype == jnp.bfloat16
+    want = [w.astype(np.float32) for w in outputs_of(module, given, {})]
+    close([np.asarray(got.astype(jnp.float32))], want, 3e-2)
+
+
+def test_it_runs_and_trains_in_a_process_without_torch(tmp_path):
+    given = case("mlp")
+    given.model.save(tmp_path, given.variables)
+    want = np.asarray(given.model.apply(given.variables, **given.arrays))
+    np.save(tmp_path / "x.npy", np.asarray(next(iter(given.arrays.values()))))
+    np.save(tmp_path / "want.npy", want)
+    script = f"""
+import sys
+sys.modules["torch"] = None
+import numpy as np, jax, jax.numpy as jnp, esper_jax
+model, variables = esper_jax.load_imported({str(tmp_path)!r})
+x = np.load({str(tmp_path / "x.npy")!r})
+assert np.array_equal(model.apply(variables, x), np.load({str(tmp_path / "want.npy")!r}))
+def loss(p):
+    out, _ = model.apply({{**variables, "params": p}}, x, train=True, rngs={{"dropout": jax.random.key(0)}},
+                         mutable=["batch_stats", "buffers"])
+    return jnp.mean(out ** 2)
+grads = jax.jit(jax.grad(loss))(variables["params"])
+assert all(bool(jnp.any(g)) for g in jax.tree.leaves(grads["4"]))
+try:
+    esper_jax.from_torch
+except ImportError as error:
+    assert "pip install" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_name_that_flax_uses_itself_gets_an_underscore():
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.name, self.scope = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.path = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.scope(self.name(x)) * self.path
+
+    module = Odd()
+    model, variables = esper_jax.from_torch(module, torch.randn(2, 3))
+    assert set(variables["params"]) == {"name_", "scope_", "path_"}
+    assert list(esper_jax.to_torch(variables, module).state_dict()) == list(module.state_dict())
+
+
+def test_a_report_says_what_was_compared_and_what_is_no_site():
+    found = esper_jax.from_torch(fresh("lstm"), inputs("lstm", 3))
+    text = str(found.report)
+    assert "relative error" in text and "no site: layer (LSTM" in text
+    assert "verified" in repr(found) and found.model is found[0] and found.variables is found[1]
+    unverified = esper_jax.from_torch(fresh("lstm"), inputs("lstm", 3), verify=False)
+    assert "not compared" in str(unverified.report)
+
+
+def test_a_model_that_computes_something_else_is_refused(monkeypatch):
+    from esper_jax.bridge.ops import registry
+
+    monkeypatch.setitem(registry._OPS, "aten.tanh.default", registry.Op(lambda self: self))
+    with pytest.raises(BridgeError, match="(?s)does not compute what torch computes: .*TOO LARGE"):
+        esper_jax.from_torch(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), torch.randn(2, 3))
+
+
+def test_it_is_exported_with_a_free_batch():
+    given = case("lenet")
+    exported = to_stablehlo(given.model.apply, given.variables, jnp.ones((4, 1, 14, 14)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 14, 14)), jnp.float32)
+    np.testing.assert_allclose(
+        exported.call(given.variables, x), given.model.apply(given.variables, x), rtol=1e-5, atol=1e-6
+    )
+    assert "stablehlo" in exported.mlir_module() and len(exported.serialize()) > 0
+
+
+def test_it_grows_in_tolaria_with_its_statistics():
+    given, gates = case("mlp"), Gates(min_training_ticks=1, min_health=0.0)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, 8)).astype(np.float32)
+    y = (x[:, 0] * x[:, 1] > 0).astype(np.int32) + (x[:, 2] > 0)
+    trainer = Tolaria(
+        given.model,
+        optax.softmax_cross_entropy_with_integer_labels,
+        optax.adam(3e-3),
+        controller=FixedSchedule({1: [("4", "mlp", {"hidden": 8})]}, gates=gates, keep="always"),
+        lifecycle=Lifecycle(gates, tempo=2),
+        batch_size=32,
+        progress=False,
+        compile_in="thread",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = trainer.init(given.variables, key=jax.random.key(0), model=given.model, example=x[:2])
+    state, history = trainer.fit(state, (x[:192], y[:192]), (x[192:], y[192:]), epochs=9)
+    assert np.asarray(state.morph.state["4"].stage)[0] >= Stage.HOLDING
+    assert history.records[-1]["train_loss"] < history.records[0]["train_loss"]
+    host = state.morph.variables
+    assert int(host["buffers"]["1"]["num_batches_tracked"]) == 9 * 6
+    sent = esper_jax.to_torch(state.morph, given.module)
+    want = esper_jax.graft(given.model)(state.morph, x[:8])
+    close(outputs_of(sent, (torch.from_numpy(x[:8]),), {}), [want], 1e-5)
+
+
+def test_about_a_hundred_and_fifty_operators_are_there_and_more():
+    assert len(supported_ops()) > 400 and "aten.conv2d.default" in supported_ops()
