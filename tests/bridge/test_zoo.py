@@ -22,6 +22,7 @@ from .world import BATCH, Case, case, close, fully_planted, grown, outputs_of  #
 from .zoo import MODELS, inputs  # noqa: E402
 
 pytestmark = pytest.mark.torch
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ALL = [pytest.param(n, marks=[pytest.mark.slow] if entry.slow else []) for n, entry in MODELS.items()]
 
 
@@ -63,7 +64,7 @@ def test_a_seed_at_every_site_leaves_the_host_to_the_bit_until_it_is_blended(giv
         rng = np.random.default_rng(0)
         return sum(jnp.sum(x * rng.uniform(0.5, 1.5, x.shape).astype(np.float32)) / x.size for x in leaves), output
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @quick
     def step(morph):
         (value, output), grads = jax.value_and_grad(loss, has_aux=True)(morph.params, morph)
         return (value, output, grads["host"]), grads["seeds"]
@@ -80,13 +81,13 @@ def test_a_seed_at_every_site_leaves_the_host_to_the_bit_until_it_is_blended(giv
 
 def test_the_grown_model_computes_the_same_in_torch_and_back_again_in_jax(given):
     morph = grown(given)
-    want = given.flat(jax.jit(lambda m: esper_jax.graft(given.model)(m, **given.arrays))(morph))
+    want = given.flat(quick(lambda m: esper_jax.graft(given.model)(m, **given.arrays))(morph))
     sent = esper_jax.to_torch(morph, given.module)
     assert len([k for k in sent.state_dict() if k.endswith("esper_seeds.0.alpha")]) == len(morph.spec.plants)
     close(outputs_of(sent, given.args, given.kwargs), want, 1e-5)
     example = given.kwargs or given.args
     model, variables = esper_jax.from_torch(sent, example, verify=False)
-    close(given.flat(jax.jit(lambda v: model.apply(v, **given.arrays))(variables)), want, 1e-5)
+    close(given.flat(quick(lambda v: model.apply(v, **given.arrays))(variables)), want, 1e-5)
 
 
 def test_twenty_steps_of_sgd_stay_with_torchs(given):
@@ -105,7 +106,7 @@ def test_twenty_steps_of_sgd_stay_with_torchs(given):
     loss = jax_loss(given.model, lambda at: flags[at])
     trainable = _trainable(given, frozen)
 
-    @jax.jit
+    @quick
     def step(variables):
         others = {k: v for k, v in variables.items() if k != "params"}
         grads, others = jax.grad(loss, has_aux=True)(variables["params"], others, (), given.arrays)

@@ -189,12 +189,12 @@ class Patches(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Depthwise 7 x 7, a LayerNorm over channels last, a layer scale."""
+    """Depthwise 5 x 5, a LayerNorm over channels last, a layer scale."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 4, 4)
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.gamma = nn.Parameter(torch.full((width,), 0.3))

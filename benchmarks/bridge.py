@@ -1,0 +1,227 @@
+"""What an imported PyTorch model costs in JAX: jitted forward and train step against torch eager on the same machine.
+
+Both run the same weights on the same batches, interleaved in one process; each train step is SGD on a cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns
+
+import esper_jax
+
+AIMS = {"mlp": 1.0, "transformer": 1.0, "encoder": 1.0, "cnn": 1.3, "resnet": 1.3, "depthwise": 1.0}
+COLUMNS = (
+    Column("model", "model"),
+    Column("what", "what"),
+    Column("variant", "variant"),
+    Column("median", "median", "time"),
+    Column("p95", "p95", "time"),
+    Column("ratio", "over torch", "ratio"),
+    Column("interval", "95% interval", "interval"),
+    Column("spread", "spread", "ratio"),
+    Column("aim", "aim"),
+)
+RATE = 1e-2
+
+
+def main() -> None:
+    """Measure and print."""
+    made = parser(__doc__ or "", rounds=60, budget=4.0, models=tuple(AIMS))
+    made.add_argument("--batch", type=int, default=32, help="batch size")
+    args = begin(made)
+    try:
+        import torch
+    except ImportError:
+        raise SystemExit("this benchmark needs PyTorch: pip install 'esper_jax[torch]'") from None
+    device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
+    report = Report("bridge", __doc__ or "", args, "torch")
+    rows, floors = [], []
+    for name in args.models:
+        torch.manual_seed(args.seed)
+        module, example = MODELS[name](torch, args.scale, args.batch)
+        for what, variants in pairs(torch, module, example, device, args.seed).items():
+            timed = interleave(variants, rounds=args.rounds, budget=args.budget, seed=args.seed, sets=1, min_sample=0.1)
+            floors.append(ratio(timed["torch, the same once more"], timed["torch"]))
+            for variant, timing in timed.items():
+                row = {"model": name, "what": what, "variant": variant, **time_columns(timing)}
+                if variant != "torch":
+                    found = ratio(timing, timed["torch"])
+                    row |= ratio_columns(found)
+                if variant == "jax":
+                    aim = 1.0 if device.type == "cuda" else AIMS[name]
+                    row["aim"] = f"{'met' if found.median <= aim else 'NOT met'} ({aim})"
+                rows.append(row)
+    threads = f"torch {torch.__version__} eager on {device} with {torch.get_num_threads()} threads"
+    report.table("Forward pass and train step of imported models", COLUMNS, rows, f"Base: {threads}.")
+    report.note(f"Noise floor, from a second copy of torch's: {noise_floor(floors):.3f}.")
+    report.finish()
+
+
+def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict[str, dict[str, Callable[[int], Any]]]:
+    """The variants of one model, for the forward pass and for the train step."""
+    model, variables = esper_jax.from_torch(module, example)
+    x = jnp.asarray(example.numpy())
+    logits = jax.eval_shape(model.apply, variables, x).shape
+    labels = np.random.default_rng(seed).integers(0, logits[-1], logits[:-1])
+    module, given = module.to(device), example.to(device)
+    wanted = torch.from_numpy(labels).to(device)
+    apply = jax.jit(model.apply)
+    still = model.clone(every_unit=False)
+
+    def loss(params: Any, others: Any) -> Any:
+        mutable = list(others)
+        out, changed = still.apply(
+            {**others, "params": params}, x, train=True, mutable=mutable, rngs={"dropout": jax.random.key(0)}
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), changed
+
+    @jax.jit
+    def train(variables: Any) -> Any:
+        others = {k: v for k, v in variables.items() if k != "params"}
+        grads, changed = jax.grad(loss, has_aux=True)(variables["params"], others)
+        params = jax.tree.map(lambda p, g: p - RATE * g, variables["params"], grads)
+        return {**others, **changed, "params": params}
+
+    optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
+    held = {"variables": variables}
+
+    def torch_forward(_: int) -> None:
+        module.eval()
+        with torch.no_grad():
+            module(given)
+        synchronise(torch, device)
+
+    def torch_train(_: int) -> None:
+        module.train()
+        optimizer.zero_grad(set_to_none=True)
+        out = module(given)
+        torch.nn.functional.cross_entropy(out.flatten(0, -2), wanted.flatten()).backward()
+        optimizer.step()
+        synchronise(torch, device)
+
+    def jax_train(_: int) -> Any:
+        held["variables"] = train(held["variables"])
+        return held["variables"]
+
+    again = "torch, the same once more"
+    return {
+        "forward": {"torch": torch_forward, again: torch_forward, "jax": lambda _: apply(variables, x)},
+        "train step": {"torch": torch_train, again: torch_train, "jax": jax_train},
+    }
+
+
+def synchronise(torch: Any, device: Any) -> None:
+    """Wait for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- the models ---
+
+
+def mlp(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
+    """784 to 10 over two hidden layers."""
+    nn, width = torch.nn, int(512 * scale)
+    layers = (nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    return nn.Sequential(*layers), torch.randn(batch, 784)
+
+
+def cnn(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
+    """Plain convolutions with BatchNorm on 32 x 32 images."""
+    nn, w = torch.nn, int(32 * scale)
+
+    def block(a: int, b: int, stride: int) -> list[Any]:
+        return [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+
+    layers = block(3, w, 1) + block(w, 2 * w, 2) + block(2 * w, 2 * w, 1) + block(2 * w, 4 * w, 2)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(batch, 3, 32, 32)
+
+
+def resnet(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
+    """A small residual network."""
+    nn, w = torch.nn, int(32 * scale)
+
+    class Block(nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self, a: int, b: int, stride: int) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)
+            self.conv2, self.bn2 = nn.Conv2d(b, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
+            self.short = nn.Conv2d(a, b, 1, stride, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+            return (y + self.short(x)).relu()
+
+    layers = [nn.Conv2d(3, w, 3, 1, 1), Block(w, w, 1), Block(w, 2 * w, 2), Block(2 * w, 4 * w, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(batch, 3, 32, 32)
+
+
+def depthwise(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
+    """Depthwise separable convolutions."""
+    nn, w = torch.nn, int(32 * scale)
+
+    def block(a: int, b: int, stride: int) -> list[Any]:
+        deep = [nn.Conv2d(a, a, 3, stride, 1, groups=a, bias=False), nn.BatchNorm2d(a), nn.ReLU6()]
+        return [*deep, nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU6()]
+
+    layers = [nn.Conv2d(3, w, 3, 1, 1), *block(w, 2 * w, 1), *block(2 * w, 4 * w, 2), *block(4 * w, 4 * w, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(batch, 3, 32, 32)
+
+
+def encoder(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
+    """nn.TransformerEncoder with its own attention layers."""
+    nn, w = torch.nn, int(128 * scale)
+    layer = nn.TransformerEncoderLayer(w, 4, 4 * w, 0.0, "gelu", batch_first=True, norm_first=True)
+    body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(body, nn.Linear(w, 10)), torch.randn(batch, 64, w)
+
+
+def transformer(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
+    """A decoder as users write it: embeddings, fused projections, scaled_dot_product_attention."""
+    nn, w = torch.nn, int(128 * scale)
+    functional = nn.functional
+
+    class Block(nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(w), nn.LayerNorm(w)
+            self.qkv, self.out = nn.Linear(w, 3 * w), nn.Linear(w, w)
+            self.mlp = nn.Sequential(nn.Linear(w, 4 * w), nn.GELU(), nn.Linear(4 * w, w))
+
+        def forward(self, x: Any) -> Any:
+            q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm1(x)).chunk(3, -1))
+            a = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(a.transpose(1, 2).flatten(2))
+            return x + self.mlp(self.norm2(x))
+
+    class Decoder(nn.Module):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = nn.Embedding(96, w), nn.Parameter(torch.randn(64, w) * 0.02)
+            self.blocks, self.head = nn.Sequential(Block(), Block()), nn.Linear(w, 96)
+
+        def forward(self, ids: Any) -> Any:
+            return self.head(self.blocks(self.tokens(ids) + self.places))
+
+    return Decoder(), torch.randint(0, 96, (batch, 64))
+
+
+MODELS: dict[str, Callable[[Any, float, int], tuple[Any, Any]]] = {
+    "mlp": mlp,
+    "transformer": transformer,
+    "encoder": encoder,
+    "cnn": cnn,
+    "resnet": resnet,
+    "depthwise": depthwise,
+}
+
+
+if __name__ == "__main__":
+    main()
