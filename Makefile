@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 # What `make bench` runs, in this order, and where: make bench BENCH_PLATFORM=gpu BENCH_ARGS="--scale 8"
 BENCHMARKS := $(wildcard $(patsubst %,benchmarks/%.py,dormant seed_cost loop observation telemetry compile_time growth_stall))
+# bridge.py needs torch and runs by itself: $(BIN)/python benchmarks/bridge.py --platform cpu --json benchmarks/results/cpu/bridge.json
 BENCH_PLATFORM ?= cpu
 BENCH_ARGS ?=
 
@@ -58,6 +59,8 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	@echo "installing esper_jax[dev] into $(VENV) (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@echo "installing esper_jax[dev,bridge-dev] into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bridge-dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/bridge/clients.txt
 	@touch $@ $(VENV)/.demo

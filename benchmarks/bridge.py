@@ -141,7 +141,9 @@ def cnn(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
         return [nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
 
     layers = block(3, w, 1) + block(w, 2 * w, 2) + block(2 * w, 2 * w, 1) + block(2 * w, 4 * w, 2)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(batch, 3, 32, 32)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(
+        batch, 3, 32, 32
+    )
 
 
 def resnet(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
@@ -160,7 +162,9 @@ def resnet(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
             return (y + self.short(x)).relu()
 
     layers = [nn.Conv2d(3, w, 3, 1, 1), Block(w, w, 1), Block(w, 2 * w, 2), Block(2 * w, 4 * w, 2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(batch, 3, 32, 32)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(
+        batch, 3, 32, 32
+    )
 
 
 def depthwise(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
@@ -172,7 +176,9 @@ def depthwise(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:
         return [*deep, nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU6()]
 
     layers = [nn.Conv2d(3, w, 3, 1, 1), *block(w, 2 * w, 1), *block(2 * w, 4 * w, 2), *block(4 * w, 4 * w, 1)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(batch, 3, 32, 32)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10)), torch.randn(
+        batch, 3, 32, 32
+    )
 
 
 def encoder(torch: Any, scale: float, batch: int) -> tuple[Any, Any]:

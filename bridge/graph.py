@@ -194,7 +194,10 @@ def flatten(structure: Any, value: Any, where: str = "") -> dict[int, tuple[str,
         if not isinstance(value, Mapping) or set(value) != set(keys):
             found = f"keys {sorted(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
             raise BridgeError(f"{where or 'the inputs'}: expected a dict with keys {list(keys)}, got {found}")
-        pairs = [(f"{where}[{key!r}]" if where else str(key), child, value[key]) for key, child in zip(keys, inner)]
+        pairs = [
+            (f"{where}[{key!r}]" if where else str(key), child, value[key])
+            for key, child in zip(keys, inner, strict=True)
+        ]
     else:
         if not isinstance(value, tuple | list) or len(value) != len(children):
             found = f"{len(value)} values" if isinstance(value, tuple | list) else type(value).__name__

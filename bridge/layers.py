@@ -14,7 +14,7 @@ from .ops.linear import attention_weights, without_padding_gradient
 from .ops.norm import normalised, statistics, unbiased, updated
 from .ops.random import dropped
 from .ops.registry import Last
-from .plan import Layer
+from .recognise import Layer
 
 
 class BatchNorm(nn.BatchNorm):

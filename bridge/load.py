@@ -48,7 +48,7 @@ def load_weights(variables: Mapping[str, Any], path: Any, model: Imported, *, st
 
     Args:
       variables: the model's variables; they are not changed.
-      path: a `.safetensors` file, its `.index.json` for one in parts, or a `.pt`, `.pth` or `.bin` file, which is read by
+      path: a `.safetensors` file, its `.index.json` for one in parts, or a `.pt`, `.pth` or `.bin` file, read by
         `torch.load(weights_only=True)` alone (torch 2.10 or newer): a file that needs pickle is refused.
       model: the model that `from_torch` or `load_imported` gave: it knows torch's names and layouts.
       strict: refuse a file with missing or unexpected keys; else those missing keep their values.
@@ -128,7 +128,7 @@ def _read_pickled(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _matched(
     graph: Graph, found: Mapping[str, np.ndarray], path: Any, old: Mapping[str, np.ndarray], strict: bool = True
 ) -> dict[str, np.ndarray]:
-    """The file's arrays by the graph's names, tied ones by any of theirs; old values where the file need not have one."""
+    """The file's arrays by the graph's names, tied ones by any of theirs; old values where it need have none."""
     found = dict(found)
     if found and all(name.startswith("module.") for name in found):  # from DataParallel
         found = {name.removeprefix("module."): value for name, value in found.items()}

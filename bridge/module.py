@@ -303,7 +303,8 @@ def _checked(graph: Graph, spec: Input, value: Any) -> Any:
     if not spec.dtype:
         if isinstance(value, jax.core.Tracer):
             raise BridgeError(
-                f"{where} is the constant {spec.value!r} of the captured graph and cannot be traced: leave it out, or name "
+                f"{where} is the constant {spec.value!r} of the captured graph and cannot be traced: leave it "
+                "out, or name "
                 "it in jit's static_argnames"
             )
         if value is not spec.value and value != spec.value:
@@ -337,7 +338,8 @@ def _check_sizes(graph: Graph, program: Program, flat: list[Any]) -> None:
             if value.shape[axis] != wanted:
                 free = "" if isinstance(dim, int) else f" ({dim})"
                 raise BridgeError(
-                    f"{graph.name}: input {spec.name} must have {wanted}{free} along axis {axis}, got shape {value.shape}; "
+                    f"{graph.name}: input {spec.name} must have {wanted}{free} along axis {axis}, got shape "
+                    f"{value.shape}; "
                     "the captured graph holds for this size alone"
                 )
     for symbol, low, high in program.ranges:

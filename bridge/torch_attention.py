@@ -73,7 +73,7 @@ _op.register_fake(_compute)
 
 @contextlib.contextmanager
 def attention_as_one_op(module: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile each `nn.MultiheadAttention` in the module is one node; masks and shapes are checked by torch itself."""
+    """Meanwhile each `nn.MultiheadAttention` in the module is one node, its masks and shapes checked by torch."""
     from torch.nn.modules import transformer
 
     changed, detect = [], transformer._detect_is_causal_mask

@@ -60,7 +60,8 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True) -> Impo
         model, variables = esper_jax.from_torch(torch_model, torch.zeros(2, 3, 32, 32))
         morph = esper_jax.morph(variables, model=model, example=x)
         logits = model.apply(variables, x)
-        logits, updated = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats", "buffers"])
+        collections = ["batch_stats", "buffers"]
+        logits, updated = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=collections)
 
     Args:
       module: the torch module, on any device, float32 (or bfloat16, float16; float64 with x64). It is not changed.

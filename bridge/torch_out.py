@@ -80,7 +80,8 @@ def _graph(module: torch.nn.Module, model: Imported | None) -> Graph:
     graph = model.graph if model is not None else recall(module)
     if graph is None:
         raise BridgeError(
-            f"to_torch: no module like this {type(module).__name__} was imported in this process; give model=, the Flax "
+            f"to_torch: no module like this {type(module).__name__} was imported in this process; give model=, "
+            "the Flax "
             "model that from_torch() or load_imported() gave"
         )
     return graph
@@ -160,7 +161,8 @@ def _torch_path(graph: Graph, site: str) -> str:
         "/".join(p) for p, layer in plan_of(graph).layers.items() if layer.kind == "attention"
     }:
         raise BridgeError(
-            f"a seed at {site!r} stands inside torch's MultiheadAttention, which calls no layer there: fold it, or grow at "
+            f"a seed at {site!r} stands inside torch's MultiheadAttention, which calls no layer there: fold "
+            "it, or grow at "
             f"{outer!r} (give morph() model= and example=, and the attention is one site)"
         )
     raise BridgeError(f"site {site!r} is no module of torch's {graph.name}")

@@ -43,7 +43,8 @@ class Seed(nn.Module):
         super().__init__()
         if entry["blueprint"] not in TWINS:
             raise ValueError(
-                f"blueprint {entry['blueprint']!r} has no twin in torch (known: {', '.join(sorted(TWINS))}); give it with "
+                f"blueprint {entry['blueprint']!r} has no twin in torch (known: {', '.join(sorted(TWINS))}); "
+                "give it with "
                 "register_twin(name, fn)"
             )
         self.entry = entry
@@ -178,7 +179,7 @@ def _attended(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tens
         "average_attn_weights",
         "is_causal",
     )
-    given = {**dict(zip(names, args)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     q, k, v = given["query"], given["key"], given["value"]
     padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
 

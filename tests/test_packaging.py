@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 def test_every_package_is_named_for_the_wheel() -> None:
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = setuptools.find_packages(str(ROOT), include=["esper_jax", "esper_jax.*"])
-    assert set(named) == {*found, "esper_jax.bridge"}
+    bridge = {f"esper_jax.{name}" for name in setuptools.find_packages(str(ROOT), include=["bridge", "bridge.*"])}
+    assert set(named) == {*found, *bridge} and "esper_jax.bridge.ops" in bridge
 
 
 def test_the_import_is_light() -> None:

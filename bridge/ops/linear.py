@@ -103,7 +103,7 @@ def scaled_dot_product_attention(
     *,
     draw: Any = None,
 ) -> Any:
-    """Attention over `[..., heads, length, features]`; an additive or boolean mask; rows with nothing allowed give 0."""
+    """Attention over `[..., heads, length, features]`; a mask of either kind; rows with nothing allowed give 0."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if enable_gqa:
         key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)

@@ -310,7 +310,7 @@ _resample("upsample_bicubic2d", "cubic", 2, True)
 
 @op("grid_sampler.default", "grid_sampler_2d.default")
 def grid_sampler(input: Any, grid: Any, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Any:
-    """Bilinear (0) or nearest (1) samples `[N, C, H, W]` at `grid` `[N, h, w, 2]`; outside is zero (0) or the border (1)."""
+    """Bilinear (0) or nearest (1) samples `[N, C, H, W]` at `grid` `[N, h, w, 2]`; outside 0 or the border."""
     if input.ndim != 4 or interpolation_mode > 1 or padding_mode > 1:
         raise BridgeError(
             "grid_sample: bilinear or nearest, with zeros or border padding, over two axes is what is there"

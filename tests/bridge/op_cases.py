@@ -1,4 +1,4 @@
-"""Arguments with which each operator is compared with torch: `CASES[name] = [args, ...]`; a dict at the end is keywords."""
+"""Arguments with which each operator is compared with torch: `CASES[name] = [args, ...]`; a last dict is keywords."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -111,7 +112,7 @@ def test_the_seeds_file_is_plain_torch_and_a_checkpoint_needs_no_jax(tmp_path):
     sent = esper_jax.to_torch(morph, given.module)
     torch.save(sent.state_dict(), tmp_path / "grown.pt")
     (tmp_path / "spec.json").write_text(json.dumps(spec_of(morph, given.model)))
-    (tmp_path / "regrow.py").write_text(open(torch_seeds.__file__).read())
+    shutil.copy(torch_seeds.__file__, tmp_path / "regrow.py")
     x = given.args[0]
     torch.save({"x": x, "want": torch.from_numpy(outputs_of(sent, (x,), {})[0])}, tmp_path / "case.pt")
     script = """

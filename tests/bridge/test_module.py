@@ -77,7 +77,7 @@ def test_dropout_keeps_the_share_that_torch_keeps_and_rescales_it():
 
 
 def test_a_training_call_returns_new_statistics_and_an_evaluating_one_none(dropping):
-    module, model, variables = dropping
+    _, model, variables = dropping
     x = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     still = model.clone(every_unit=True)
     _, updated = still.apply(variables, x, train=True, mutable=["batch_stats", "buffers"])
@@ -206,7 +206,7 @@ def test_a_name_that_flax_uses_itself_gets_an_underscore():
             return self.scope(self.name(x)) * self.path
 
     module = Odd()
-    model, variables = esper_jax.from_torch(module, torch.randn(2, 3))
+    _, variables = esper_jax.from_torch(module, torch.randn(2, 3))
     assert set(variables["params"]) == {"name_", "scope_", "path_"}
     assert list(esper_jax.to_torch(variables, module).state_dict()) == list(module.state_dict())
 

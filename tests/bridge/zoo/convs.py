@@ -209,8 +209,8 @@ class ConvNeXt(nn.Module):
 MODELS = {
     "lenet": Entry(
         lambda: nn.Sequential(
-            nn.Conv2d(1, 4, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(8, 10),
+            nn.Conv2d(1, 4, 5), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(8, 10),
         ),
         floats(1, 14, 14),
     ),
