@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
 import logging
 import re
 import warnings
@@ -34,8 +35,9 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     shapes = _dynamic(module, args, kwargs)
     programs, constants, takes = [], {}, None
     for train in (False, True):
-        copied = _copy(module).train(train)
-        exported = _export(copied, args, kwargs, shapes, name)
+        copied = copy_of(module)
+        with modes_kept(module):
+            exported = _export(copied.train(train), args, kwargs, shapes, name)
         program, large, takes = Reader(exported, module, name, "train" if train else "evaluate").read()
         programs.append(program)
         constants.update(large)
@@ -79,7 +81,18 @@ def _is_plain(module: torch.nn.Module) -> bool:
     return base is not None and type(module).forward is base.forward
 
 
-def _copy(module: torch.nn.Module) -> torch.nn.Module:
+@contextlib.contextmanager
+def modes_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile training modes may change; afterwards they are as they were."""
+    modes = {child: child.training for child in module.modules()}
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
+
+
+def copy_of(module: torch.nn.Module) -> torch.nn.Module:
     """The module itself where it cannot be copied (e.g. a weight that is computed before each call)."""
     try:
         return copy.deepcopy(module)
@@ -169,6 +182,7 @@ def _export(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, name: str
 ) -> ExportedProgram:
     fast, silenced = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    said = io.StringIO()  # and prints some; what the user's own forward says is said again below
     logging.disable(logging.CRITICAL)  # torch logs whole graphs for what the error below says in a sentence
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -176,6 +190,8 @@ def _export(
             warnings.catch_warnings(record=True) as told,
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
             attention_as_one_op(module),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(io.StringIO()),
             _custom_functions() as custom,
         ):
             warnings.simplefilter("always")
@@ -186,7 +202,9 @@ def _export(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         logging.disable(silenced)
-    _check_memory(told, name)
+    if said.getvalue():
+        print(said.getvalue(), end="")  # noqa: T201
+    _check_memory(told, module, name)
     if custom:
         raise BridgeError(
             f"{name} calls {', '.join(sorted(set(custom)))}, an autograd Function whose backward the captured graph "
@@ -233,12 +251,20 @@ def _user_line(error: Exception) -> str:
     return found
 
 
-def _check_memory(told: list[warnings.WarningMessage], name: str) -> None:
+def _is_torchs_own(module: torch.nn.Module, attribute: str) -> bool:
+    """Whether torch itself sets the attribute anew in every call: an RNN's list of weights, the old weight_norm's."""
+    path, _, leaf = attribute.removeprefix("self.").rpartition(".")
+    own = dict(module.named_parameters())
+    before = f"{path}.{leaf}" if path else leaf
+    return "_flat_weights" in attribute or f"{before}_v" in own or f"{before}_orig" in own
+
+
+def _check_memory(told: list[warnings.WarningMessage], module: torch.nn.Module, name: str) -> None:
     """Torch warns of tensors that a forward keeps in attributes (of those that its own RNN sets, too)."""
     for warning in told:
         found = re.search(r"tensor attributes? (.*?) (?:was|were) assigned during export", str(warning.message))
         kept = [a.strip() for a in found[1].split(",")] if found else []
-        if kept := [attribute for attribute in kept if "_flat_weights" not in attribute]:
+        if kept := [attribute for attribute in kept if not _is_torchs_own(module, attribute)]:
             raise BridgeError(
                 f"{name} keeps tensors in {', '.join(kept)}; a pure function has no such memory: return them, "
                 "or make them "

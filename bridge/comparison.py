@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .capture import copy_of, modes_kept
 from .convert import numpy_of, tensor_of, to_state
 from .graph import BridgeError, Graph, flatten, nest
 from .module import Imported
@@ -108,17 +108,34 @@ def verify(
     kwargs: Mapping[str, Any],
 ) -> Report:
     """Compare with torch on the example and on a batch two larger; nothing is raised for what differs."""
-    graph = model.graph
-    module = _copy(module)
+    with modes_kept(module):
+        return _verified(model, variables, copy_of(module), args, kwargs)
+
+
+def _verified(
+    model: Imported,
+    variables: Mapping[str, Any],
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Report:
+    graph, still = model.graph, model.clone(every_unit=True)
     dtype = next((t.dtype for t in graph.tensors if t.dtype in LIMITS), "float32")
     forward_limit, gradient_limit = LIMITS[dtype]
     checks: list[Check] = []
     for given_args, given_kwargs, batch in _batches(graph, args, dict(kwargs)):
         arrays = _arrays(graph, given_args, given_kwargs)
         module.eval()
-        with torch.no_grad():
-            wanted = _flat(graph, module(*_cloned(given_args), **_cloned(given_kwargs)))
-        found = _jit(lambda v, a, k: model.apply(v, *a, **k))(variables, *arrays)
+        before = _state(module)
+        try:
+            with torch.no_grad(), EveryUnit():
+                wanted = _flat(graph, module(*_cloned(given_args), **_cloned(given_kwargs)))
+        except Exception:
+            if not checks:
+                raise
+            continue  # torch itself takes no other size: the first axis is no batch
+        _restore(module, before)
+        found = _jit(lambda v, a, k: still.apply(v, *a, **k))(variables, *arrays)
         for name, want, got in _pairs(graph, wanted, found):
             checks.append(Check(f"forward: {name}", batch, _error(got, want), forward_limit))
         checks += _step(
@@ -134,11 +151,14 @@ def _jit(function: Callable[..., Any]) -> Any:
     return jax.jit(function, compiler_options=quick)
 
 
-def _copy(module: torch.nn.Module) -> torch.nn.Module:
-    try:
-        return copy.deepcopy(module)
-    except (RuntimeError, TypeError):
-        return module
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def _restore(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            value.copy_(state[name])
 
 
 def _batches(graph: Graph, args: Any, kwargs: Any) -> list[tuple[Any, Any, int]]:
@@ -260,11 +280,11 @@ def jax_loss(model: Imported, differentiable: Callable[[int], bool]) -> Callable
 
 def differentiable_outputs(module: torch.nn.Module, args: Any, kwargs: Any) -> Callable[[int], bool]:
     """Which of torch's outputs carry a gradient."""
-    state = {name: value.clone() for name, value in module.state_dict().items()}
+    before = _state(module)
     module.train()
     with EveryUnit():
         outputs = [o for o in pytree.tree_leaves(module(*_cloned(args), **_cloned(kwargs))) if o is not None]
-    module.load_state_dict(state)
+    _restore(module, before)
     flags = [isinstance(o, torch.Tensor) and o.requires_grad for o in outputs]
     return lambda at: flags[at]
 
@@ -280,13 +300,12 @@ def _step(
     gradient_limit: float,
     forward_limit: float,
 ) -> list[Check]:
-    state = {name: value.clone() for name, value in [*module.named_parameters(), *module.named_buffers()]}
+    before = _state(module)
     carries = differentiable_outputs(module, args, kwargs)
     loss, grads = torch_step(module, args, kwargs)
     after = {name: numpy_of(value) for name, value in module.named_buffers()}
-    with torch.no_grad():
-        for name, value in [*module.named_parameters(), *module.named_buffers()]:
-            value.copy_(state[name])
+    module.zero_grad()
+    _restore(module, before)
     others = {name: value for name, value in variables.items() if name != "params"}
     compute = _jit(jax.value_and_grad(jax_loss(model, carries), has_aux=True))
     (got_loss, changed), got = compute(variables["params"], others, *arrays)

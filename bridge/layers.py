@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .ops.attention import attention_weights, masks
 from .ops.conv import convolve, from_last, to_last
-from .ops.linear import attention_weights, without_padding_gradient
+from .ops.linear import without_padding_gradient
 from .ops.norm import normalised, statistics, unbiased, updated
 from .ops.random import dropped
 from .ops.registry import Last
@@ -202,7 +203,7 @@ def _attend(layer: Layer, module: Any, inputs: Any, options: Any, draw: Any) -> 
         q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
     heads = dict(layer.fields)["num_heads"]
     # is_causal is a hint that attn_mask is causal; torch refuses it without a mask
-    allowed, bias = _masks(padding, mask, q.shape[0], heads)
+    allowed, bias = masks(padding, mask, q.shape[0], heads)
     training = options["training"] and bool(module.dropout_rate)
     key = draw() if training else None
     once = (lambda: key) if training else None
@@ -215,24 +216,6 @@ def _attend(layer: Layer, module: Any, inputs: Any, options: Any, draw: Any) -> 
         weights = weights if batched else weights[0]
     output = jnp.swapaxes(output, 0, 1) if turned else output if batched else output[0]
     return output, weights
-
-
-def _masks(padding: Any, mask: Any, batch: int, heads: int) -> tuple[Any, Any]:
-    """What is allowed and what is added, from torch's two masks (true, or minus infinity, is not allowed)."""
-    allowed = bias = None
-    for given, shape in ((padding, "keys"), (mask, "pairs")):
-        if given is None:
-            continue
-        if shape == "keys":
-            full = given[:, None, None, :]
-        else:
-            full = given.reshape(batch, heads, *given.shape[-2:]) if given.ndim == 3 else given[None, None]
-        one = ~full if full.dtype == jnp.bool_ else full > -jnp.inf
-        allowed = one if allowed is None else allowed & one
-        if full.dtype != jnp.bool_:
-            finite = jnp.where(one, full, 0)
-            bias = finite if bias is None else bias + finite
-    return allowed, bias
 
 
 _CALLS: dict[str, Any] = {

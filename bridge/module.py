@@ -110,7 +110,7 @@ class _Run:
     """One execution of a program, inside the model's call."""
 
     def __init__(self, model: Imported, program: Program, inputs: list[Any], train: bool) -> None:
-        self.model, self.program, self.inputs = model, program, inputs
+        self.model, self.program, self.inputs, self.train = model, program, inputs, train
         self.plan = plan_of(model.graph)
         self.shapes = {tensor.name: tensor.shape for tensor in model.graph.tensors}
         self.values: dict[str, Any] = {}
@@ -123,6 +123,8 @@ class _Run:
         for name, ref in self.program.updates:
             (place,) = self.plan.places[name]
             holder, leaf = self._holder(place.path[:-1]), place.path[-1]
+            if not self.train and not holder.is_mutable_collection(place.collection):
+                continue  # who evaluates and asks for no new buffers gets none
             dtype = holder.get_variable(place.collection, leaf).dtype
             changed = jax.lax.stop_gradient(place.to_flax(self._value(ref))).astype(dtype)
             holder.put_variable(place.collection, leaf, changed)

@@ -171,6 +171,11 @@ class Reader:
                 "program has one "
                 "shape for all values: use torch.where or a mask instead"
             )
+        if op == "aten.instance_norm.default" and node.args[3] is not None and node.args[5]:
+            raise BridgeError(
+                f"{where} is an instance norm that updates running statistics, which torch's export loses: make it "
+                "with track_running_stats=False"
+            )
         args = self._value(node.args)
         kwargs = tuple((k, self._value(v)) for k, v in node.kwargs.items() if k not in _DROPPED)
         if op not in _BIG_INTS:
@@ -246,6 +251,11 @@ class Reader:
                 raise BridgeError(
                     f"{self.name} writes into its input {spec.target!r} in place; a pure function cannot: "
                     "clone it first"
+                )
+            elif spec.kind == OutputKind.PARAMETER_MUTATION:
+                raise BridgeError(
+                    f"{self.name} changes its parameter {spec.target!r} in its forward, as nn.Embedding(max_norm=...) "
+                    "does; a pure function cannot"
                 )
             else:
                 raise BridgeError(f"{self.name} gives a {spec.kind.name.lower()}, which has no form in JAX")

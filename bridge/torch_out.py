@@ -47,7 +47,13 @@ def to_torch(morph: Any, module: Any, model: Imported | None = None) -> Any:
     if not isinstance(module, torch.nn.Module):
         raise BridgeError(f"to_torch: module must be a torch.nn.Module, got {type(module).__name__}")
     graph = _graph(module, model)
-    sent: torch.nn.Module = copy.deepcopy(module)
+    try:
+        sent: torch.nn.Module = copy.deepcopy(module)
+    except RuntimeError as error:
+        raise BridgeError(
+            f"to_torch: this {type(module).__name__} cannot be copied (torch.nn.utils.weight_norm keeps a computed "
+            "weight; torch.nn.utils.parametrizations.weight_norm does not)"
+        ) from error
     spec = spec_of(morph, graph)
     state = to_state(graph, _variables(morph))
     regrow(sent, spec)

@@ -1,9 +1,10 @@
 """What torch's operators are in JAX, by topic."""
 
-from . import conv, fft, index, linear, loss, norm, pointwise, pool, random, recurrent, reduce, shape
+from . import attention, conv, fft, index, linear, loss, norm, pointwise, pool, random, recurrent, reduce, shape
 from .registry import register_op, supported_ops
 
 __all__ = [
+    "attention",
     "conv",
     "fft",
     "index",

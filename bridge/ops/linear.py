@@ -1,14 +1,12 @@
-"""Matrix products, and attention."""
+"""Matrix products."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from .random import dropped
 from .registry import op, together
 
 
@@ -88,50 +86,6 @@ def without_padding_gradient(found: Any, indices: Any, padding_idx: int) -> Any:
     if padding_idx < 0:
         return found
     return jnp.where((indices == padding_idx)[..., None], jax.lax.stop_gradient(found), found)
-
-
-@op("scaled_dot_product_attention.default", random=True)
-def scaled_dot_product_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: Any = None,
-    enable_gqa: bool = False,
-    *,
-    draw: Any = None,
-) -> Any:
-    """Attention over `[..., heads, length, features]`; a mask of either kind; rows with nothing allowed give 0."""
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if enable_gqa:
-        key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)
-        value = jnp.repeat(value, query.shape[-3] // value.shape[-3], axis=-3)
-    weights = attention_weights(query, key, attn_mask, is_causal, scale)
-    return jnp.matmul(dropped(weights, dropout_p, draw), value)
-
-
-def attention_weights(query: Any, key: Any, mask: Any, causal: bool, scale: float) -> Any:
-    """Softmax of the scaled products, computed in float32; a row of which all is masked becomes zeros."""
-    logits = jnp.matmul(query * jnp.asarray(scale, query.dtype), jnp.swapaxes(key, -1, -2))
-    dtype = logits.dtype
-    logits = logits.astype(jnp.float32) if dtype in (jnp.bfloat16, jnp.float16) else logits
-    allowed = None
-    if causal:
-        allowed = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-    if mask is not None:
-        if mask.dtype == jnp.bool_:
-            allowed = mask if allowed is None else allowed & mask
-        else:
-            logits = logits + mask.astype(logits.dtype)
-            allowed = mask > -jnp.inf if allowed is None else allowed & (mask > -jnp.inf)
-    if allowed is None:
-        return jax.nn.softmax(logits, axis=-1).astype(dtype)
-    lowest = jnp.finfo(logits.dtype).min
-    weights = jax.nn.softmax(jnp.where(allowed, logits, lowest), axis=-1)
-    some = jnp.any(allowed, axis=-1, keepdims=True)
-    return jnp.where(allowed & some, weights, 0).astype(dtype)
 
 
 @op("linalg_qr.default")

@@ -135,6 +135,17 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
         X,
         "parameter 'w' is complex; torch and JAX define its gradient differently",
     ),
+    "counted average": (lambda: nn.BatchNorm1d(4, momentum=None), X, "depend on the values of a tensor"),
+    "changed parameter": (
+        lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)),
+        torch.ones(2, 3, dtype=torch.long),
+        "changes its parameter '0.weight' in its forward",
+    ),
+    "instance statistics": (
+        lambda: nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True)),
+        torch.ones(2, 3, 4),
+        "an instance norm that updates running statistics",
+    ),
     "memory": (Memory, X, "keeps tensors in self.last; a pure function has no such memory"),
     "unknown operator": (Unknown, X, "aten.special_bessel_j0.default, which the bridge does not know.*register_op"),
     "packed sequences": (Packed, X, "packed sequences have lengths of their own"),

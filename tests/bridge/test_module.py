@@ -268,3 +268,55 @@ def test_it_grows_in_tolaria_with_its_statistics():
 
 def test_about_a_hundred_and_fifty_operators_are_there_and_more():
     assert len(supported_ops()) > 400 and "aten.conv2d.default" in supported_ops()
+
+
+class Counting(torch.nn.Module):
+    """A buffer that every call changes, in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(6, 6)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_buffers_that_evaluation_changes_are_given_to_whom_asks():
+    model, variables = esper_jax.from_torch(Counting(), torch.randn(4, 6))
+    x = jnp.ones((2, 6))
+    once = model.apply(variables, x)
+    same, updated = model.apply(variables, x, mutable=["buffers"])
+    assert jnp.array_equal(once, same) and float(updated["buffers"]["calls"]) == 1
+    twice = model.apply({**variables, **updated}, x)
+    np.testing.assert_allclose(twice, 2 * once, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (torch.nn.Linear(6, 3), (4, 6)),
+        (torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), (3, 8, 8)),
+        (torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(6, 3))), (4, 6)),
+        (torch.nn.Sequential(torch.nn.BatchNorm1d(6, affine=False)), (4, 6)),
+        (torch.nn.MultiheadAttention(6, 2), None),
+        (torch.nn.MultiheadAttention(6, 3, add_bias_kv=True, add_zero_attn=True, bias=False), (5, 4, 6)),
+    ],
+    ids=[
+        "a layer itself",
+        "without a batch",
+        "the old weight_norm",
+        "without parameters",
+        "unbatched attention",
+        "attention",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_less_usual_modules_compute_what_torch_computes(module, shape):
+    module.train()
+    example = torch.randn(*shape) if shape else (torch.randn(3, 6),) * 3
+    example = (example,) * 3 if isinstance(module, torch.nn.MultiheadAttention) and shape else example
+    found = esper_jax.from_torch(module, example)
+    assert found.report.passed and found.report.worst("forward") <= 1e-5
+    assert module.training and all(p.grad is None for p in module.parameters())

@@ -1,0 +1,137 @@
+"""Attention: the scaled product, and torch's MultiheadAttention where it is no layer of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .random import dropped
+from .registry import op
+
+
+@op("scaled_dot_product_attention.default", random=True)
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: Any = None,
+    enable_gqa: bool = False,
+    *,
+    draw: Any = None,
+) -> Any:
+    """Attention over `[..., heads, length, features]`; a mask of either kind; rows with nothing allowed give 0."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if enable_gqa:
+        key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)
+        value = jnp.repeat(value, query.shape[-3] // value.shape[-3], axis=-3)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale)
+    return jnp.matmul(dropped(weights, dropout_p, draw), value)
+
+
+def attention_weights(query: Any, key: Any, mask: Any, causal: bool, scale: float) -> Any:
+    """Softmax of the scaled products, computed in float32; a row of which all is masked becomes zeros."""
+    logits = jnp.matmul(query * jnp.asarray(scale, query.dtype), jnp.swapaxes(key, -1, -2))
+    dtype = logits.dtype
+    logits = logits.astype(jnp.float32) if dtype in (jnp.bfloat16, jnp.float16) else logits
+    allowed = None
+    if causal:
+        allowed = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+    if mask is not None:
+        if mask.dtype == jnp.bool_:
+            allowed = mask if allowed is None else allowed & mask
+        else:
+            logits = logits + mask.astype(logits.dtype)
+            allowed = mask > -jnp.inf if allowed is None else allowed & (mask > -jnp.inf)
+    if allowed is None:
+        return jax.nn.softmax(logits, axis=-1).astype(dtype)
+    lowest = jnp.finfo(logits.dtype).min
+    weights = jax.nn.softmax(jnp.where(allowed, logits, lowest), axis=-1)
+    some = jnp.any(allowed, axis=-1, keepdims=True)
+    return jnp.where(allowed & some, weights, 0).astype(dtype)
+
+
+def masks(padding: Any, mask: Any, batch: int, heads: int) -> tuple[Any, Any]:
+    """What is allowed and what is added, from torch's two masks (true, or minus infinity, is not allowed)."""
+    allowed = bias = None
+    for given, shape in ((padding, "keys"), (mask, "pairs")):
+        if given is None:
+            continue
+        if shape == "keys":
+            full = given[:, None, None, :]
+        else:
+            full = given.reshape(batch, heads, *given.shape[-2:]) if given.ndim == 3 else given[None, None]
+        one = ~full if full.dtype == jnp.bool_ else full > -jnp.inf
+        allowed = one if allowed is None else allowed & one
+        if full.dtype != jnp.bool_:
+            finite = jnp.where(one, full, 0)
+            bias = finite if bias is None else bias + finite
+    return allowed, bias
+
+
+@op("esper_jax.attention.default", random=True)
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    heads: int,
+    in_weight: Any,
+    q_weight: Any,
+    k_weight: Any,
+    v_weight: Any,
+    in_bias: Any,
+    bias_k: Any,
+    bias_v: Any,
+    out_weight: Any,
+    out_bias: Any,
+    key_padding_mask: Any,
+    attn_mask: Any,
+    add_zero_attn: bool,
+    dropout: float,
+    training: bool,
+    need_weights: bool,
+    average: bool,
+    is_causal: bool,
+    batch_first: bool,
+    *,
+    draw: Any = None,
+) -> Any:
+    """nn.MultiheadAttention with its weights as torch has them; `attn_mask` holds what `is_causal` hints at."""
+    batched = query.ndim == 3
+    if not batched:
+        query, key, value = query[None], key[None], value[None]
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+    elif not batch_first:
+        query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
+    allowed, bias = masks(key_padding_mask, attn_mask, query.shape[0], heads)
+    weights = jnp.split(in_weight, 3) if in_weight is not None else (q_weight, k_weight, v_weight)
+    biases = jnp.split(in_bias, 3) if in_bias is not None else (0, 0, 0)
+    q, k, v = (x @ w.T + b for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    rows = len(k)
+    if bias_k is not None:
+        k = jnp.concatenate([k, jnp.broadcast_to(bias_k, (rows, *bias_k.shape[1:]))], 1)
+        v = jnp.concatenate([v, jnp.broadcast_to(bias_v, (rows, *bias_v.shape[1:]))], 1)
+    if add_zero_attn:
+        k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0))) for x in (k, v))
+    more = k.shape[1] - key.shape[1]
+    if more and allowed is not None:
+        allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, more)], constant_values=True)
+    if more and bias is not None:
+        bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, more)])
+    if bias is not None and allowed is not None:
+        bias = jnp.where(allowed, bias, -jnp.inf)
+    q, k, v = (jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in (q, k, v))
+    scores = attention_weights(q, k, allowed if bias is None else bias, False, 1 / math.sqrt(q.shape[-1]))
+    scores = dropped(scores, dropout if training else 0, draw)
+    joined = jnp.swapaxes(scores @ v, 1, 2).reshape(*query.shape[:2], -1)
+    output = joined @ out_weight.T
+    output = output if out_bias is None else output + out_bias
+    scores = jnp.mean(scores, 1) if average else scores
+    if not batched:
+        return output[0], scores[0]
+    return (output if batch_first else jnp.swapaxes(output, 0, 1)), scores
