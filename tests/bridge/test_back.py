@@ -180,3 +180,19 @@ def test_what_cannot_go_back_says_why():
 def test_an_attention_layer_is_one_site():
     sites = {site.path: site.kind for site in morphed(case("masked_attention")).spec.sites}
     assert sites == {"attention": "attention"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["unet", "encoder"])
+def test_the_regrown_module_becomes_onnx(name, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    given = case(name)
+    sent = esper_jax.to_torch(grown(given), given.module).eval()
+    torch.onnx.export(sent, given.args, dynamo=True, verbose=False).save(tmp_path / "grown.onnx")
+    model = onnx.load(tmp_path / "grown.onnx")
+    feed = {model.graph.input[0].name: given.args[0].numpy()}
+    close(ReferenceEvaluator(model).run(None, feed), outputs_of(sent, given.args, given.kwargs), 1e-5)
