@@ -12,6 +12,7 @@ import numpy as np
 from .convert import numpy_of, to_state, to_variables
 from .graph import BridgeError, Graph, dumps, loads
 from .module import Imported
+from .recent import recall_variables, remember
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
@@ -40,17 +41,21 @@ def load_imported(directory: Any) -> tuple[Imported, dict[str, Any]]:
                 f"{where} holds no imported model: there is no {name}; model.save(directory, variables) writes one"
             )
     graph = loads((where / GRAPH).read_text(), str(where / GRAPH))
+    remember(graph)
     return Imported(graph), to_variables(graph, _matched(graph, _read(where / WEIGHTS), where / WEIGHTS, {}))
 
 
-def load_weights(variables: Mapping[str, Any], path: Any, model: Imported, *, strict: bool = True) -> dict[str, Any]:
+def load_weights(
+    variables: Mapping[str, Any], path: Any, model: Imported | None = None, *, strict: bool = True
+) -> dict[str, Any]:
     """Variables with the weights of a file: a torch checkpoint of the same architecture.
 
     Args:
       variables: the model's variables; they are not changed.
       path: a `.safetensors` file, its `.index.json` for one in parts, or a `.pt`, `.pth` or `.bin` file, read by
         `torch.load(weights_only=True)` alone (torch 2.10 or newer): a file that needs pickle is refused.
-      model: the model that `from_torch` or `load_imported` gave: it knows torch's names and layouts.
+      model: the model that `from_torch` or `load_imported` gave: it knows torch's names and layouts. Needed only where
+        it was imported in another process.
       strict: refuse a file with missing or unexpected keys; else those missing keep their values.
 
     Returns:
@@ -62,8 +67,14 @@ def load_weights(variables: Mapping[str, Any], path: Any, model: Imported, *, st
     where = pathlib.Path(path)
     if not where.is_file():
         raise BridgeError(f"load_weights: there is no file {where}")
-    old = to_state(model.graph, variables)
-    return to_variables(model.graph, _matched(model.graph, _read(where), where, old, strict))
+    graph = model.graph if model is not None else recall_variables(variables)
+    if graph is None:
+        raise BridgeError(
+            "load_weights: no model with such variables was imported in this process; give model=, the one that "
+            "from_torch() or load_imported() gave with them"
+        )
+    old = to_state(graph, variables)
+    return to_variables(graph, _matched(graph, _read(where), where, old, strict))
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:

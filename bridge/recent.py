@@ -1,11 +1,14 @@
-"""The layouts of modules captured in this process, so that `to_torch(morph, module)` needs no more than the module."""
+"""The layouts of models imported in this process, so that `to_torch` and `load_weights` need no more than is named."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from typing import Any
 
+import jax
+
 from .graph import Graph
+from .plan import plan_of
 
 _KEPT = 512
 _RECENT: OrderedDict[Any, Graph] = OrderedDict()
@@ -28,3 +31,14 @@ def recall(module: Any) -> Graph | None:
     """The graph of a module like this one, if one was captured here."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return _RECENT.get(signature(type(module).__name__, [(path, t.shape) for path, t in named.items()]))
+
+
+def recall_variables(variables: Any) -> Graph | None:
+    """The graph whose tensors lie where these variables have leaves of their shapes, if one was imported here."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    found = {(tuple(entry.key for entry in path), tuple(leaf.shape)) for path, leaf in leaves}
+    for graph in reversed(_RECENT.values()):
+        places = [place for each in plan_of(graph).places.values() for place in each]
+        if {((place.collection, *place.path), place.shape) for place in places} == found:
+            return graph
+    return None

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.torch
 def arrive(name, path):
     """Load a file into a model of other weights and compare it with torch's own module."""
     given, other = case(name), fresh(name, 7)
-    variables = load_weights(given.variables, path, given.model)
+    variables = load_weights(given.variables, path)
     state = to_state(given.model.graph, variables)
     for key, value in [*other.named_parameters(), *other.named_buffers()]:
         np.testing.assert_array_equal(state[key], value.detach().numpy())
@@ -105,6 +105,12 @@ def test_a_file_that_needs_pickle_is_refused_and_runs_nothing(tmp_path):
     with pytest.raises(BridgeError, match="holds more than tensors"):
         load_weights(given.variables, tmp_path / "whole.pt", given.model)
     assert not mark.exists()
+
+
+def test_variables_of_no_known_model_ask_for_it(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(BridgeError, match="no model with such variables was imported in this process; give model="):
+        load_weights({"params": {"w": jnp.ones(2)}}, tmp_path / "a.safetensors")
 
 
 def test_an_old_torch_reads_no_pickle_at_all(tmp_path, monkeypatch):

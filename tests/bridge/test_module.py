@@ -320,3 +320,57 @@ def test_less_usual_modules_compute_what_torch_computes(module, shape):
     found = esper_jax.from_torch(module, example)
     assert found.report.passed and found.report.worst("forward") <= 1e-5
     assert module.training and all(p.grad is None for p in module.parameters())
+
+
+class AfterConvolution(torch.nn.Module):
+    """Everything that may follow a convolution, whose output has its channels last inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.other = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Conv2d(3, 5, 1)
+        self.scale, self.row = torch.nn.Parameter(torch.rand(5, 1, 1)), torch.nn.Parameter(torch.rand(4))
+        self.bn, self.group = torch.nn.BatchNorm2d(5), torch.nn.GroupNorm(5, 5)
+
+    def forward(self, x):
+        y, z, f = self.conv(x), self.other(x), torch.nn.functional
+        return [
+            y * self.scale + self.row,
+            torch.where(y > z, y, z.mean()),
+            y.mean([2, 3]),
+            y.mean([2, 3], keepdim=True) + y,
+            y.mean(1),
+            y.mean([0, 2, 3]),
+            y.mean([0, 1]),
+            y.mean(-1, keepdim=True) * z,
+            torch.cat([y, z, x], 1),
+            torch.cat([y, z], -1),
+            torch.cat([y, x[:, :1].expand(-1, 5, -1, -1)], 0),
+            f.pad(y, (1, 0, 2, 1), value=0.3),
+            f.pad(y, (0, 0, 0, 0, 1, 1)),
+            f.max_pool2d(y, 2) + f.avg_pool2d(z, 2),
+            f.interpolate(y, scale_factor=2),
+            self.group(self.bn(y)).flatten(1),
+            y.permute(0, 2, 3, 1),
+            y.reshape(y.shape[0], -1).softmax(-1),
+            y.transpose(1, 2) @ z.transpose(1, 2).transpose(-1, -2),
+            y[:, 1:3, ::2],
+            y.sum(1, keepdim=True) * z,
+            f.glu(torch.cat([y, z[:, :1]], 1), 1),
+            y.clamp(-0.5, 0.5).amax((2, 3)),
+            y.add(z, alpha=0.5).div(z.abs() + 1).pow(2).lerp(z, 0.3),
+            torch.stack([y, z], 2).flatten(1, 2),
+            f.adaptive_avg_pool2d(y, (2, 3)) * f.adaptive_avg_pool2d(z, 1),
+            f.cosine_similarity(y, z, dim=1),
+            y.chunk(2, 1)[0] + z.split([3, 2], 1)[0],
+            y.masked_fill(z > 0, -1.0).roll(1, 1).flip(1),
+            y.var((1, 2)) + z.std(3).mean(1),
+            y.squeeze() * z.unsqueeze(0).squeeze(0),
+            self.conv(f.silu(y)[:, :3]) - self.other(x.relu()),
+        ]
+
+
+def test_what_follows_a_convolution_means_what_it_means_in_torch():
+    found = esper_jax.from_torch(AfterConvolution(), torch.randn(3, 3, 4, 4))
+    assert found.report.worst("forward") <= 1e-5 and found.report.worst("training: gradients") <= 1e-4, str(
+        found.report
+    )
