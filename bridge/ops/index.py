@@ -23,7 +23,11 @@ def _at(x: Any, dim: int, index: Any) -> Any:
 
 @op("slice.Tensor", "slice_copy.Tensor")
 def slice_tensor(self: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    return _at(self, dim, slice(start, end, step))
+    whole = isinstance(end, int) and end >= _FAR  # how torch writes "to the end"
+    return _at(self, dim, slice(start or None, None if whole else end, step))
+
+
+_FAR = 2**31 - 1
 
 
 @op("narrow.default")
@@ -131,7 +135,8 @@ def select_scatter(self: Any, src: Any, dim: int, index: int) -> Any:
 @op("slice_scatter.default")
 def slice_scatter(self: Any, src: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
     places: list[Any] = [slice(None)] * self.ndim
-    places[dim % self.ndim] = slice(start, end, step)
+    whole = isinstance(end, int) and end >= _FAR
+    places[dim % self.ndim] = slice(start, None if whole else end, step)
     return self.at[tuple(places)].set(src.astype(self.dtype))
 
 

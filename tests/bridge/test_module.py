@@ -228,13 +228,13 @@ def test_a_model_that_computes_something_else_is_refused(monkeypatch):
         esper_jax.from_torch(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), torch.randn(2, 3))
 
 
-def test_it_is_exported_with_a_free_batch():
-    given = case("lenet")
-    exported = to_stablehlo(given.model.apply, given.variables, jnp.ones((4, 1, 14, 14)))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 14, 14)), jnp.float32)
-    np.testing.assert_allclose(
-        exported.call(given.variables, x), given.model.apply(given.variables, x), rtol=1e-5, atol=1e-6
-    )
+@pytest.mark.parametrize("name", ["lenet", "gpt", "lstm", "sorting"])
+def test_it_is_exported_with_a_free_batch(name):
+    given = case(name)
+    exported = to_stablehlo(given.model.apply, given.variables, *given.arrays.values())
+    more = [jnp.concatenate([array, array[:1]]) for array in given.arrays.values()]
+    want = given.flat(given.model.apply(given.variables, *more))
+    close(given.flat(exported.call(given.variables, *more)), want, 1e-5)
     assert "stablehlo" in exported.mlir_module() and len(exported.serialize()) > 0
 
 
