@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet-18's layout, narrow."""
+    """ResNet's layout, narrow, with one block a stage."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -40,9 +40,7 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         widths = [width, width, 2 * width, 4 * width]
-        self.layers = nn.Sequential(
-            *(nn.Sequential(Block(a, b, 1 + (a != b)), Block(b, b, 1)) for a, b in itertools.pairwise(widths))
-        )
+        self.layers = nn.Sequential(*(nn.Sequential(Block(a, b, 1 + (a != b))) for a, b in itertools.pairwise(widths)))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(widths[-1], 10)
 

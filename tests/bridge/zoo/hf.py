@@ -68,8 +68,8 @@ def _clip(batch: int, g: torch.Generator) -> dict[str, Any]:
     }
 
 
-TEXT = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+TEXT = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 MODELS = {
     "hf_bert": Entry(_make("BertModel", "BertConfig", **TEXT), _ids(30), slow=True),
     "hf_distilbert": Entry(
@@ -78,7 +78,7 @@ MODELS = {
         slow=True,
     ),
     "hf_gpt2": Entry(
-        _make("GPT2LMHeadModel", "GPT2Config", vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=16),
+        _make("GPT2LMHeadModel", "GPT2Config", vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=16),
         _ids(30, mask=False, use_cache=False),
         slow=True,
     ),
@@ -95,7 +95,7 @@ MODELS = {
             image_size=16,
             patch_size=2,
             embed_dim=8,
-            depths=[2, 2],
+            depths=[2, 1],
             num_heads=[2, 2],
             window_size=4,
             drop_path_rate=0.0,
