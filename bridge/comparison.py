@@ -238,25 +238,26 @@ def _weights(shape: tuple[int, ...], at: int) -> np.ndarray:
     return np.random.default_rng(at).uniform(0.5, 1.5, shape).astype(np.float32)
 
 
-def torch_step(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[float, dict[str, np.ndarray]]:
-    """Loss and gradients of a weighted sum of all outputs in training mode; buffers are updated in place."""
+def torch_step(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[float, float, dict[str, np.ndarray]]:
+    """A weighted sum of all outputs in training mode, that of its terms without sign, and gradients; buffers change."""
     module.train()
     module.zero_grad()
     with EveryUnit():
         outputs = pytree.tree_leaves(module(*_cloned(args), **_cloned(kwargs)))
-        loss = torch.zeros((), dtype=torch.float32)
+        loss, size = torch.zeros((), dtype=torch.float32), 0.0
         outputs = [o for o in outputs if o is not None]
         for at, output in enumerate(outputs):
             if isinstance(output, torch.Tensor) and output.is_floating_point() and output.requires_grad:
                 weights = torch.from_numpy(_weights(tuple(output.shape), at))
-                loss = loss + (output.float() * weights).sum() / output.numel()
+                terms = output.float() * weights / output.numel()
+                loss, size = loss + terms.sum(), size + float(terms.detach().abs().sum())
         if loss.requires_grad:
             loss.backward()
     grads = {
         name: numpy_of(p.grad) if p.grad is not None else np.zeros(tuple(p.shape), np.float32)
         for name, p in module.named_parameters()
     }
-    return float(loss.detach()), grads
+    return float(loss.detach()), size, grads
 
 
 def jax_loss(model: Imported, differentiable: Callable[[int], bool]) -> Callable[..., Any]:
@@ -302,7 +303,7 @@ def _step(
 ) -> list[Check]:
     before = _state(module)
     carries = differentiable_outputs(module, args, kwargs)
-    loss, grads = torch_step(module, args, kwargs)
+    loss, size, grads = torch_step(module, args, kwargs)
     after = {name: numpy_of(value) for name, value in module.named_buffers()}
     module.zero_grad()
     _restore(module, before)
@@ -315,9 +316,8 @@ def _step(
     largest = max((float(np.abs(g.astype(np.float64)).max(initial=0)) for g in grads.values()), default=0.0)
     error = max((_error(found[n], g, largest * 1e-2) for n, g in grads.items() if n in found), default=0.0)
     buffers = max((_error(found[n], v) for n, v in after.items() if n in found), default=0.0)
-    scale = max(abs(loss), 1e-3)
     return [
-        Check("training: loss", batch, abs(float(got_loss) - loss) / scale, forward_limit),
+        Check("training: loss", batch, abs(float(got_loss) - loss) / (size or 1.0), forward_limit),
         Check(GRADIENTS, batch, error, gradient_limit),
         Check("training: buffers after a step", batch, buffers, forward_limit),
     ]
