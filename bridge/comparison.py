@@ -129,7 +129,7 @@ def _verified(
         before = _state(module)
         try:
             with torch.no_grad(), EveryUnit():
-                wanted = _flat(graph, module(*_cloned(given_args), **_cloned(given_kwargs)))
+                wanted = pytree.tree_leaves(module(*_cloned(given_args), **_cloned(given_kwargs)))
         except Exception:
             if not checks:
                 raise
@@ -198,10 +198,6 @@ def _arrays(graph: Graph, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict
 
 def _cloned(tree: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, tree)
-
-
-def _flat(graph: Graph, output: Any) -> list[Any]:
-    return list(pytree.tree_leaves(output))
 
 
 def _pairs(graph: Graph, wanted: list[Any], found: Any) -> list[tuple[str, Any, Any]]:

@@ -147,22 +147,19 @@ def pads(padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...
     if padding == "same":
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple((n // 2, n - n // 2) for n in totals)
-    return tuple((p, p) for p in _each(padding, len(kernel)))
+    return tuple((p, p) for p in each(padding, len(kernel)))
 
 
 def transposed_pads(padding: Any, output_padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...]:
     """The padding of the stretched input that gives torch's transposed convolution."""
     n = len(kernel)
-    parts = zip(_each(padding, n), _each(output_padding, n), kernel, dilation, strict=True)
+    parts = zip(each(padding, n), each(output_padding, n), kernel, dilation, strict=True)
     return tuple((d * (k - 1) - p, d * (k - 1) - p + more) for p, more, k, d in parts)
 
 
-def _each(value: Any, n: int) -> tuple[int, ...]:
+def each(value: Any, n: int) -> tuple[int, ...]:
     value = tuple(value) if isinstance(value, tuple | list) else (value,)
     return value * n if len(value) == 1 else value
-
-
-each = _each
 
 
 def to_last(x: Any, spatial: int) -> Any:
@@ -199,11 +196,11 @@ def conv(
     batched = input.ndim == spatial + 2
     x = input if last else to_last(input, spatial)
     x = x if batched else x[None]
-    dilation = _each(dilation, spatial)
+    dilation = each(dilation, spatial)
     result = convolve(
         x,
         kernel,
-        _each(stride, spatial),
+        each(stride, spatial),
         pads(padding, weight.shape[2:], dilation),
         None,
         dilation,
@@ -252,13 +249,13 @@ def conv_transpose(
     batched = input.ndim == spatial + 2
     x = input if last else to_last(input, spatial)
     x = x if batched else x[None]
-    dilation = _each(dilation, spatial)
+    dilation = each(dilation, spatial)
     result = lax.conv_general_dilated(
         x,
         kernel,
         (1,) * spatial,
         transposed_pads(padding, output_padding, weight.shape[2:], dilation),
-        _each(stride, spatial),
+        each(stride, spatial),
         dilation,
         dimension_numbers(spatial),
         groups,
@@ -273,7 +270,7 @@ def im2col(self: Any, kernel_size: Any, dilation: Any, padding: Any, stride: Any
     batched = self.ndim == 4
     x = self if batched else self[None]
     found = lax.conv_general_dilated_patches(
-        x, _each(kernel_size, 2), _each(stride, 2), [(p, p) for p in _each(padding, 2)], rhs_dilation=_each(dilation, 2)
+        x, each(kernel_size, 2), each(stride, 2), [(p, p) for p in each(padding, 2)], rhs_dilation=each(dilation, 2)
     )
     found = found.reshape(*found.shape[:2], -1)
     return found if batched else found[0]
@@ -284,7 +281,7 @@ def col2im(self: Any, output_size: Any, kernel_size: Any, dilation: Any, padding
     """`F.fold`: the transpose of `im2col`."""
     batched = self.ndim == 3
     x = self if batched else self[None]
-    channels = x.shape[1] // math.prod(_each(kernel_size, 2))
+    channels = x.shape[1] // math.prod(each(kernel_size, 2))
     shape = jax.ShapeDtypeStruct((x.shape[0], channels, *output_size), x.dtype)
     transpose = jax.linear_transpose(lambda y: im2col(y, kernel_size, dilation, padding, stride), shape)
     (result,) = transpose(x)
