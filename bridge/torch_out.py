@@ -54,8 +54,8 @@ def to_torch(morph: Any, module: Any, model: Imported | None = None) -> Any:
             f"to_torch: this {type(module).__name__} cannot be copied (torch.nn.utils.weight_norm keeps a computed "
             "weight; torch.nn.utils.parametrizations.weight_norm does not)"
         ) from error
-    spec = spec_of(morph, graph)
     state = to_state(graph, _variables(morph))
+    spec = _spec(morph, graph, state)
     regrow(sent, spec)
     _load(sent, graph, state)
     for entry in spec["seeds"]:
@@ -66,8 +66,11 @@ def to_torch(morph: Any, module: Any, model: Imported | None = None) -> Any:
 def spec_of(morph: Any, model: Imported | Graph) -> dict[str, Any]:
     """What `regrow` needs beside the weights: the seeds that take part and any changed sizes; plain JSON."""
     graph = model.graph if isinstance(model, Imported) else model
+    return _spec(morph, graph, to_state(graph, _variables(morph)))
+
+
+def _spec(morph: Any, graph: Graph, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
     sizes = {}
-    state = to_state(graph, _variables(morph))
     for tensor in graph.tensors:
         if state[tensor.name].shape != tensor.shape:
             sizes[tensor.name] = list(state[tensor.name].shape)
