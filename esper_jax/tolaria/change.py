@@ -19,6 +19,7 @@ from . import swap
 from .optim import Growable
 from .programs import Programs
 from .session import Pending, Session
+from .sharding import Layout
 from .state import TrainState
 from .swap import Held, Swap, Waiting
 
@@ -33,6 +34,7 @@ class Changes:
       tx: the optimizer, whose state grows with the morph.
       when: the boundary, as for `Tolaria(swap=...)`.
       prefetch: how many of the controller's candidates are compiled ahead.
+      layout: where the state lives on a mesh; None is one device.
       session, sink: the run's memory, whose `waiting` is the change under way, and the receiver of events.
     """
 
@@ -44,9 +46,10 @@ class Changes:
         prefetch: int,
         session: Session,
         sink: Sink,
+        layout: Layout | None = None,
     ) -> None:
         self.programs, self.tx, self.session, self.sink = programs, tx, session, sink
-        self.when, self.prefetch = when, prefetch
+        self.when, self.prefetch, self.layout = when, prefetch, layout
         self.held: Held | None = None
         self.asked = False
 
@@ -55,6 +58,7 @@ class Changes:
         morph = state.morph.replace(spec=self.programs.same(state.morph.spec))
         view, self.held = swap.park(state.replace(morph=morph), self.session.waiting)
         view = view.replace(morph=view.morph.replace(spec=self.programs.same(view.morph.spec)))
+        view = view if self.layout is None else self.layout.place(view)
         self.asked = False
         self.ask(view)
         return view

@@ -102,17 +102,19 @@ class Compiler(Protocol):
         ...
 
 
-def check_place(where: str) -> str:
+def check_place(where: str, *, one_device: bool = True) -> str:
     """`where` itself if it is a place to compile in; ValueError otherwise."""
     if where not in ("auto", "process", "thread"):
         raise ValueError(f"compile_in must be 'auto', 'process' or 'thread', got {where!r}")
+    if where == "process" and not one_device:
+        raise ValueError("compile_in='process' builds for one device; on a mesh programs are built in a 'thread'")
     return where
 
 
-def make_compiler(where: str) -> Compiler:
-    """A compiler: "process", "thread", or "auto", which is a process on the CPU and a thread elsewhere."""
-    if check_place(where) == "auto":
-        where = "process" if jax.default_backend() == "cpu" else "thread"
+def make_compiler(where: str, *, one_device: bool = True) -> Compiler:
+    """A compiler: "process", "thread", or "auto": a process on the CPU for one device, a thread elsewhere."""
+    if check_place(where, one_device=one_device) == "auto":
+        where = "process" if jax.default_backend() == "cpu" and one_device else "thread"
     return ProcessCompiler() if where == "process" else ThreadCompiler()
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from .sharding import Layout
+
 Data = Any
 
 
@@ -59,14 +61,15 @@ def shuffled(key: jax.Array, epoch: Any, size: int, batch_size: int) -> Int[Arra
     return jnp.argsort(bits)[: whole * batch_size].astype(jnp.int32).reshape(whole, batch_size)
 
 
-def validation_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, int]]:
-    """All batches of validation data in order with their sizes; the last one may be smaller."""
+def validation_batches(data: Data, batch_size: int, layout: Layout | None = None) -> Iterator[tuple[Any, int]]:
+    """All batches of validation data in order with their sizes, on the layout's mesh; the last one may be smaller."""
     if isinstance(data, Held):
         yield from data.batches
         return
     arrays = as_arrays(data)
     if arrays is None:
         for batch in data(0) if callable(data) else data:
+            batch = batch if layout is None else layout.join_batch(batch)
             yield batch, rows(batch)
         return
     size = rows(arrays)
@@ -74,7 +77,8 @@ def validation_batches(data: Data, batch_size: int) -> Iterator[tuple[Any, int]]
         raise ValueError("the validation data is empty")
     for begin in range(0, size, batch_size):
         part = slice(begin, min(begin + batch_size, size))
-        yield jax.tree.map(lambda array, part=part: array[part], arrays), part.stop - begin
+        batch = jax.tree.map(lambda array, part=part: array[part], arrays)
+        yield batch if layout is None else layout.put_batch(batch), part.stop - begin
 
 
 class Held:
@@ -84,12 +88,17 @@ class Held:
         self.batches = batches
 
 
-def held(data: Data, batch_size: int, most: int) -> Data:
+def held(data: Data, batch_size: int, most: int, layout: Layout | None = None) -> Data:
     """The data as batches that stay on the device if it is arrays of at most `most` bytes, else the data itself."""
     arrays = as_arrays(data)
     if arrays is None or nbytes(arrays) > most:
         return data
-    return Held([(jax.device_put(batch), size) for batch, size in validation_batches(arrays, batch_size)])
+    return Held(
+        [
+            (jax.device_put(batch) if layout is None else batch, size)
+            for batch, size in validation_batches(arrays, batch_size, layout)
+        ]
+    )
 
 
 def nbytes(tree: Any) -> int:

@@ -13,6 +13,7 @@ from ..kasmina.morph import Morph
 from .data import nbytes
 from .optim import Growable
 from .programs import Program
+from .sharding import Layout
 from .state import TrainState
 from .step import METRICS, Calls, convolves, one_step
 
@@ -67,15 +68,22 @@ class Dispatch:
         return max(1, min(SCANNED if mode == "scan" else UNROLLED, fit))
 
 
-def make_steps(calls: Calls, tx: Growable, probe_every: int, dispatch: Dispatch) -> Program:
+def make_steps(
+    calls: Calls, tx: Growable, probe_every: int, dispatch: Dispatch, layout: Layout | None = None
+) -> Program:
     """The train program of a run, `steps(state, batches, count) -> (state, metrics of the last step)`.
 
     `batches` has a leading axis of places for batches, of which the first `count` are trained on, in turn. Scanned,
     any count up to the places is the same program, so the bits of a run do not depend on how its steps are grouped.
-    Otherwise the places are all trained on, and another number of places is another program. `state` is donated.
+    Otherwise the places are all trained on, and another number of places is another program. `state` is donated, and
+    stays where `layout` has it.
     """
 
     def train_steps(state: TrainState, batches: Any, count: Int[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
+        state, metrics = steps(state, batches, count)
+        return (state if layout is None else layout.pinned(state)), metrics
+
+    def steps(state: TrainState, batches: Any, count: Int[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
         def step(i: Any, carry: tuple[TrainState, Any]) -> tuple[TrainState, dict[str, Array]]:
             return one_step(calls, tx, probe_every, carry[0], jax.tree.map(lambda leaf: leaf[i], batches))
 

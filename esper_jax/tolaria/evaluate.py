@@ -18,6 +18,7 @@ from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from .data import Data, validation_batches
 from .programs import Program
+from .sharding import Layout
 from .step import Calls
 
 Score = Callable[[Any, Any], Array]
@@ -48,8 +49,8 @@ class Contributions:
 class Evaluator:
     """Loss and score of a morph on validation data; one compiled program for each, for each spec."""
 
-    def __init__(self, calls: Calls, score: Score | None, batch_size: int) -> None:
-        self.batch_size = batch_size
+    def __init__(self, calls: Calls, score: Score | None, batch_size: int, layout: Layout | None = None) -> None:
+        self.batch_size, self.layout = batch_size, layout
         score = score or default_score
         self.plain = Program("evaluate", functools.partial(_measure, calls, score))
         self.rows = Program(
@@ -107,7 +108,7 @@ class Evaluator:
     def _over(self, data: Data, measure: Callable[[Any], Any]) -> list[tuple[np.ndarray, int]]:
         """What was measured on each batch, float64, and its size; copied to the host while later batches compute."""
         found = []
-        for batch, n in validation_batches(data, self.batch_size):
+        for batch, n in validation_batches(data, self.batch_size, self.layout):
             found.append((soon(measure(batch)), n))
             if len(found) > IN_FLIGHT:
                 jax.block_until_ready(found[-1 - IN_FLIGHT][0])

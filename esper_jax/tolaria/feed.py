@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from ..kasmina.morph import Morph
 from .data import Batches, nbytes
 from .dispatch import Dispatch
+from .sharding import Layout
 from .step import Calls
 
 Chunk = tuple[Any, int]
@@ -31,15 +33,24 @@ class Feed:
     Args:
       batches: the training data.
       calls, dispatch: how the model is called, and how steps are to be grouped.
-      resident_bytes: the most that arrays may take up on the device.
+      resident_bytes: the most that arrays may take up on a device.
+      layout: the mesh that the batches go to; None is one device.
+
+    Raises:
+      ValueError: the mesh's devices do not divide a batch.
     """
 
-    def __init__(self, batches: Batches, calls: Calls, dispatch: Dispatch, resident_bytes: int) -> None:
-        self.batches, self.calls, self.dispatch = batches, calls, dispatch
+    def __init__(
+        self, batches: Batches, calls: Calls, dispatch: Dispatch, resident_bytes: int, layout: Layout | None = None
+    ) -> None:
+        self.batches, self.calls, self.dispatch, self.layout = batches, calls, dispatch, layout
+        if layout is not None and batches.arrays is not None:
+            layout.check_batch(batches.batch_size)
         arrays = batches.arrays
         there = arrays is not None and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(arrays))
         self.resident = there or (arrays is not None and nbytes(arrays) <= resident_bytes)
-        self.arrays = jax.device_put(arrays) if self.resident else arrays
+        where = None if layout is None else layout.whole
+        self.arrays = jax.device_put(arrays, where) if self.resident else arrays
         self.mode, self.places = "", 0
 
     def epoch(self, morph: Morph, epoch: int, start: int) -> Epoch:
@@ -101,7 +112,9 @@ class Resident(Epoch):
         return len(self.order) - self.position
 
     def _stacked(self, places: int, count: int) -> Chunk:
-        return gathered(self.feed.arrays, self.order, np.int32(self.position), places), count
+        layout = self.feed.layout
+        sharding = None if layout is None else layout.batch_sharding(self.order.shape[1], axis=1)
+        return gathered(self.feed.arrays, self.order, np.int32(self.position), places, sharding), count
 
 
 class Gathered(Resident):
@@ -109,7 +122,8 @@ class Gathered(Resident):
 
     def _stacked(self, places: int, count: int) -> Chunk:
         chosen = self.order[np.minimum(self.position + np.arange(places), self.position + count - 1)]
-        return jax.tree.map(lambda array: array[chosen], self.feed.arrays), count
+        batches = jax.tree.map(lambda array: array[chosen], self.feed.arrays)
+        return batches if self.feed.layout is None else self.feed.layout.put_batch(batches, axis=1), count
 
 
 class Streamed(Epoch):
@@ -129,16 +143,21 @@ class Streamed(Epoch):
     def _stacked(self, places: int, count: int) -> Chunk:
         taken, self.ahead = self.ahead[:count], self.ahead[count:]
         padded = taken + taken[-1:] * (places - count)
-        if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(padded)):
+        layout = self.feed.layout
+        if layout is None and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(padded)):
             return stacked(padded), count
-        return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *padded), count
+        batches = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *padded)
+        return batches if layout is None else layout.join_batch(batches, axis=1), count
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def gathered(arrays: Any, order: Int[Array, "N B"], position: Any, places: int) -> Any:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def gathered(
+    arrays: Any, order: Int[Array, "N B"], position: Any, places: int, sharding: NamedSharding | None = None
+) -> Any:
     """`places` batches from `position` on, stacked; past the end of the order the last one is repeated."""
     rows = order[jnp.minimum(position + jnp.arange(places), order.shape[0] - 1)]
-    return jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), arrays)
+    batches = jax.tree.map(lambda array: array.at[rows].get(mode="promise_in_bounds"), arrays)
+    return batches if sharding is None else jax.lax.with_sharding_constraint(batches, sharding)
 
 
 @jax.jit

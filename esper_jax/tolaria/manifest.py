@@ -113,14 +113,15 @@ def stored_dtype(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.isbuiltin == 1 or dtype.name == "bfloat16" else np.dtype(f"u{dtype.itemsize}")
 
 
-def flatten(tree: Any) -> tuple[tuple[LeafRecord, ...], dict[str, np.ndarray]]:
+def flatten(tree: Any) -> tuple[tuple[LeafRecord, ...], dict[str, Any]]:
     """Bring a pytree to the host as records and the arrays Orbax stores.
 
     Args:
       tree: a pytree of jax arrays, typed PRNG keys, numpy arrays and scalars, and Python bool, int, float or complex.
 
     Returns:
-      The records in tree order, and `{record.name: array}` (zero-size leaves have no array).
+      The records in tree order, and `{record.name: array}` (zero-size leaves have no array). An array that is divided
+      over devices stays as it is, so that Orbax writes its parts side by side.
 
     Raises:
       TypeError: a leaf is something else (a string, a function, an object array), or two leaves share one path.
@@ -137,7 +138,8 @@ def flatten(tree: Any) -> tuple[tuple[LeafRecord, ...], dict[str, np.ndarray]]:
         name = f"{index:06d}" if array.size else None
         records.append(LeafRecord(path, name, array.shape, array.dtype.name, key_impl, python, checksum(array)))
         if name is not None:
-            arrays[name] = array.view(stored_dtype(array.dtype))
+            stored = array.view(stored_dtype(array.dtype))
+            arrays[name] = leaf if _is_divided(leaf) and stored.dtype == leaf.dtype else stored
     seen: set[str] = set()
     for record in records:
         if record.path in seen:
@@ -308,6 +310,10 @@ def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def _is_divided(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not _is_key(leaf) and not leaf.sharding.is_fully_replicated
+
+
 @functools.cache
 def _key_dtype(impl: str) -> str:
     """The name JAX gives the dtype of keys of an implementation: `key<fry>` for "threefry2x32"."""
@@ -364,5 +370,4 @@ def _place(leaf: Any, record: LeafRecord, array: np.ndarray) -> Any:
     sharding = getattr(leaf, "sharding", None) if committed else None
     if record.key_impl is None:
         return jax.device_put(array, sharding, may_alias=False)
-    key = jax.random.wrap_key_data(jax.device_put(array, may_alias=False), impl=record.key_impl)
-    return key if sharding is None else jax.device_put(key, sharding)
+    return jax.random.wrap_key_data(jax.device_put(array, sharding, may_alias=False), impl=record.key_impl)

@@ -20,6 +20,7 @@ from . import snapshot as _snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .optim import Growable
 from .session import Session
+from .sharding import Layout
 from .state import TrainState
 
 FOLDER = "checkpoints"
@@ -47,17 +48,19 @@ def restore(
     make_control: MakeControl,
     step: int | None,
     library: Library | None = None,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, Session]:
-    """The newest whole step (or the named one), rebuilt from its own description.
+    """The newest whole step (or the named one), rebuilt from its own description, in its place on the layout's mesh.
 
     Seeds that grew from a stored program find their blueprint in the `library`, where one is given.
     """
 
     def template(meta: dict[str, Any]) -> Any:
         _known(meta, library)
-        morph = morph_template(meta)
-        state = TrainState.create(morph, tx, key=jax.random.key(0))
-        governor, control = make_control(morph.spec, state.key)
+        key = jax.random.key(0)
+        state = jax.eval_shape(lambda: TrainState.create(morph_template(meta), tx, key=key))
+        state = state if layout is None else layout.shaped(state)
+        governor, control = make_control(state.morph.spec, key)
         control = _with_byte_counts(control, meta.get("control_bytes", {}))
         state = state.replace(governor=governor, control=control)
         return {"state": state, "snapshot": _snapshot.template(state, meta["fossils"])}

@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from ..kasmina.blueprints import get_blueprint
 from ..kasmina.morph import Morph
 from ..kasmina.spec import Spec
 from .compiler import BuildError, Built, Compiler, Job, WorkerError
+from .sharding import Layout
 from .state import TrainState
 
 Signature = tuple[Any, Hashable]
@@ -98,10 +100,17 @@ class Programs:
       programs: a run's programs; those named "train" take a `TrainState`, the others a `Morph`.
       compiler: builds them in the background.
       budget: bytes that programs built on suspicion (`prefetch`) may take; the oldest are dropped first.
+      layout: where the state lives on a mesh; None is one device.
     """
 
-    def __init__(self, programs: Sequence[Program], compiler: Compiler, budget: int = 256 * 2**20) -> None:
-        self.programs, self.compiler, self.budget = tuple(programs), compiler, budget
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        compiler: Compiler,
+        budget: int = 256 * 2**20,
+        layout: Layout | None = None,
+    ) -> None:
+        self.programs, self.compiler, self.budget, self.layout = tuple(programs), compiler, budget, layout
         self._guesses: collections.OrderedDict[Spec, None] = collections.OrderedDict()
         self._specs: dict[Spec, Spec] = {}
 
@@ -126,7 +135,7 @@ class Programs:
             for future in self._futures(spec):
                 self.compiler.hasten(future)
         state = state.replace(governor=None, control=None, morph=state.morph.replace(spec=spec))
-        bare = _abstract(state)
+        bare = _abstract(state) if self.layout is None else self.layout.shaped(_abstract(state))
         blueprints = tuple(get_blueprint(name) for name in sorted({plant.blueprint for plant in spec.plants}))
         for program in self.programs:
             first = bare if program.name == "train" else bare.morph
@@ -258,12 +267,15 @@ def _signature(tree: Any) -> Hashable:
 
 
 def _abstract(tree: Any) -> Any:
-    """Shapes, dtypes and weak types as a call of a jitted function sees them."""
+    """Shapes, dtypes, weak types and places on a mesh as a call of a jitted function sees them."""
 
     def one(leaf: Any) -> jax.ShapeDtypeStruct:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         found = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(found.shape, found.dtype, weak_type=getattr(found, "weak_type", False))
+        there = getattr(leaf, "sharding", None)
+        sharding = there if isinstance(there, NamedSharding) else None
+        weak = getattr(found, "weak_type", False)
+        return jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=sharding, weak_type=weak)
 
     return jax.tree.map(one, tree)

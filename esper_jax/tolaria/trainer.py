@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from .._checks import flag, instance, whole
 from .._holding import hold
@@ -41,6 +42,7 @@ from .programs import Programs
 from .run import Run, interrupts
 from .session import History, Session
 from .settings import compile_cache
+from .sharding import make_layout
 from .state import TrainState
 from .step import Calls, Loss
 from .swap import check_swap
@@ -71,6 +73,8 @@ class Tolaria:
       max_rollbacks: more than these end the run with `TrainingDiverged`.
       probe_every, unpack, train_kwargs, eval_kwargs, rngs: as for `make_train_step`.
       compute_dtype: as for `make_train_step`; the same holds in evaluation.
+      sharding, mesh, seed_sharding: train on several devices: "dp", "fsdp" or `PartitionSpec`s, on a mesh (None: all
+        devices, along "data"), and how seeds are divided; see `tolaria.sharding.Layout`. Without them: one device.
       dispatch, steps_per_dispatch: how steps are handed to the device, "auto", "scan", "loop" or "unroll", and how many
         at a time (see `tolaria.dispatch.Dispatch`); Ctrl-C is noticed between two such calls.
       resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes, and
@@ -124,6 +128,9 @@ class Tolaria:
         eval_kwargs: Mapping[str, Any] | None = None,
         rngs: Sequence[str] | None = None,
         compute_dtype: Any = None,
+        sharding: Any = None,
+        mesh: Mesh | None = None,
+        seed_sharding: str = "host",
         dispatch: str = "auto",
         steps_per_dispatch: int | None = None,
         resident_bytes: int = 1 << 30,
@@ -161,9 +168,10 @@ class Tolaria:
         self.sinks, self.progress = tuple(sinks), progress
         self._morph_options = {"where": where, "slots": slots, "planted": planted, "blend": blend}
         self._calls = Calls(self.forward, loss, unpack, train_kwargs, eval_kwargs, rngs, compute_dtype)
-        self._evaluator = Evaluator(self._calls, score, eval_batch_size)
+        self.layout = make_layout(sharding, mesh, seed_sharding)
+        self._evaluator = Evaluator(self._calls, score, eval_batch_size, self.layout)
         self._dispatch, self._resident_bytes = Dispatch(dispatch, steps_per_dispatch), resident_bytes
-        self._step = make_steps(self._calls, self.tx, probe_every, self._dispatch)
+        self._step = make_steps(self._calls, self.tx, probe_every, self._dispatch, self.layout)
         self._ticker = Ticker(
             self._evaluator,
             self.tx,
@@ -177,7 +185,8 @@ class Tolaria:
             prefetch,
             urza,
         )
-        self._compile_in, self._prefetch, self._prefetch_bytes = check_place(compile_in), prefetch, prefetch_bytes
+        self._compile_in, self._prefetch, self._prefetch_bytes = compile_in, prefetch, prefetch_bytes
+        check_place(compile_in, one_device=self.layout is None)
         self._compile_cache = compile_cache
         self._resumed: tuple[Morph, Session] | None = None
         self.bus: MemoryBus | RedisBus = MemoryBus()
@@ -201,7 +210,8 @@ class Tolaria:
                 example=example,
                 **self._morph_options,
             )
-        state = TrainState.create(params, self.tx, key=key)
+        place = (lambda tree: tree) if self.layout is None else self.layout.place
+        state = place(TrainState.create(place(params), self.tx, key=key))
         governor, control = self._first_control(params.spec, state.key)
         return state.replace(governor=governor, control=control)
 
@@ -240,8 +250,8 @@ class Tolaria:
             self._compiler(state.morph) as compiler,
         ):
             programs = (self._step, self._evaluator.plain, self._ticker.move, self._evaluator.rows)
-            store = Programs(programs, compiler, self._prefetch_bytes)
-            changes = Changes(store, self.tx, self._ticker.swap, self._prefetch, session, sink)
+            store = Programs(programs, compiler, self._prefetch_bytes, self.layout)
+            changes = Changes(store, self.tx, self._ticker.swap, self._prefetch, session, sink, self.layout)
             run = Run(
                 self._step,
                 self._ticker,
@@ -254,8 +264,9 @@ class Tolaria:
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
             )
-            validation = held(validation, self._evaluator.batch_size, self._resident_bytes)
-            feed = Feed(Batches(train, self.batch_size, state.key), self._calls, self._dispatch, self._resident_bytes)
+            validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
+            batches = Batches(train, self.batch_size, state.key)
+            feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)
             now, started = (int(state.ticks), int(state.step)), time.perf_counter()
             if resumed:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
@@ -292,7 +303,9 @@ class Tolaria:
         if not where.is_dir():
             raise CheckpointError(f"there is no directory {where} to restore from")
         with Checkpoints(where / persist.FOLDER, keep=self.keep) as checkpoints:
-            state, session = persist.restore(checkpoints, self.tx, self._first_control, step, self._ticker.library)
+            state, session = persist.restore(
+                checkpoints, self.tx, self._first_control, step, self._ticker.library, self.layout
+            )
         state = state.replace(morph=state.morph.replace(form=getattr(self.forward, "form", None)))
         self._resumed = (state.morph, session)
         return state
@@ -317,7 +330,7 @@ class Tolaria:
     @contextlib.contextmanager
     def _compiler(self, host: Morph) -> Iterator[Compiler]:
         """A compiler for the time of one `fit`; its process starts at once where the network may grow."""
-        compiler = make_compiler(self._compile_in)
+        compiler = make_compiler(self._compile_in, one_device=self.layout is None)
         room = any(host.spec.free_slots(site.path) for site in host.spec.sites)
         try:
             if self.controller is not None and room and self._ticker.swap != "now":
