@@ -17,6 +17,7 @@ from ..nissa.event import Event
 from ..protocol import Decision
 from . import swap
 from .optim import Growable
+from .peers import alone, any_of
 from .programs import Programs
 from .session import Pending, Session
 from .sharding import Layout
@@ -110,9 +111,10 @@ class Changes:
         state = self.whole(view)
         now = (int(state.ticks), step)
         target = swap.lean(state, self.tx)
-        outcome = self.programs.wait(target.morph.spec, stop)
+        outcome = self.programs.wait(target.morph.spec, stop if alone() else lambda: False)
         if outcome is None:
             return view
+        outcome = dataclasses.replace(outcome, error=any_of(outcome.error))
         waiting, self.session.waiting, self.held = self.session.waiting, None, None
         assert waiting is not None
         began = time.perf_counter()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import operator
 import os
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -51,6 +53,13 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Prepared(NamedTuple):
+    """A step on its way to disk: its manifest, and its arrays by the names in it."""
+
+    manifest: Manifest
+    arrays: dict[str, Any]
+
+
 class Restored(NamedTuple):
     """What `restore` returns: the step, the tree, the dict saved with it, and the newer steps passed over."""
 
@@ -63,8 +72,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saves pytrees under step numbers in one directory and restores the newest whole one.
 
-    Saves are synchronous: when `save` returns, the step is on disk and the tree's buffers may be donated. One process
-    writes to a directory; any number may read it.
+    When `save` returns, the step is on disk and the tree's buffers may be donated. One process writes to a directory;
+    any number may read it.
 
     Args:
       directory: where the steps live; created if absent.
@@ -132,12 +141,29 @@ class Checkpoints:
           ValueError: a negative step; nothing was written.
           CheckpointError: the step exists, or writing failed (disk full, no permission); other steps are untouched.
         """
+        self.write(self.prepare(step, tree, meta, score=score), force=force)
+
+    def prepare(
+        self, step: int, tree: Any, meta: dict[str, Any], *, score: float | None = None, copy: bool = False
+    ) -> Prepared:
+        """What `write` takes, which may run in another thread. Arguments and errors are those of `save`.
+
+        With `copy` nothing of it is the caller's memory: arrays may be donated at once, and `meta` may change.
+        """
         step = self._check(step)
         if not isinstance(meta, dict):
             raise TypeError(f"meta is a {type(meta).__name__}, expected a dict")
         manifests.check_meta(meta)
         records, arrays = manifests.flatten(tree)
-        manifest = Manifest(step, manifests.clean_score(score), meta, records, manifests.versions())
+        if copy:
+            meta = json.loads(json.dumps(meta))
+            arrays = {name: jnp.array(a) if isinstance(a, jax.Array) else np.array(a) for name, a in arrays.items()}
+        return Prepared(Manifest(step, manifests.clean_score(score), meta, records, manifests.versions()), arrays)
+
+    def write(self, prepared: Prepared, *, force: bool = False) -> None:
+        """Store what `prepare` gave; returns when it is on disk."""
+        manifest, arrays = prepared
+        step = manifest.step
         existing = self._listing().get(step)
         if existing is not None and not force:
             try:
@@ -305,7 +331,7 @@ class Checkpoints:
             raise Damaged("; ".join(reasons)) from error
 
     def close(self) -> None:
-        """End use of this object; later saves and restores raise. Nothing is pending: saves are synchronous."""
+        """End use of this object; later saves and restores raise."""
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -354,7 +380,9 @@ def _orbax_save(root: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) ->
     The manager lives for one save in an empty folder: it reads every step it finds, and one damaged file of Orbax's own
     in an old step would make it fail. OCDBT without zarr3 was the fastest layout measured for many small leaves.
     """
-    options = ocp.CheckpointManagerOptions(create=False, max_to_keep=None, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(
+        create=False, max_to_keep=None, enable_async_checkpointing=False, multiprocessing_options=_by_itself()
+    )
     with _quiet(), ocp.CheckpointManager(root, options=options, item_handlers=_handler()) as manager:
         manager.save(step, args=ocp.args.PyTreeSave(arrays or {"none": np.zeros(1, np.uint8)}), force=True)
         manager.wait_until_finished()
@@ -365,12 +393,21 @@ def _orbax_save(root: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) ->
 def _orbax_restore(path: pathlib.Path, names: list[str]) -> dict[str, Any]:
     """Read the named arrays of the step in `path` as numpy, touching nothing outside it."""
     arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names or ["none"]}
-    with _quiet(), ocp.Checkpointer(_handler()) as reader:
+    with _quiet(), ocp.Checkpointer(_handler(), multiprocessing_options=_by_itself()) as reader:
         return reader.restore(path / _ITEM, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, multiprocessing_options=_by_itself())
+
+
+def _by_itself() -> ocp.options.MultiprocessingOptions:
+    """This process reads and writes without waiting for the others of its job, if there are any."""
+    me = jax.process_index()
+    alone = jax.process_count() == 1
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes=None if alone else {me}, barrier_sync_key_prefix=None if alone else f"p{me}"
+    )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from ..kasmina.morph import Morph
 from .data import Batches, nbytes
 from .dispatch import Dispatch
+from .peers import put
 from .sharding import Layout
 from .step import Calls
 
@@ -49,8 +50,10 @@ class Feed:
         arrays = batches.arrays
         there = arrays is not None and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(arrays))
         self.resident = there or (arrays is not None and nbytes(arrays) <= resident_bytes)
-        where = None if layout is None else layout.whole
-        self.arrays = jax.device_put(arrays, where) if self.resident else arrays
+        self.arrays = arrays
+        if self.resident:
+            put_one = jax.device_put if layout is None else functools.partial(put, sharding=layout.whole)
+            self.arrays = jax.tree.map(put_one, arrays)
         self.mode, self.places = "", 0
 
     def epoch(self, morph: Morph, epoch: int, start: int) -> Epoch:

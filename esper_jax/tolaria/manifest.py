@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _versions
+from .peers import put
 
 FORMAT = 1  # raised when an older reader could no longer read what is written
 MANIFEST = "manifest.json"
@@ -369,5 +370,5 @@ def _place(leaf: Any, record: LeafRecord, array: np.ndarray) -> Any:
     committed = isinstance(leaf, jax.ShapeDtypeStruct) or getattr(leaf, "committed", False)
     sharding = getattr(leaf, "sharding", None) if committed else None
     if record.key_impl is None:
-        return jax.device_put(array, sharding, may_alias=False)
-    return jax.random.wrap_key_data(jax.device_put(array, sharding, may_alias=False), impl=record.key_impl)
+        return put(array, sharding)
+    return jax.random.wrap_key_data(put(array, sharding), impl=record.key_impl)

@@ -28,8 +28,8 @@ KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"
 MakeControl = Callable[[Spec, jax.Array], tuple[Any, Any]]
 
 
-def save(checkpoints: Checkpoints, state: TrainState, session: Session, score: float) -> None:
-    """Write one whole step: state and snapshot, with the spec, the host's shapes and the session as JSON."""
+def described(state: TrainState, session: Session) -> tuple[Any, dict[str, Any]]:
+    """What is saved of one step: state and snapshot, and the spec, the host's shapes and the session as JSON."""
     meta = {
         "spec": json.loads(state.morph.spec.to_json()),
         "host": _shapes(state.morph.host),
@@ -37,9 +37,7 @@ def save(checkpoints: Checkpoints, state: TrainState, session: Session, score: f
         "session": session.to_json(),
         "control_bytes": _byte_counts(state.control),
     }
-    tree = {"state": state, "snapshot": session.snapshot}
-    known = score if np.isfinite(score) else None
-    checkpoints.save(int(state.step), tree, meta, score=known)
+    return {"state": state, "snapshot": session.snapshot}, meta
 
 
 def restore(

@@ -18,10 +18,12 @@ import numpy as np
 from ..nissa import events
 from . import persist
 from .change import Changes
-from .checkpoint import CheckpointError, Checkpoints
+from .checkpoint import Checkpoints
 from .data import Data, Held
 from .feed import Feed
+from .peers import Vote, alone, first, gathered, told
 from .programs import Program
+from .saving import Saver
 from .session import Session
 from .state import TrainState
 from .ticker import Sink, Ticker
@@ -82,7 +84,9 @@ class Run:
         self.made = int(state.step)
         self.state = changes.enter(jax.tree.map(jnp.array, state.replace(governor=None, control=None)))
         self.control = (state.governor, state.control)
-        self.saved: int | None = None
+        self.saver = None if checkpoints is None else Saver(checkpoints)
+        self.saved = self.made if checkpoints is not None and self.made in checkpoints.steps() else None
+        self.vote = Vote()
         self.unticked = int(state.meters.batches)
         self.running: collections.deque[jax.Array] = collections.deque()
 
@@ -121,8 +125,8 @@ class Run:
             if (chunk := batches.take(self.room())) is None:
                 return False
             self.dispatch(*chunk)
-            if stop.is_set():
-                self.interrupt(stop)
+            if number := self.vote(stop.signal if stop.is_set() else 0):
+                self.interrupt(number)
 
     def foresee(self, feed: Feed, validation: Data) -> None:
         """Ask for the next program by the shapes of batches that no program has met: this run was resumed in a wait."""
@@ -155,6 +159,7 @@ class Run:
     def tick(self, validation: Data) -> bool:
         """One tick, and a checkpoint where it is due; whether to stop early."""
         session = self.session
+        self.tell_saved()
         state = self.ticker(self.whole(), session, validation, self.sink)
         self.control = (state.governor, state.control)
         self.state = self.changes.enter(state.replace(governor=None, control=None))
@@ -175,34 +180,58 @@ class Run:
         """Let a grown or leaner program take over where that is due; Ctrl-C ends a wait for it."""
         if self.changes.due(self.state, self.made, at_tick=at_tick):
             self.state = self.changes.make(self.state, self.made, stop.is_set)
-            if stop.is_set():
-                self.interrupt(stop)
+            if alone() and stop.is_set():
+                self.interrupt(stop.signal)
 
-    def save(self) -> bool:
-        """A checkpoint of this very step, unless there is one; whether it is there.
+    def save(self, *, wait: bool = False) -> bool:
+        """Begin to save this very step, unless it is saved, and with `wait` see it through; whether it is (or may be).
 
         One that cannot be written, on a full disk say, is a warning: training goes on, and the next save tries again.
+        With several processes the first one writes.
         """
-        if self.checkpoints is None:
+        if self.saver is None:
             return False
+        self.settle()
         state = self.whole()
-        step = int(state.step)
-        if self.saved == step or step in self.checkpoints.steps():
-            return True
-        score = self.session.records[-1]["score"] if self.session.records else float("nan")
-        try:
-            persist.save(self.checkpoints, state, self.session, score)
-        except CheckpointError as error:
-            self.sink(events.warning(int(state.ticks), step, str(error), unsaved=step))
-            return False
-        self.saved = step
-        best = self.session.best_tick == int(state.ticks)
-        self.sink(events.checkpoint(int(state.ticks), step, path=self.checkpoints.directory / str(step), best=best))
-        return True
+        ticks, step = int(state.ticks), int(state.step)
+        if told(self.saved != step):
+            score = self.session.records[-1]["score"] if self.session.records else float("nan")
+            tree, meta = persist.described(state, self.session)
+            tree = gathered(tree)
+            if first():
+                self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks)
+            self.saved = step
+        if wait:
+            self.settle()
+        return told(self.saved == step)
 
-    def interrupt(self, stop: Stop) -> None:
-        """Save and raise."""
-        saved = self.save()
+    def settle(self) -> None:
+        """Wait until no save is under way, and tell what became of it."""
+        if self.saver is not None:
+            self.saver.wait()
+            self.tell_saved()
+
+    def tell_saved(self) -> None:
+        """Events for the saves that have ended; one that failed is due again."""
+        for saved in () if self.saver is None else self.saver.told():
+            if saved.error is not None:
+                self.sink(events.warning(saved.tick, saved.step, str(saved.error), unsaved=saved.step))
+                self.saved = None if self.saved == saved.step else self.saved
+            elif self.checkpoints is not None:
+                path = self.checkpoints.directory / str(saved.step)
+                self.sink(events.checkpoint(saved.tick, saved.step, path=path, best=saved.best))
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """However the block ends, no save is under way then, and what became of the last one is told."""
+        try:
+            yield
+        finally:
+            self.settle()
+
+    def interrupt(self, number: int) -> None:
+        """Save and raise, for the signal of that number."""
+        saved = self.save(wait=True)
         state = self.whole()
         step = int(state.step)
         where = None if self.checkpoints is None else self.checkpoints.directory.parent
@@ -212,8 +241,8 @@ class Run:
             how = f"it could not be saved in {where}, but is in this exception's .state"
         else:
             how = "nothing was saved (no checkpoint_dir); the state is in this exception's .state"
-        by = "terminated" if stop.signal == signal.SIGTERM else "interrupted"
-        raise TrainingInterrupted(f"{by} at step {step}: {how}", state, where, stop.signal)
+        by = "terminated" if number == signal.SIGTERM else "interrupted"
+        raise TrainingInterrupted(f"{by} at step {step}: {how}", state, where, number)
 
 
 @contextlib.contextmanager

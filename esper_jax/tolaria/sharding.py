@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ..kasmina.morph import Morph
 from ..kasmina.sites import split_path
 from ..kasmina.spec import Site
+from .peers import alone, put
 from .state import TrainState
 
 RULES = ("dp", "fsdp")
@@ -263,9 +264,9 @@ class Layout:
 def make_layout(sharding: Any, mesh: Mesh | None, seeds: str) -> Layout | None:
     """The layout that `Tolaria(sharding=, mesh=, seed_sharding=)` asks for; None where nothing is said of devices.
 
-    A mesh alone is "dp".
+    A mesh alone is "dp", and so are several processes.
     """
-    if sharding is None and mesh is None:
+    if sharding is None and mesh is None and alone():
         if seeds != "host":
             raise ValueError(f"seed_sharding={seeds!r} needs sharding= or mesh=")
         return None
@@ -275,21 +276,6 @@ def make_layout(sharding: Any, mesh: Mesh | None, seeds: str) -> Layout | None:
 def names(path: Any) -> tuple[str, ...]:
     """The keys of a tree path as text."""
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-
-
-def put(leaf: Any, sharding: NamedSharding) -> Any:
-    """An array or typed key on a mesh; one that is there already is kept as it is."""
-    if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
-        return leaf
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    ):  # over several processes JAX puts a key's data only
-        data = jax.random.key_data(leaf)
-        spec = PartitionSpec(*sharding.spec)
-        return jax.random.wrap_key_data(
-            jax.device_put(data, NamedSharding(sharding.mesh, spec)), impl=jax.random.key_impl(leaf)
-        )
-    return jax.device_put(leaf, sharding)
 
 
 def _is_spec(spec: Any) -> bool:

@@ -13,6 +13,7 @@ from ..kasmina.morph import Morph
 from ..kasmina.spec import Plant, layer_path
 from ..kasmina.stages import Stage
 from ..kasmina.state import SeedState, slot_of, with_slot
+from .peers import on_host
 from .state import Meters, TrainState
 
 Snapshot = dict[str, Any]
@@ -33,7 +34,7 @@ def take(state: TrainState) -> Snapshot:
 
 def _held(leaf: Any) -> Any:
     """A copy of an array on the host; of a PRNG key, on the device."""
-    return jnp.array(leaf) if _is_key(leaf) else np.array(leaf)
+    return jnp.array(leaf) if _is_key(leaf) else on_host(leaf)
 
 
 def _is_key(leaf: Any) -> bool:
@@ -92,7 +93,7 @@ def template(state: TrainState, fossils: Mapping[str, list[str]]) -> Snapshot:
             key: {
                 "seed": state.morph.seeds[path][key],
                 "optimizer": state.opt_state.seeds[path][key],
-                "life": slot_of(state.morph.state[path], 0),
+                "life": jax.eval_shape(lambda life: slot_of(life, 0), state.morph.state[path]),
             }
             for key in keys
         }

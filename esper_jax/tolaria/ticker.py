@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from ..kasmina.stored import Stored
 from ..nissa import events
 from ..nissa.event import Event
 from ..protocol import Controller, Decision, Report
+from . import peers
 from . import snapshot as _snapshot
 from . import swap as _swap
 from .apply import apply_decision, resolve
@@ -205,8 +206,12 @@ class Ticker:
             seed = None if pending.slot is None else seeds.get((pending.decision.site, pending.slot))
             feedback.append(pending.answer(report.score, NAN if seed is None else seed.contribution))
             sink(events.feedback(*self._now, feedback[-1]))
-        decisions, control = self.controller.decide(state.control, report, tuple(feedback))
-        state = state.replace(control=control)
+        decisions: Sequence[Decision] = ()
+        if peers.first():
+            decisions, control = self.controller.decide(state.control, report, tuple(feedback))
+            state = state.replace(control=control)
+        if not peers.alone():
+            decisions = [Decision(**decided) for decided in peers.told([dataclasses.asdict(one) for one in decisions])]
         for notice in getattr(self.controller, "notices", tuple)():
             sink(Event(notice.kind, *self._now, notice.message, dict(notice.data)))
         self.candidates = self._candidates(state, report)

@@ -32,12 +32,13 @@ from . import persist, snapshot
 from .change import Changes
 from .checkpoint import CheckpointError, Checkpoints
 from .compiler import Compiler, check_place, make_compiler
-from .data import Batches, Data, held
+from .data import Batches, Data, as_arrays, held
 from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
 from .feed import Feed
 from .governor import Governor
 from .optim import growable
+from .peers import alone, first, same_data
 from .programs import Programs
 from .run import Run, interrupts
 from .session import History, Session
@@ -187,6 +188,8 @@ class Tolaria:
         )
         self._compile_in, self._prefetch, self._prefetch_bytes = compile_in, prefetch, prefetch_bytes
         check_place(compile_in, one_device=self.layout is None)
+        if swap == "asap" and not alone():
+            raise ValueError("swap='asap' hangs on each process's own clock; with several processes use 'epoch'")
         self._compile_cache = compile_cache
         self._resumed: tuple[Morph, Session] | None = None
         self.bus: MemoryBus | RedisBus = MemoryBus()
@@ -264,6 +267,8 @@ class Tolaria:
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
             )
+            same_data("training", as_arrays(train))
+            same_data("validation", as_arrays(validation))
             validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
             batches = Batches(train, self.batch_size, state.key)
             feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)
@@ -272,9 +277,9 @@ class Tolaria:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
-            with interrupts() as stop:
+            with run.settled(), interrupts() as stop:
                 outcome = run.until(epochs, feed, validation, stop)
-            run.save()
+            run.save(wait=True)
             final = run.whole()
             took = time.perf_counter() - started
             now = (int(final.ticks), int(final.step))
@@ -342,13 +347,13 @@ class Tolaria:
     @contextlib.contextmanager
     def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:
         spools = None if self.checkpoint_dir is None else self.checkpoint_dir / "spool"
-        sinks: list[Sink] = [log, *behind_slow(self.sinks, spools), self.bus]
-        if self.checkpoint_dir is not None:
+        sinks: list[Sink] = [log, *behind_slow(self.sinks, spools), self.bus] if first() else [log]
+        if self.checkpoint_dir is not None and first():
             self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
             file = JsonlSink(self.checkpoint_dir / "events.jsonl")
             file.rewind(int(state.step))
             sinks.append(file)
-        if self.progress:
+        if self.progress and first():
             sinks.append(Console(epochs))
         fanout = Fanout(sinks)
         try:
@@ -363,7 +368,8 @@ class Tolaria:
             yield None
             return
         folder = self.checkpoint_dir / persist.FOLDER
-        with Checkpoints(folder, keep=self.keep) as checkpoints, _held(self.checkpoint_dir):
+        lock = _held(self.checkpoint_dir) if first() else contextlib.nullcontext()
+        with Checkpoints(folder, keep=self.keep) as checkpoints, lock:
             later = [step for step in checkpoints.steps() if step > int(state.step)]
             if later:
                 raise CheckpointError(

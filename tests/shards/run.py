@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria, TrainState, fold
 from esper_jax.tolaria import History
 from esper_jax.tolaria.manifest import flatten
+from esper_jax.tolaria.peers import gathered, on_host
 
 LOSS = optax.softmax_cross_entropy_with_integer_labels
 EPOCHS, HALF = 9, 5
@@ -76,12 +77,12 @@ def fit(made: Tolaria, state: TrainState, epochs: int = EPOCHS) -> tuple[TrainSt
 
 def told(made: Tolaria, state: TrainState, history: History) -> dict[str, Any]:
     """What a run ended with, as JSON can hold it."""
-    whole = lambda tree: [np.asarray(leaf, np.float64).ravel().tolist() for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    whole = lambda tree: [on_host(leaf).astype(np.float64).ravel().tolist() for leaf in jax.tree.leaves(tree)]  # noqa: E731
     place = lambda tree: {  # noqa: E731
         jax.tree_util.keystr(path): str(getattr(leaf.sharding, "spec", "one device"))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
-    morph = fold(state.morph)
+    morph = fold(gathered(state.morph))
     return {
         "params": whole(state.morph.params),
         "statistics": whole(state.morph.variables["batch_stats"]),
@@ -96,7 +97,9 @@ def told(made: Tolaria, state: TrainState, history: History) -> dict[str, Any]:
         "optimizer places": place(state.opt_state),
         "devices": sorted({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.morph)}),
         "compiled": len(COMPILED),
-        "written in parts": [type(leaf).__name__ for leaf in flatten(state.morph.host)[1].values()].count("ArrayImpl"),
+        "written in parts": [type(leaf).__name__ for leaf in flatten(gathered(state.morph.host))[1].values()].count(
+            "ArrayImpl"
+        ),
     }
 
 

@@ -1,0 +1,152 @@
+"""Several processes that train one model together: which of them acts, and how all of them come to one mind.
+
+Every process runs the same loop on the same numbers. What could differ between them (a controller behind a network, a
+signal, a compiler's error, the clock) is settled here: by the first process, or by asking all. With one process nothing
+here costs anything.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import zlib
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+T = TypeVar("T")
+LAG = 2
+"""Votes that may be under way: what one finds is known when the next but one is cast."""
+HEARTBEAT = 20
+"""Seconds after which a process that is not heard of counts as lost, and the others end."""
+SAMPLE = 1 << 20
+"""Bytes of each array by which processes tell whether they were given the same data."""
+
+
+def alone() -> bool:
+    """Whether this is the only process."""
+    return jax.process_count() == 1
+
+
+def first() -> bool:
+    """Whether this process writes files, shows progress and asks the controller."""
+    return jax.process_index() == 0
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """A copy of an array on the host, gathered where its parts lie with several processes (all of them must ask)."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.array(leaf)
+
+
+def gathered(tree: Any) -> Any:
+    """The tree, with arrays whose parts lie with several processes brought to the host; all of them must ask."""
+
+    def one(leaf: Any) -> Any:
+        spread = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+        return on_host(leaf) if spread else leaf
+
+    return tree if alone() else jax.tree.map(one, tree)
+
+
+def told(value: T) -> T:
+    """What the first process holds, on every process: anything JSON keeps, or where alone the value itself."""
+    if alone():
+        return value
+    text = json.dumps(value).encode() if first() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    letters = np.frombuffer(text.ljust(size, b"\0")[:size], np.uint8)
+    return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(letters))))  # type: ignore[no-any-return]
+
+
+def any_of(text: str) -> str:
+    """The text of the first process that has one; where alone the text itself."""
+    if alone():
+        return text
+    letters = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(letters)).astype(np.uint8)
+    return next((bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows if row.any()), "")
+
+
+def same_data(name: str, arrays: Any) -> None:
+    """ValueError unless every process was given arrays of the same shapes, dtypes and (their beginning) values."""
+    if alone() or arrays is None:
+        return
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
+    crc = 0
+    for leaf in leaves:
+        rows = leaf[: max(1, SAMPLE // max(1, leaf[:1].nbytes))]
+        crc = zlib.crc32(np.ascontiguousarray(rows).tobytes(), zlib.crc32(f"{leaf.shape}{leaf.dtype}".encode(), crc))
+    found = np.asarray(multihost_utils.process_allgather(np.uint32(crc)))
+    if len(set(found.tolist())) > 1:
+        raise ValueError(
+            f"the processes were given different {name} data; arrays must be the same on all of them (for shares of "
+            "its own, give each process an iterable of its part of every batch)"
+        )
+
+
+def put(leaf: Any, sharding: Sharding | None) -> Any:
+    """An array or typed key on the devices of a sharding, of which all processes hold the same; None is one device.
+
+    One that is there already is kept as it is; of the others nothing is aliased. (`jax.device_put` compares what the
+    processes hold, for which NaN differs from NaN, and takes no keys over several processes.)
+    """
+    if isinstance(leaf, jax.Array):
+        if leaf.committed and sharding is not None and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if sharding is None or sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+        return jax.device_put(leaf, sharding, may_alias=False)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+
+class Vote:
+    """The largest number that any process says, without waiting for it: an answer comes `LAG` votes later."""
+
+    def __init__(self) -> None:
+        mesh = Mesh(np.asarray(jax.devices()), ("device",), axis_types=(AxisType.Auto,))
+        self._each = NamedSharding(mesh, PartitionSpec("device"))
+        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._cast: collections.deque[jax.Array] = collections.deque()
+
+    def __call__(self, mine: int) -> int:
+        """Cast this process's vote; the largest one of `LAG` votes ago. Where alone, the answer is the vote itself."""
+        if alone():
+            return mine
+        flags = np.full(jax.local_device_count(), mine, np.int32)
+        self._cast.append(self._any(jax.make_array_from_process_local_data(self._each, flags)))
+        return int(self._cast.popleft()) if len(self._cast) > LAG else 0
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join the other processes of the job (`jax.distributed.initialize`), before anything else is asked of JAX.
+
+    Args:
+      coordinator: `host:port` of the first process; None finds out from SLURM, Open MPI, a TPU pod or Kubernetes.
+      processes: how many there are.
+      process: which of them this is, from 0.
+
+    Raises:
+      ValueError: only some of the three are given, or they make no sense; or none, where nothing tells JAX of a job.
+    """
+    given = (coordinator, processes, process)
+    if any(value is None for value in given) and any(value is not None for value in given):
+        raise ValueError("--coordinator, --processes and --process belong together; give all three or none")
+    if processes is not None and process is not None and not 0 <= process < processes:
+        raise ValueError(f"--process must be from 0 to {processes - 1} (of {processes} processes), got {process}")
+    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"--coordinator must be host:port, got {coordinator!r}")
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=60
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"this process could not join a job: {' '.join(str(error).split())[:300]}") from None

@@ -1,0 +1,97 @@
+"""One process of a job, as a script: it trains or goes on with the run in a folder, and says what it ended with.
+
+The job's size has to be known before anything is asked of JAX, so what imports it comes after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from esper_jax.tolaria import peers
+
+parser = argparse.ArgumentParser()
+parser.add_argument("port")
+parser.add_argument("processes", type=int)
+parser.add_argument("process", type=int)
+parser.add_argument("folder", type=pathlib.Path)
+parser.add_argument("--sharding", default="fsdp")
+parser.add_argument("--devices", type=int, default=2)
+parser.add_argument("--streamed", action="store_true", help="each process gives its own share of every batch")
+parser.add_argument("--kill-in-save", type=int, help="the tick in whose save the first process is killed")
+parser.add_argument(
+    "--terminate-after", type=int, help="calls of the train program until the second process gets SIGTERM"
+)
+parser.add_argument("--resume", action="store_true")
+
+
+def killed_in_save(tick: int) -> None:
+    """Have this process die, as a machine might, when the arrays of that tick's step are written but no manifest."""
+    from esper_jax.tolaria import checkpoint
+
+    real = checkpoint._orbax_save
+
+    def save(root: pathlib.Path, step: int, arrays: Any) -> None:
+        real(root, step, arrays)
+        if step == tick * 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint._orbax_save = save
+
+
+def terminated_after(dispatches: int) -> None:
+    """Have this process get SIGTERM behind so many calls of the train program."""
+    from esper_jax.tolaria.run import Run
+
+    real, made = Run.dispatch, []
+
+    def dispatch(self: Any, batches: Any, count: int) -> None:
+        real(self, batches, count)
+        made.append(count)
+        if len(made) == dispatches:
+            signal.raise_signal(signal.SIGTERM)
+
+    Run.dispatch = dispatch
+
+
+def share(run: Any, process: int, processes: int) -> Callable[[int], Any]:
+    """`epoch -> batches` of one process's rows of each batch, in the order that one process shuffles arrays to."""
+    from esper_jax.tolaria.data import Batches
+
+    order = Batches(run.TRAIN, 32, jax.random.key(1))
+    rows = slice(process * 32 // processes, (process + 1) * 32 // processes)
+    return lambda epoch: [tuple(part[rows] for part in batch) for batch in order.epoch(epoch)]
+
+
+def main(asked: argparse.Namespace) -> dict[str, Any]:
+    """Train, or go on with, the run in the folder."""
+    jax.config.update("jax_num_cpu_devices", asked.devices)
+    if asked.processes > 1:
+        peers.join(f"127.0.0.1:{asked.port}", asked.processes, asked.process)
+    from esper_jax import TrainingInterrupted
+    from tests.shards import run
+
+    if asked.kill_in_save and asked.process == 0:
+        killed_in_save(asked.kill_in_save)
+    made = run.trainer(asked.folder, sharding=asked.sharding)
+    state = made.restore() if asked.resume else run.begin(made)
+    if asked.terminate_after and asked.process == 1:
+        terminated_after(asked.terminate_after)
+    train = share(run, asked.process, asked.processes) if asked.streamed else run.TRAIN
+    try:
+        state, history = made.fit(state, train, run.VALIDATION, epochs=run.EPOCHS)
+    except TrainingInterrupted as interrupted:
+        return {"interrupted": str(interrupted), "step": int(interrupted.state.step)}
+    return run.told(made, state, history)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(parser.parse_args())) + "\n")
