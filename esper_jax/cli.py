@@ -15,7 +15,7 @@ from .kasmina.summary import blueprints
 from .nissa.clean import clean
 from .oona import OonaError
 from .tasks import TASKS
-from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted
+from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted, peers
 from .urza import UrzaError
 from .urza import cli as urza
 
@@ -108,6 +108,8 @@ def _train(options: Train) -> None:
         sys.exit(1)
     except (ValueError, KeyError, TypeError, ImportError, OSError, CheckpointError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
+    if not peers.first():
+        return
     print(f"\n{outcome.table()}\n\nrun directory: {outcome.run_dir}")
     if outcome.figure is not None:
         print(f"figure: {outcome.figure}")

@@ -23,7 +23,7 @@ from .protocol import Controller
 from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
 from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
-from .tolaria import History, Tolaria, TrainState, growable
+from .tolaria import History, Tolaria, TrainState, growable, peers
 from .tolaria.swap import check_swap
 
 CONFIG = "config.json"
@@ -57,6 +57,21 @@ class Train:
     """lean: an empty slot costs nothing and a germination compiles a new program; planted: nothing recompiles."""
     swap: str = "epoch"
     """When a grown program, compiled in the background, takes over: epoch, a number of steps, asap, or now."""
+    sharding: Literal["dp", "fsdp"] | None = None
+    """Train on all devices: dp keeps the parameters whole on each, fsdp divides them; by default one device."""
+    seed_sharding: Literal["host", "replicated", "auto"] = "host"
+    """How seeds are divided: as the host is at their site, not at all, or only those that are large."""
+    distributed: bool = False
+    """This is one of several processes of a job; SLURM, Open MPI, a TPU pod or Kubernetes say which, or the next
+    three."""
+    coordinator: str | None = None
+    """host:port of the first process, where nothing else tells."""
+    processes: int | None = None
+    """How many processes the job has, where nothing else tells."""
+    process: int | None = None
+    """Which of them this is, from 0, where nothing else tells."""
+    max_rollbacks: int = 10
+    """More rollbacks than these to a last good state end the run, with exit status 1."""
     compile_cache: pathlib.Path | None = None
     """Keep compiled programs in this directory, so that a later run finds them there."""
     blueprints: tuple[str, ...] = ()
@@ -95,8 +110,9 @@ class Train:
     """Log to this project of Weights & Biases too."""
     resume: pathlib.Path | None = None
     """Go on with the run in that directory, with the options it was started with; those given now take the place of
-    recorded ones where they say where events go (oona, oona-optional, tensorboard, prometheus, wandb), of quiet and of
-    figure. All others are ignored."""
+    recorded ones where they say where events go (oona, oona-optional, tensorboard, prometheus, wandb), of quiet,
+    figure, max-rollbacks, sharding and seed-sharding. With which processes it goes on is always said anew (distributed
+    and what belongs to it). All others are ignored."""
 
     def check(self) -> None:
         """Raise ValueError or KeyError, in one sentence, for a value that cannot work."""
@@ -105,6 +121,10 @@ class Train:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
         swap_of(self.swap)
+        if self.max_rollbacks < 0:
+            raise ValueError(f"--max-rollbacks must be 0 or more, got {self.max_rollbacks}")
+        if not self.distributed and any(v is not None for v in (self.coordinator, self.processes, self.process)):
+            raise ValueError("--coordinator, --processes and --process need --distributed")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
         for name in self.blueprints:
@@ -144,8 +164,12 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
       TrainingInterrupted: on Ctrl-C, after a checkpoint was saved.
     """
     options.check()
+    if options.distributed:
+        peers.join(options.coordinator, options.processes, options.process)
+        say = say if peers.first() else _unsaid
     task = get_task(options.task)
-    run_dir = options.run_dir if options.run_dir is not None else _fresh_directory(f"{options.task}-{options.seed}")
+    given = options.run_dir if options.run_dir is not None else _fresh_directory(f"{options.task}-{options.seed}")
+    run_dir = pathlib.Path(peers.told(str(given)))
     epochs = options.epochs or task.epochs
     variables, trainer = _trainer(options, task, run_dir, epochs, grow=True, **_telemetry(options, run_dir))
     if options.resume is not None:
@@ -159,6 +183,8 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
     try:
         state, history = trainer.fit(state, task.train, task.validation, epochs=epochs)
     except Exception:
+        if not peers.first():
+            raise
         log = run_dir / "events.jsonl"
         if options.resume is None and not (log.exists() and log.stat().st_size):
             (run_dir / CONFIG).unlink()  # nothing was trained: the directory is free for another attempt
@@ -173,10 +199,10 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
         rows.append(host_row)
     rows.append(_row("grown", task, trainer, state, seconds))
     figure = _draw(options, run_dir, task, history, host_history, say)
-    outcome = Outcome(rows, run_dir, figure, state.morph)
     summary = [dict(zip(HEADERS, row, strict=True)) for row in rows]
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return outcome
+    if peers.first():
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return Outcome(rows, run_dir, figure, state.morph)
 
 
 def read_config(run_dir: pathlib.Path) -> Train:
@@ -188,8 +214,13 @@ def read_config(run_dir: pathlib.Path) -> Train:
     return Train(**{**data, "run_dir": run_dir, "resume": run_dir, "blueprints": tuple(data["blueprints"])})
 
 
-REPLACEABLE = ("oona", "oona_optional", "tensorboard", "prometheus", "wandb", "quiet", "figure")
+REPLACEABLE = (
+    *("oona", "oona_optional", "tensorboard", "prometheus", "wandb"),
+    *("quiet", "figure", "max_rollbacks", "sharding", "seed_sharding"),
+)
 """Options of a run that a resume may give anew: none of them changes what is trained."""
+JOB = ("distributed", "coordinator", "processes", "process")
+"""Options that a resume gives anew in any case: it may go on with other processes."""
 
 
 def resumed(options: Train) -> Train:
@@ -202,7 +233,8 @@ def resumed(options: Train) -> Train:
     defaults = Train()
     given = {name: getattr(options, name) for name in REPLACEABLE}
     given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
-    return dataclasses.replace(read_config(options.resume), **given)
+    job = {name: getattr(options, name) for name in JOB}
+    return dataclasses.replace(read_config(options.resume), **given, **job)
 
 
 def make_controller(options: Train, task: Task, sites: Sequence[str], epochs: int) -> Controller | None:
@@ -259,6 +291,9 @@ def _trainer(
         planted=planted,
         checkpoint_every=5,
         swap=swap_of(options.swap),
+        max_rollbacks=options.max_rollbacks,
+        sharding=options.sharding,
+        seed_sharding=options.seed_sharding,
         compile_cache=options.compile_cache,
         lifecycle=Lifecycle(
             Gates(strict=options.strict, min_training_ticks=options.training_ticks), tempo=options.tempo
@@ -272,6 +307,8 @@ def _trainer(
 def _telemetry(options: Train, run_dir: pathlib.Path) -> dict[str, Any]:
     """Where else the growing run's events go."""
     sinks: list[nissa.Sink] = []
+    if not peers.first():
+        return {}
     if options.tensorboard:
         sinks.append(nissa.TensorBoardSink(run_dir / "tensorboard"))
     if options.prometheus is not None:
@@ -317,7 +354,7 @@ def _draw(
     host: History | None,
     say: Callable[[str], None],
 ) -> pathlib.Path | None:
-    if not options.figure:
+    if not options.figure or not peers.first():
         return None
     try:
         from .nissa.figure import training_figure
@@ -331,6 +368,10 @@ def _draw(
         return None
 
 
+def _unsaid(text: str) -> None:
+    """What another process says already."""
+
+
 def _fresh_directory(name: str) -> pathlib.Path:
     base = pathlib.Path("runs") / name
     return next(path for path in [base, *(base.with_name(f"{name}-{i}") for i in range(2, 10**6))] if not path.exists())
@@ -338,12 +379,14 @@ def _fresh_directory(name: str) -> pathlib.Path:
 
 def _empty(directory: pathlib.Path) -> pathlib.Path:
     """The directory without what an interrupted baseline left there."""
-    if directory.exists():
+    if peers.first() and directory.exists():
         shutil.rmtree(directory)
     return directory
 
 
 def _write_config(options: Train, run_dir: pathlib.Path) -> None:
+    if not peers.first():
+        return
     if (run_dir / CONFIG).exists():
         raise ValueError(f"{run_dir} already holds a run; resume it with --resume {run_dir}, or give another --run-dir")
     try:
@@ -363,4 +406,6 @@ def _seconds_so_far(run_dir: pathlib.Path) -> float:
 
 
 def _note_seconds(run_dir: pathlib.Path, seconds: float) -> None:
+    if not peers.first():
+        return
     (run_dir / "seconds.txt").write_text(f"{seconds:.3f}\n")

@@ -168,4 +168,5 @@ if __name__ == "__main__":
     folder = pathlib.Path(sys.argv[1])
     jax.config.update("jax_log_compiles", True)
     logging.getLogger("jax._src.interpreters.pxla").addHandler(Compilations())
-    (folder / "found.json").write_text(json.dumps(main(folder)))
+    (folder / "found.tmp").write_text(json.dumps(main(folder)))
+    (folder / "found.tmp").rename(folder / "found.json")

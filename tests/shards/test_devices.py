@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -18,18 +13,6 @@ from tests.shards import run
 
 pytestmark = pytest.mark.slow
 WHOLE = "P()"
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What the runs on virtual devices ended with; they need a process of their own."""
-    folder = tmp_path_factory.mktemp("shards")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.shards.run", str(folder)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "found.json").read_text())
 
 
 OTHERS = ("dp", "fsdp", "own", "on 4", "on 1")

@@ -1,0 +1,37 @@
+"""What the runs on virtual devices ended with, made once for all test processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory) -> dict[str, Any]:
+    """By name of a layout, what `tests.shards.run` found; it needs a process of its own for its devices."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shards"
+    answer, failure = folder / "found.json", folder / "failure.txt"
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another test process makes it
+        while not (answer.exists() or failure.exists()):
+            time.sleep(0.5)
+    else:
+        command = [sys.executable, "-m", "tests.shards.run", str(folder)]
+        done = subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            failure.write_text(done.stderr[-3000:])
+    if failure.exists():
+        pytest.fail(failure.read_text())
+    return json.loads(answer.read_text())

@@ -1,0 +1,87 @@
+"""Two processes train one model as one does; one that is lost ends the job, which goes on from its last whole step."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.servers import free_port
+from tests.shards.conftest import ENVIRONMENT, ROOT
+from tests.shards.run import HALF
+
+pytestmark = pytest.mark.slow
+
+
+class Job:
+    """The processes of one job on this machine; what they say goes to files, so that none waits for a reader."""
+
+    def __init__(self, folder: pathlib.Path, processes: int, *options: str) -> None:
+        command = [sys.executable, "-m", "tests.shards.pair", str(free_port()), str(processes)]
+        self.folder, self.all = folder, []
+        folder.mkdir(exist_ok=True)
+        for process in range(processes):
+            with open(folder / f"out{process}", "w") as out, open(folder / f"error{process}", "w") as error:
+                arguments = [*command, str(process), str(folder / "run"), *options]
+                self.all.append(subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdout=out, stderr=error))
+
+    def said(self) -> list[dict[str, Any]]:
+        """What each process says at its end; all of them ended well."""
+        codes = [process.wait(timeout=240) for process in self.all]
+        assert not any(codes), [(self.folder / f"error{n}").read_text()[-1500:] for n in range(len(codes))]
+        return [json.loads((self.folder / f"out{n}").read_text().splitlines()[-1]) for n in range(len(codes))]
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Equal within float tolerance, through all that the run did."""
+    for what in ("params", "statistics", "optimizer", "folded"):
+        for one, other in zip(ours[what], theirs[what], strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-6)
+
+
+def test_shares_of_batches_a_signal_to_one_process_and_a_resume_end_where_one_process_ends(found, tmp_path):
+    """Both processes stop at the same step, and go on from it; the steps of both are those of the whole batches."""
+    first, second = Job(tmp_path, 2, "--streamed", "--terminate-after", "30").said()
+    assert first["step"] == second["step"] > 0 and first["interrupted"].startswith("terminated at step")
+    assert f"saved step {first['step']}" in second["interrupted"]
+    ours = Job(tmp_path, 2, "--streamed", "--resume").said()
+    for one in ours:
+        same(one, found["one"])
+        assert one["devices"] == [4] and one["warnings"] == []
+    assert ours[0]["stages"] == ours[1]["stages"]
+
+
+def test_a_process_killed_in_a_save_ends_the_other_and_fewer_processes_go_on_from_a_whole_step(found, tmp_path):
+    """The first is killed when arrays are on disk and no manifest is; what is left is the step before, whole."""
+    killed, other = Job(tmp_path, 2, "--kill-in-save", str(HALF)).all
+    killed.wait(timeout=240)
+    began = time.monotonic()
+    other.wait(timeout=240)
+    assert killed.returncode == -signal.SIGKILL and other.returncode != 0
+    assert time.monotonic() - began < 60
+    steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps[-1] == (HALF - 1) * 8
+    (resumed,) = Job(tmp_path, 1, "--resume").said()
+    same(resumed, found["one"])
+    assert resumed["devices"] == [2]
+
+
+def test_the_first_process_ends_when_another_is_lost(tmp_path):
+    """Nobody waits for ever in a step that the other never joins."""
+    first, second = Job(tmp_path, 2).all
+    log = tmp_path / "run" / "events.jsonl"
+    while not (log.exists() and '"epoch"' in log.read_text()):
+        assert first.poll() is None
+        time.sleep(0.2)
+    second.kill()
+    second.wait()
+    began = time.monotonic()
+    first.wait(timeout=120)
+    assert first.returncode != 0 and time.monotonic() - began < 60
