@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from .sharding import Layout
 
 Data = Any
+Check = Callable[..., None]
 
 
 class Batches:
@@ -22,11 +23,11 @@ class Batches:
 
     `data` is a pair of arrays or a mapping of arrays with one leading axis (shuffled anew each epoch by the run's key,
     a last partial batch left out), a function `epoch -> iterable of batches`, or a re-iterable of batches in its own
-    order (a list, a grain or torch loader).
+    order (a list, a grain or torch loader). `check(name, batch, epoch=, index=, values=)` raises for a bad batch.
     """
 
-    def __init__(self, data: Data, batch_size: int, key: jax.Array) -> None:
-        self.arrays = as_arrays(data)
+    def __init__(self, data: Data, batch_size: int, key: jax.Array, check: Check | None = None) -> None:
+        self.arrays, self.check, self.checked = as_arrays(data), check, False
         self.data, self.batch_size, self.key = data, batch_size, key
         if self.arrays is not None:
             self.size = rows(self.arrays)
@@ -43,7 +44,11 @@ class Batches:
         """The batches of one epoch from position `start` on; the same for the same key, epoch and start."""
         if self.arrays is None:
             source = self.data(epoch) if callable(self.data) else self.data
-            yield from itertools.islice(iter(source), start, None)
+            for index, batch in enumerate(itertools.islice(iter(source), start, None), start):
+                if self.check is not None:
+                    self.check("training", batch, epoch=epoch, index=index, values=not self.checked)
+                yield batch
+            self.checked = True
             return
         for chosen in np.asarray(self.order(epoch))[start:]:
             yield jax.tree.map(lambda array, chosen=chosen: array[chosen], self.arrays)
@@ -61,14 +66,21 @@ def shuffled(key: jax.Array, epoch: Any, size: int, batch_size: int) -> Int[Arra
     return jnp.argsort(bits)[: whole * batch_size].astype(jnp.int32).reshape(whole, batch_size)
 
 
-def validation_batches(data: Data, batch_size: int, layout: Layout | None = None) -> Iterator[tuple[Any, int]]:
-    """All batches of validation data in order with their sizes, on the layout's mesh; the last one may be smaller."""
+def validation_batches(
+    data: Data, batch_size: int, layout: Layout | None = None, check: Check | None = None
+) -> Iterator[tuple[Any, int]]:
+    """All batches of validation data in order with their sizes, on the layout's mesh; the last one may be smaller.
+
+    `check(name, batch, index=)` raises for a bad batch of an iterable.
+    """
     if isinstance(data, Held):
         yield from data.batches
         return
     arrays = as_arrays(data)
     if arrays is None:
-        for batch in data(0) if callable(data) else data:
+        for index, batch in enumerate(data(0) if callable(data) else data):
+            if check is not None:
+                check("validation", batch, index=index)
             batch = batch if layout is None else layout.join_batch(batch)
             yield batch, rows(batch)
         return

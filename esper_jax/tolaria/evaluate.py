@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from ..kasmina.morph import Morph
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
-from .data import Data, validation_batches
+from .data import Check, Data, validation_batches
 from .programs import Program
 from .sharding import Layout
 from .step import Calls
@@ -49,8 +49,15 @@ class Contributions:
 class Evaluator:
     """Loss and score of a morph on validation data; one compiled program for each, for each spec."""
 
-    def __init__(self, calls: Calls, score: Score | None, batch_size: int, layout: Layout | None = None) -> None:
-        self.batch_size, self.layout = batch_size, layout
+    def __init__(
+        self,
+        calls: Calls,
+        score: Score | None,
+        batch_size: int,
+        layout: Layout | None = None,
+        check: Check | None = None,
+    ) -> None:
+        self.batch_size, self.layout, self.check, self.checked = batch_size, layout, check, False
         score = score or default_score
         self.plain = Program("evaluate", functools.partial(_measure, calls, score))
         self.rows = Program(
@@ -108,10 +115,12 @@ class Evaluator:
     def _over(self, data: Data, measure: Callable[[Any], Any]) -> list[tuple[np.ndarray, int]]:
         """What was measured on each batch, float64, and its size; copied to the host while later batches compute."""
         found = []
-        for batch, n in validation_batches(data, self.batch_size, self.layout):
+        check = None if self.check is None else functools.partial(self.check, epoch=0, values=not self.checked)
+        for batch, n in validation_batches(data, self.batch_size, self.layout, check):
             found.append((soon(measure(batch)), n))
             if len(found) > IN_FLIGHT:
                 jax.block_until_ready(found[-1 - IN_FLIGHT][0])
+        self.checked = True
         return [(np.asarray(jax.device_get(values), np.float64), n) for values, n in found]
 
     @staticmethod

@@ -208,8 +208,12 @@ class Ticker:
             sink(events.feedback(*self._now, feedback[-1]))
         decisions: Sequence[Decision] = ()
         if peers.first():
-            decisions, control = self.controller.decide(state.control, report, tuple(feedback))
-            state = state.replace(control=control)
+            try:
+                decisions, control = self.controller.decide(state.control, report, tuple(feedback))
+                state = state.replace(control=control)
+            except Exception as error:
+                text = f"the controller raised {type(error).__name__}: {error}; nothing is decided at this tick"
+                sink(events.warning(*self._now, text, controller=type(self.controller).__name__))
         if not peers.alone():
             decisions = [Decision(**decided) for decided in peers.told([dataclasses.asdict(one) for one in decisions])]
         for notice in getattr(self.controller, "notices", tuple)():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .._checks import flag, instance, whole
-from .._holding import hold
 from ..kasmina.graft import graft
 from ..kasmina.lifecycle import Lifecycle
 from ..kasmina.linen import unboxed
@@ -28,7 +27,7 @@ from ..nissa.event import Event
 from ..nissa.sinks import Fanout, JsonlSink, ListSink, Sink
 from ..oona import Address, MemoryBus, RedisBus
 from ..protocol import Controller, Library
-from . import persist, snapshot
+from . import directory, persist, snapshot
 from .change import Changes
 from .checkpoint import CheckpointError, Checkpoints
 from .compiler import Compiler, check_place, make_compiler
@@ -37,6 +36,7 @@ from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
 from .feed import Feed
 from .governor import Governor
+from .inspect import check_arrays, check_batch
 from .optim import growable
 from .peers import alone, first, same_data
 from .programs import Programs
@@ -49,9 +49,6 @@ from .step import Calls, Loss
 from .swap import check_swap
 from .ticker import Ticker
 from .veto import Limits
-
-LOCK = "run.lock"
-"""What tells in a run directory that a process trains there."""
 
 
 class Tolaria:
@@ -68,7 +65,9 @@ class Tolaria:
       tick_every: train steps between ticks (validation, gates, decisions); None ticks at the end of each epoch.
       checkpoint_every: ticks between checkpoints; the end of the run is always saved. `keep` are kept, and the best.
       patience: stop after so many ticks without a new best score; None never does.
-      classes: number of classes, for the governor's collapse rule.
+      classes: number of classes, for the governor's collapse rule and the check of labels.
+      check_data: look through the data for NaN, labels out of range, and batches that are empty or ragged: arrays once,
+        batches of an iterable by their values in the first epoch and by their shapes in all.
       where, slots, planted, blend: as for `morph`, when `init` is given variables.
       lifecycle, governor, limits: thresholds of gates and ramps, of rollbacks, and of what a controller may do.
       max_rollbacks: more than these end the run with `TrainingDiverged`.
@@ -115,6 +114,7 @@ class Tolaria:
         keep: int = 3,
         patience: int | None = None,
         classes: int | None = None,
+        check_data: bool = True,
         where: Any = None,
         slots: int = 4,
         planted: Any = None,
@@ -159,7 +159,7 @@ class Tolaria:
             instance("urza", urza, "get", example="a library such as Urza(url)")
         for sink in sinks:
             instance("a sink", sink, "emit", "close", example="one such as ListSink()")
-        for name, given in (("oona_optional", oona_optional), ("progress", progress)):
+        for name, given in (("oona_optional", oona_optional), ("progress", progress), ("check_data", check_data)):
             flag(name, given)
         self.forward, self.tx, self.loss = graft(model), growable(tx), loss
         self.controller = controller
@@ -170,7 +170,8 @@ class Tolaria:
         self._morph_options = {"where": where, "slots": slots, "planted": planted, "blend": blend}
         self._calls = Calls(self.forward, loss, unpack, train_kwargs, eval_kwargs, rngs, compute_dtype)
         self.layout = make_layout(sharding, mesh, seed_sharding)
-        self._evaluator = Evaluator(self._calls, score, eval_batch_size, self.layout)
+        self._check = functools.partial(check_batch, classes=classes) if check_data else None
+        self._evaluator = Evaluator(self._calls, score, eval_batch_size, self.layout, self._check)
         self._dispatch, self._resident_bytes = Dispatch(dispatch, steps_per_dispatch), resident_bytes
         self._step = make_steps(self._calls, self.tx, probe_every, self._dispatch, self.layout)
         self._ticker = Ticker(
@@ -195,7 +196,7 @@ class Tolaria:
         self.bus: MemoryBus | RedisBus = MemoryBus()
         if oona is not None:
             spool = None if self.checkpoint_dir is None else self.checkpoint_dir / "oona"
-            self.bus = RedisBus(oona, spool=spool, name=_run_name(self.checkpoint_dir), optional=oona_optional)
+            self.bus = RedisBus(oona, spool=spool, name=directory.run_name(self.checkpoint_dir), optional=oona_optional)
 
     def init(self, params: Any, *, key: jax.Array, model: Any = None, example: Any = None) -> TrainState:
         """The state before the first step.
@@ -267,10 +268,12 @@ class Tolaria:
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
             )
-            same_data("training", as_arrays(train))
-            same_data("validation", as_arrays(validation))
+            for name, data in (("training", train), ("validation", validation)):
+                same_data(name, as_arrays(data))
+                if self._check is not None and as_arrays(data) is not None:
+                    check_arrays(name, as_arrays(data), self._ticker.classes)
             validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
-            batches = Batches(train, self.batch_size, state.key)
+            batches = Batches(train, self.batch_size, state.key, self._check)
             feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)
             now, started = (int(state.ticks), int(state.step)), time.perf_counter()
             if resumed:
@@ -368,7 +371,7 @@ class Tolaria:
             yield None
             return
         folder = self.checkpoint_dir / persist.FOLDER
-        lock = _held(self.checkpoint_dir) if first() else contextlib.nullcontext()
+        lock = directory.held(self.checkpoint_dir) if first() else contextlib.nullcontext()
         with Checkpoints(folder, keep=self.keep) as checkpoints, lock:
             later = [step for step in checkpoints.steps() if step > int(state.step)]
             if later:
@@ -377,22 +380,6 @@ class Tolaria:
                     f"{int(state.step)}; go on with restore(), or choose another checkpoint_dir"
                 )
             yield checkpoints
-
-
-@contextlib.contextmanager
-def _held(directory: pathlib.Path) -> Iterator[None]:
-    """The run directory, for this process alone."""
-    try:
-        lock = hold(directory / LOCK, "one run writes to a directory; end the other, or choose another checkpoint_dir")
-    except OSError as error:
-        raise CheckpointError(str(error)) from None
-    with lock:
-        yield
-
-
-def _run_name(directory: pathlib.Path | None) -> str:
-    """The directory's name in letters that a run's name may have."""
-    return "run" if directory is None else re.sub(r"[^A-Za-z0-9_.-]+", "-", directory.name).strip("-")[:100] or "run"
 
 
 def _plain(params: Any) -> Any:

@@ -1,0 +1,108 @@
+"""Data that cannot be trained on is named before it does harm: where it is, what is wrong, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .step import unpack_batch
+
+
+def check_arrays(name: str, arrays: Any, classes: int | None) -> None:
+    """Check data that is given as arrays, once; what is on the device is looked at there.
+
+    Args:
+      name: "training" or "validation", for messages.
+      arrays: the arrays, examples along their first axis.
+      classes: how many classes integer targets may name; None leaves them alone.
+
+    Raises:
+      ValueError: NaN or infinity among floating values, a label out of range, or a dtype that is no number.
+    """
+    if found := fault(arrays, classes):
+        raise ValueError(f"the {name} data: {found}; mend the data, or give check_data=False")
+
+
+def check_batch(name: str, batch: Any, classes: int | None, epoch: int, index: int, *, values: bool) -> None:
+    """Check one batch of an iterable: as `check_arrays`, and that it is not empty or ragged.
+
+    Args:
+      name: as for `check_arrays`.
+      batch: what the iterable gave.
+      classes: as for `check_arrays`.
+      epoch: when it came, for messages.
+      index: where in the epoch, for messages.
+      values: look at the values too, where they are on the host.
+
+    Raises:
+      ValueError: naming the batch.
+    """
+    leaves = jax.tree.leaves(batch)
+    sizes = {np.shape(leaf)[:1] for leaf in leaves}
+    if not leaves or () in sizes:
+        found = "it has no examples along a first axis"
+    elif (0,) in sizes:
+        found = "it is empty"
+    elif len(sizes) > 1:
+        found = "its arrays have different numbers of examples, " + ", ".join(str(np.shape(leaf)) for leaf in leaves)
+    else:
+        there = values and not any(isinstance(leaf, jax.Array) for leaf in leaves)
+        found = fault(batch, classes) if there else _wrong_kind(_named(batch))
+    if found:
+        where = f"batch {index} of epoch {epoch} of the {name} data"
+        raise ValueError(f"{where}: {found}; mend the data, or give check_data=False")
+
+
+def fault(batch: Any, classes: int | None) -> str:
+    """What is wrong with the values of a batch or data set; "" where nothing is."""
+    named = _named(batch)
+    if found := _wrong_kind(named):
+        return found
+    for name, leaf in named.items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(_module(leaf).isfinite(leaf).all()):
+            bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
+            first = tuple(int(i) for i in bad[0])
+            return f"{name} hold {np.asarray(leaf)[first]} at {list(first)} ({len(bad)} such values)"
+    targets = named.get("targets")
+    if classes is not None and targets is not None and jnp.issubdtype(targets.dtype, jnp.integer) and targets.size:
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            first = tuple(int(i) for i in np.argwhere(np.asarray(targets) == wrong)[0])
+            return f"the target at {list(first)} is {wrong}, and with classes={classes} it must be 0 to {classes - 1}"
+    return ""
+
+
+def _named(batch: Any) -> dict[str, Any]:
+    """The arrays of a batch: "inputs" and "targets" where it has one of the usual forms, else by their paths."""
+    try:
+        args, targets = unpack_batch(batch)
+        batch = {"inputs": args, "targets": targets}
+    except ValueError:
+        batch = dict(batch) if isinstance(batch, Mapping) else {"data": batch}
+    leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)]
+    names = [str(path[0].key) for path, _ in leaves]
+    named = {}
+    for (path, leaf), name in zip(leaves, names, strict=True):
+        own = name if names.count(name) == 1 else name + jax.tree_util.keystr(path[1:])
+        named[own] = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    return named
+
+
+def _wrong_kind(named: Mapping[str, Any]) -> str:
+    for name, leaf in named.items():
+        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool or _is_key(leaf)):
+            return f"{name} are of dtype {leaf.dtype}, and must be numbers"
+    return ""
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _module(leaf: Any) -> Any:
+    return jnp if isinstance(leaf, jax.Array) else np
