@@ -53,7 +53,7 @@ class Failing(ThreadCompiler):
 
 def test_a_program_that_fails_after_the_next_tick_still_reaches_the_controller(monkeypatch: Any) -> None:
     """The decision was answered as applied at that tick; now it is answered as refused."""
-    monkeypatch.setattr("esper_jax.tolaria.trainer.make_compiler", lambda where: Failing())
+    monkeypatch.setattr("esper_jax.tolaria.trainer.make_compiler", lambda where, **_: Failing())
     _, history = fit(trainer(swap=11), 5)
     (failed,) = history.of_kind("compile_failed")
     assert "no registers left" in failed.message and failed.step == 27
@@ -144,7 +144,7 @@ def test_ctrl_c_ends_a_wait_for_a_program_and_the_run_resumes_to_the_same_bits(t
             raise BuildError("closed")
 
     with monkeypatch.context() as patched:
-        patched.setattr("esper_jax.tolaria.trainer.make_compiler", lambda where: Endless())
+        patched.setattr("esper_jax.tolaria.trainer.make_compiler", lambda where, **_: Endless())
         with pytest.raises(TrainingInterrupted):
             fit(trainer(tmp_path), 5)
     made = trainer(tmp_path)
@@ -178,7 +178,7 @@ def test_a_run_resumed_in_a_wait_changes_its_program_where_it_would_have_and_sur
             raise BuildError("closed")
 
     with monkeypatch.context() as patched:
-        patched.setattr("esper_jax.tolaria.trainer.make_compiler", lambda where: Endless())
+        patched.setattr("esper_jax.tolaria.trainer.make_compiler", lambda where, **_: Endless())
         patched.setattr(Programs, "wait", interrupted(Programs.wait))
         with pytest.raises(TrainingInterrupted, match=f"at step {step}"):
             fit(trainer(tmp_path, plan, swap=swap), 5)

@@ -1,0 +1,87 @@
+"""What a run survives: every scenario of `tests/faults` in its full form, written to `benchmarks/FAULTS.md`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import pathlib
+import sys
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+from common.machine import describe, machine, versions
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.faults.scenarios import SCENARIOS  # noqa: E402
+
+PAGE = ROOT / "benchmarks" / "FAULTS.md"
+INTRODUCTION = """# What a run survives
+
+Written by `python benchmarks/faults.py`; the same scenarios run in a short form with every test run
+(`tests/faults/test_scenarios.py`). A failure is anything that a scenario did not expect: other bits, silence where
+something had to be told, a wrong step. Outages of the bus and of a store of seeds are tested in `tests/oona` and
+`tests/urza`, several devices and processes in `tests/shards`, signals and second writers in `tests/faults`.
+"""
+
+
+def main() -> None:
+    """Run them, print as they end, and write the page (and JSON)."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--only", nargs="+", choices=tuple(SCENARIOS), default=list(SCENARIOS), help="scenarios to run")
+    made.add_argument("--short", action="store_true", help="as few trials as the tests make")
+    made.add_argument("--seed", type=int, default=0, help="of the moments, bits and files that are drawn")
+    made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the results there as JSON")
+    made.add_argument("--page", type=pathlib.Path, default=PAGE, metavar="PATH", help="the page to write")
+    args = made.parse_args()
+    rows: list[dict[str, Any]] = []
+    where = machine()
+    for name in args.only:
+        scenario, full, short = SCENARIOS[name]
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = scenario(pathlib.Path(folder), np.random.default_rng(args.seed), short if args.short else full)
+        row = {
+            "scenario": name,
+            "about": (scenario.__doc__ or "").strip().splitlines()[0],
+            "trials": found.trials,
+            "seen": dict(found.seen.most_common()),
+            "failures": found.failures,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
+        rows.append(row)
+        print(f"{name}: {row['trials']} trials in {row['seconds']} s, {len(found.failures)} failures", flush=True)
+        for failure in found.failures:
+            print(f"  {failure}", flush=True)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": where, "versions": versions(), "rows": rows}, indent=1) + "\n")
+    args.page.write_text(page(rows, describe(where), seed=args.seed))
+    print(f"wrote {args.page}")
+    sys.exit(1 if any(row["failures"] for row in rows) else 0)
+
+
+def page(rows: list[dict[str, Any]], where: str, *, seed: int) -> str:
+    """The results as Markdown."""
+    named = ", ".join(f"{name} {version}" for name, version in versions().items())
+    text = [INTRODUCTION, f"{datetime.date.today()}, seed {seed}, on {where}; {named}.\n"]
+    text += ["| scenario | what is done to the run | trials | failures | seconds |", "|---|---|---|---|---|"]
+    text += [
+        f"| {row['scenario']} | {row['about']} | {row['trials']} | {len(row['failures'])} | {row['seconds']:.0f} |"
+        for row in rows
+    ]
+    text.append("\n## What happened, how often\n")
+    for row in rows:
+        text.append(f"- **{row['scenario']}**: " + "; ".join(f"{what} ({n})" for what, n in row["seen"].items()))
+        text += [f"  - FAILED: {failure}" for failure in row["failures"]]
+    return "\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    main()

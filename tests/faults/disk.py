@@ -1,0 +1,197 @@
+"""Scenarios of what happens to files and processes; see `scenarios`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esper_jax import CheckpointError
+from esper_jax.nissa import course, read_events
+from esper_jax.tolaria.checkpoint import Checkpoints
+from esper_jax.tolaria.saving import Saver
+from tests.faults.found import Found, bits, fit
+from tests.tolaria import growing
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def killed(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
+    """Kill -9 at random moments of a growing run; it goes on each time, and ends equal to the bit."""
+    found, cache = Found(), folder / "programs"
+    whole = folder / "whole"
+    _victim(whole, cache).wait()
+    expected = bits(growing.trainer(whole).restore())
+    run = 0
+    while found.trials < trials:
+        directory = folder / f"run{run}"
+        run += 1
+        while found.trials < trials:
+            process = _victim(directory, cache)
+            log = directory / "events.jsonl"
+            size = log.stat().st_size if log.exists() else 0
+            while process.poll() is None and not (log.exists() and log.stat().st_size != size):
+                time.sleep(0.005)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=float(random.uniform(0, 3)))
+            if process.poll() is not None:
+                found.expect(process.returncode == 0, f"run {run} ended with {process.returncode}")
+                break
+            process.kill()
+            process.wait()
+            last = list(read_events(log))
+            found.note(f"after {last[-1].kind}" if last else "before the first event")
+        if _victim(directory, cache).wait() != 0:
+            found.failures.append(f"run {run} cannot go on")
+            continue
+        found.expect(bits(growing.trainer(directory).restore()) == expected, f"run {run} ended otherwise")
+        told = course(read_events(directory / "events.jsonl"))
+        found.expect(told == course(read_events(whole / "events.jsonl")), f"run {run} tells another course of events")
+    return found
+
+
+def _victim(directory: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen[bytes]:
+    """A process that begins the small run in that directory, or goes on with it, to its end."""
+    command = [sys.executable, "-m", "tests.faults.victim", str(directory), str(cache)]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, **quiet)
+
+
+# --- damaged checkpoints ----------------------------------------------------------------------------------------------
+
+
+def _flip(path: pathlib.Path, random: np.random.Generator) -> None:
+    data = bytearray(path.read_bytes())
+    if data:
+        data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+        path.write_bytes(bytes(data))
+
+
+DAMAGE: dict[str, Callable[[pathlib.Path, np.random.Generator], Any]] = {
+    "a bit flipped": _flip,
+    "cut to nothing": lambda path, random: path.write_bytes(b""),
+    "cut to half": lambda path, random: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "deleted": lambda path, random: path.unlink(),
+}
+
+
+def damaged(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
+    """Each file of a run's newest checkpoint damaged in four ways: the step is skipped by name, or no bit differs."""
+    found, whole = Found(), folder / "whole"
+    fit(growing.trainer(whole), 5)
+    steps = {step: bits(growing.trainer(whole).restore(step=step)) for step in (32, 40)}
+    newest = whole / "checkpoints" / "40"
+    files = sorted(path.relative_to(newest) for path in newest.rglob("*") if path.is_file())
+    cases = [(file, name) for file in files for name in DAMAGE]
+    for index in random.permutation(len(cases))[:trials]:
+        file, name = cases[index]
+        copy = folder / "copy"
+        shutil.copytree(whole, copy)
+        DAMAGE[name](copy / "checkpoints" / "40" / file, random)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            state = growing.trainer(copy).restore()
+        step = int(state.step)
+        found.expect(bits(state) == steps.get(step), f"{name}: {file}: step {step} came back with other bits")
+        said = any("skipped step 40" in str(warning.message) for warning in told)
+        found.expect(step == 40 or said, f"{name}: {file}: fell back to step {step} in silence")
+        found.note(f"{name}: " + ("the same bits" if step == 40 else "fell back with a warning"))
+        shutil.rmtree(copy)
+    return found
+
+
+def all_damaged(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
+    """Every step damaged: one error that lists each and why, and nothing starts afresh."""
+    found = Found()
+    fit(growing.trainer(folder), 3)
+    steps = [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()]
+    for path in steps:
+        file = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+        DAMAGE["cut to half"](file, random)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            growing.trainer(folder).restore()
+        found.failures.append("a damaged directory was restored")
+    except CheckpointError as error:
+        lines = [f"step {path.name}:" in str(error) for path in steps]
+        found.expect(len(steps) == 3 and all(lines), f"not every step is named: {error}")
+        found.note("one error naming all steps")
+    return found
+
+
+# --- saves ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes within the block, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def disk_full(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
+    """A disk that is full during a save in the background: told, no bit of the run differs, the next save works."""
+    found = Found()
+    expected = bits(fit(growing.trainer(None, controller=None), 4)[0].morph)
+    for trial in range(trials):
+        directory, real = folder / str(trial), Saver._write
+
+        def write(self: Saver, tick: int, *rest: Any, real: Any = real) -> None:
+            with full_disk(int(random.integers(0, 4000))) if tick == 2 else contextlib.nullcontext():
+                real(self, tick, *rest)
+
+        Saver._write = write
+        try:
+            made = growing.trainer(directory, controller=None)
+            state, history = fit(made, 4)
+        finally:
+            Saver._write = real
+        told = [e.data["unsaved"] for e in history.of_kind("warning") if "unsaved" in e.data]
+        found.expect(told == [16], f"unsaved steps told: {told}")
+        found.expect(bits(state.morph) == expected, "the run trained otherwise")
+        with Checkpoints(directory / "checkpoints") as store:
+            listed = sorted(int(p.name) for p in store.directory.iterdir() if (p / "manifest.json").exists())
+            found.expect(store.latest() == listed[-1] == 32 and listed == [8, 24, 32], f"steps on disk: {listed}")
+        found.expect(bits(made.restore().morph) == expected, "the newest step holds another state")
+        found.note("told once, the next save is whole")
+    return found
+
+
+def donated(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
+    """A save in the background, and at once a step that takes the state's memory: what is saved is the state before."""
+    found = Found()
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x * 1.5 + 1, tree), donate_argnums=0)
+    with Checkpoints(folder, keep=2) as store:
+        saver, tree = Saver(store), {"a": jnp.ones((256, 256)), "b": jnp.arange(7.0)}
+        for trial in range(trials):
+            before = bits(jax.tree.map(np.array, tree))
+            saver.save(trial, trial, tree, {}, None, False)
+            for _ in range(3):
+                tree = step(tree)
+            saver.wait()
+            (saved,) = saver.told()
+            kept = store.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree))
+            found.expect(saved.error is None and kept.step == trial, f"save {trial}: {saved}")
+            found.expect(bits(kept.tree) == before, f"save {trial} holds another state")
+            found.note("the state as it was")
+    return found

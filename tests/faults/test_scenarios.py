@@ -1,0 +1,18 @@
+"""Every scenario in its short form; `benchmarks/faults.py` runs the full one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.faults.scenarios import SCENARIOS
+
+SLOW = ("killed", "soak")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SCENARIOS])
+def test_nothing_that_can_go_wrong_goes_unseen_or_spoils_the_run(name, tmp_path):
+    scenario, _, short = SCENARIOS[name]
+    found = scenario(tmp_path, np.random.default_rng(0), short)
+    assert not found.failures, "\n".join(found.failures)
+    assert found.trials >= 1
