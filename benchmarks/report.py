@@ -12,7 +12,17 @@ from common.machine import describe
 from common.output import roofline_line
 
 HERE = pathlib.Path(__file__).resolve().parent
-ORDER = ("dormant", "seed_cost", "growth_stall", "compile_time", "loop", "observation", "telemetry", "bridge")
+ORDER = (
+    "dormant",
+    "seed_cost",
+    "growth_stall",
+    "compile_time",
+    "loop",
+    "observation",
+    "telemetry",
+    "scaling",
+    "bridge",
+)
 HEAD = """# Benchmark results
 
 Written by `benchmarks/report.py` from `benchmarks/results/`; `make bench` measures on this machine and writes both.

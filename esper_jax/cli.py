@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .experiment import Train, resumed, run
+from .experiment import run
 from .kasmina.summary import blueprints
 from .nissa.clean import clean
 from .oona import OonaError
+from .options import Train, resumed
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted, peers
 from .urza import UrzaError

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import chex
@@ -16,6 +18,8 @@ from esper_jax import CheckpointError, TrainingInterrupted
 from esper_jax.nissa import read_events
 from tests.tolaria import growing
 from tests.tolaria.test_resume import bits
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Raiser:
@@ -132,3 +136,27 @@ def test_the_command_line_ends_with_143_in_time_and_prints_how_to_go_on(tmp_path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and time.monotonic() - began < 30
     assert f"resume with: esper-jax train --resume {tmp_path / 'run'}" in said
+
+
+def test_a_directory_that_may_only_be_read_is_one_sentence_before_the_first_step(tmp_path):
+    """A file system mounted read-only, or somebody else's directory: as a user who is not root."""
+    script = (
+        "import os, sys\n"
+        "from tests.tolaria import growing\n"
+        "from esper_jax import CheckpointError\n"
+        "if os.getuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+        "made = growing.trainer(sys.argv[1])\n"
+        "try: made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=1)\n"
+        "except CheckpointError as error: print('refused:', error)\n"
+    )
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    mine.chmod(0o555)
+    for parent in [
+        p for p in tmp_path.parents if p.is_relative_to(tempfile.gettempdir())
+    ]:  # a way in for another user, where this one may give it
+        with contextlib.suppress(OSError):
+            parent.chmod(parent.stat().st_mode | 0o055)
+    done = subprocess.run([sys.executable, "-c", script, str(mine)], capture_output=True, text=True, cwd=ROOT)
+    assert "refused: " in done.stdout and "name a writable one" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert not list(mine.iterdir())

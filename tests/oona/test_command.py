@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 
-from esper_jax import cli, experiment
-from esper_jax.experiment import Train, read_config
+from esper_jax import cli, options
 from esper_jax.nissa import read_events
 from esper_jax.oona import Address, Reader
+from esper_jax.options import Train, read_config
 from tests.servers import RedisServer, needs_redis
 
 pytest.importorskip("redis")
@@ -47,11 +47,11 @@ def test_a_url_that_is_none_is_one_sentence(capsys, tmp_path):
 def test_a_resume_takes_the_options_of_the_run_and_those_given_now_that_say_where_events_go(tmp_path):
     run_dir = tmp_path / "r"
     begun = Train(run_dir=run_dir, epochs=3, oona="redis://me:secret@h/0?run=x", oona_optional=True, tensorboard=True)
-    experiment._write_config(begun, run_dir)
+    options.write_config(begun, run_dir)
     assert "secret" not in (run_dir / "config.json").read_text()
-    kept = experiment.resumed(Train(resume=run_dir, epochs=9))
+    kept = options.resumed(Train(resume=run_dir, epochs=9))
     assert (kept.epochs, kept.oona, kept.oona_optional, kept.tensorboard) == (3, "redis://me@h/0?run=x", True, True)
-    other = experiment.resumed(Train(resume=run_dir, oona="redis://:other@g/0", quiet=True, prometheus=0))
+    other = options.resumed(Train(resume=run_dir, oona="redis://:other@g/0", quiet=True, prometheus=0))
     assert (other.oona, other.quiet, other.prometheus) == ("redis://:other@g/0", True, 0)
 
 

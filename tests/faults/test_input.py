@@ -1,0 +1,130 @@
+"""Hostile options and configuration files end in one sentence and status 2, and never in a traceback or a run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esper_jax import cli
+from esper_jax.options import CONFIG, Train, read_config, write_config
+from esper_jax.tasks import get_task
+
+NAMES = [field.name for field in dataclasses.fields(Train)]
+TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=20)
+NUMBERS = st.sampled_from(["-1", "0", "1e400", "nan", "-inf", "99999999999999999999", "0x10", "1.5", "", " 3 ", "٣"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=3,
+)
+
+
+class Passed(Exception):
+    """All options are such that a run could begin."""
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[int, str]:
+    """The exit status and what was said of a command that would train; 0 where it would have begun."""
+
+    def begin(options: Train) -> None:
+        options.check()
+        get_task(options.task)
+        raise Passed
+
+    said = io.StringIO()
+    with monkeypatch.context() as patched, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        patched.setattr(cli, "run", begin)
+        try:
+            cli.main(["train", *arguments])
+        except Passed:
+            return 0, ""
+        except SystemExit as stop:
+            return int(stop.code or 0), said.getvalue()
+    raise AssertionError("the command came back")
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from([n for n in NAMES if n != "resume"]), value=TEXT | NUMBERS)
+def test_any_value_of_any_option_is_taken_or_refused_in_a_sentence(name, value):
+    status, said = ended(pytest.MonkeyPatch(), [f"--{name.replace('_', '-')}={value}"])
+    assert status in (0, 2)
+    if status:
+        lines = said.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("esper-jax: ") and "Traceback" not in said, said
+
+
+@settings(max_examples=80, deadline=None)
+@given(name=st.sampled_from(NAMES) | TEXT, value=JSON)
+def test_any_value_in_a_configuration_file_is_taken_or_refused_in_a_sentence(tmp_path_factory, name, value):
+    directory = tmp_path_factory.mktemp("run")
+    write_config(Train(), directory)
+    data = json.loads((directory / CONFIG).read_text())
+    data[name] = value
+    (directory / CONFIG).write_text(json.dumps(data))
+    status, said = ended(pytest.MonkeyPatch(), ["--resume", str(directory)])
+    assert status in (0, 2) and "Traceback" not in said
+    if status:
+        assert said.startswith("esper-jax: ") and len(said.strip().splitlines()) == 1, said
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "cannot be read"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
+        (b"[]", "holds a list and no options"),
+        (b'{"colour": 1}', "has the option 'colour', which this esper-jax does not know"),
+        (b'{"epochs": "many"}', "has epochs = 'many', which cannot be"),
+        (b'{"seed": true}', "has seed = True, which cannot be"),
+        (b'{"epochs": -3}', "--epochs must be 1 or more"),
+        (b'{"task": "no such task"}', "no such task"),
+    ],
+)
+def test_a_configuration_file_that_is_none_says_what_is_wrong(content, words, tmp_path, monkeypatch):
+    (tmp_path / CONFIG).write_bytes(content)
+    status, said = ended(monkeypatch, ["--resume", str(tmp_path)])
+    assert status == 2 and words in said
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    options = Train(blueprints=("lora",), learning_rate=0.1, sharding="dp", compile_cache=pathlib.Path("programs"))
+    write_config(options, tmp_path)
+    back = read_config(tmp_path)
+    assert dataclasses.replace(back, run_dir=None, resume=None) == options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-rollbacks", "-1"], "--max-rollbacks must be 0 or more, got -1"),
+        (["--coordinator", "localhost:1"], "need --distributed"),
+        (["--sharding", "ddp"], "sharding"),
+    ],
+)
+def test_options_of_devices_and_rollbacks_are_checked_before_anything_is_written(arguments, words, monkeypatch):
+    status, said = ended(monkeypatch, arguments)
+    assert status == 2 and words in said
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("localhost:1", 2, None), "belong together"),
+        (("localhost:1", 2, 2), "must be from 0 to 1"),
+        (("localhost", 2, 0), "must be host:port"),
+        ((None, None, None), "could not join a job"),
+    ],
+)
+def test_a_process_that_cannot_join_a_job_says_why(given, words):
+    from esper_jax.tolaria import peers
+
+    with pytest.raises(ValueError, match=words):
+        peers.join(*given)
