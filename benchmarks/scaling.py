@@ -116,8 +116,8 @@ def main() -> None:
         rows,
         "Virtual devices share the cores, so their steps say what dividing costs and nothing of what it gains. sent: "
         "by ring algorithms, of the collectives in the compiled program. held: parameters and optimizer state. With "
-        "seeds: a lora of rank 8 at each layer, divided as its site is. On the CPU, XLA reduces divided gradients whole "
-        "where other platforms scatter the sums, which sends half.",
+        "seeds: a lora of rank 8 at each layer, divided as its site is. On the CPU, XLA reduces divided gradients "
+        "whole where other platforms scatter the sums, which sends half.",
     )
     chips, rows = args.chips, []
     for rule in ("dp", "fsdp"):

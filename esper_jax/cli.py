@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from .experiment import run
 from .kasmina.summary import blueprints
+from .nissa import read_events
 from .nissa.clean import clean
 from .oona import OonaError
 from .options import Train, resumed
@@ -105,7 +106,7 @@ def _train(options: Train) -> None:
         )
         sys.exit(128 + interrupted.signal)
     except TrainingDiverged as diverged:
-        print(f"esper-jax: {diverged}", file=sys.stderr)
+        print(_end_report(diverged), file=sys.stderr)
         sys.exit(1)
     except (ValueError, KeyError, TypeError, ImportError, OSError, CheckpointError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
@@ -114,6 +115,17 @@ def _train(options: Train) -> None:
     print(f"\n{outcome.table()}\n\nrun directory: {outcome.run_dir}")
     if outcome.figure is not None:
         print(f"figure: {outcome.figure}")
+
+
+def _end_report(diverged: TrainingDiverged) -> str:
+    """Why a run was given up: each rollback with its reason, and what to do."""
+    lines = [f"esper-jax: {clean(str(diverged))}"]
+    if diverged.directory is not None:
+        told = [e for e in read_events(diverged.directory / "events.jsonl") if e.kind == "rollback"]
+        lines += [f"  epoch {e.epoch}, back to step {e.data['to_step']}: {clean(e.data['reason'])}" for e in told]
+        lines.append(f"run directory: {diverged.directory}")
+        lines.append(f"allow more with: esper-jax train --resume {diverged.directory} --max-rollbacks N")
+    return "\n".join(lines)
 
 
 def _urza(command: urza.Command) -> None:

@@ -256,7 +256,7 @@ def early_stop(epoch: int, step: int, *, reason: str, **data: Any) -> Event:
 
 
 def run_ended(epoch: int, step: int, *, outcome: str = "finished", score: float = math.nan, **data: Any) -> Event:
-    """The run is over: `outcome` is "finished", "stopped", "interrupted" or "failed", with the last or best score."""
+    """The run is over: `outcome` is "finished", "stopped early", "diverged" and the like, with the best score."""
     message = f"run {outcome} after {epoch} epochs, score {points(score)}"
     fields: kinds.RunEnded = {"outcome": outcome, "score": score}
     return Event(Kind.RUN_ENDED, epoch, step, message, {**fields, **data})

@@ -42,14 +42,14 @@ class Sink(Protocol):
 
 
 def rewound(events: Iterable[Event], step: int, count: int | None = None) -> list[Event]:
-    """The events up to the last one at or before `step`, without those that say that the run is over.
+    """The events of `step` and before, without those that say that the run is over.
 
-    `count` keeps exactly the first `count` events instead: the exact form when a rollback made steps run twice.
+    What is told late, as a save is once it is on disk, belongs to its own step. `count` keeps the first `count` events
+    instead: the exact form where steps ran twice.
     """
     kept = list(events)
-    if count is None:
-        count = max((index + 1 for index, event in enumerate(kept) if event.step <= step), default=0)
-    return [event for event in kept[:count] if event.kind not in ENDINGS]
+    kept = [event for event in kept if event.step <= step] if count is None else kept[:count]
+    return [event for event in kept if event.kind not in ENDINGS]
 
 
 class _Closing:

@@ -319,16 +319,16 @@ class Checkpoints:
     def _load(self, path: pathlib.Path) -> tuple[Manifest, dict[str, np.ndarray]]:
         """Read a step's manifest and arrays and verify each leaf; raises Damaged with the leaf or file named."""
         manifest = manifests.read(path)
+        changed = manifests.changed_files(path, manifest)
+        if any(f"file {_ITEM}/" in sentence for sentence in changed):  # Orbax's readers are noisy about such files
+            raise Damaged("; ".join(changed))
         names = [record.name for record in manifest.leaves if record.name is not None]
         try:
             stored = _orbax_restore(path, names)
             return manifest, {record.path: record.check(stored.get(record.name or "")) for record in manifest.leaves}
         except Exception as error:
-            reasons = manifests.changed_files(path, manifest)
-            reasons.append(
-                str(error) if isinstance(error, Damaged) else f"Orbax cannot read it ({manifests.one_line(error)})"
-            )
-            raise Damaged("; ".join(reasons)) from error
+            why = str(error) if isinstance(error, Damaged) else f"Orbax cannot read it ({manifests.one_line(error)})"
+            raise Damaged("; ".join([*changed, why])) from error
 
     def close(self) -> None:
         """End use of this object; later saves and restores raise."""

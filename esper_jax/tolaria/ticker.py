@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from . import peers
 from . import snapshot as _snapshot
 from . import swap as _swap
 from .apply import apply_decision, resolve
+from .asking import Asking, ControllerError
 from .data import Data
 from .evaluate import Contributions, Evaluator, measured_plants, soon
 from .governor import Governor, check
@@ -43,9 +45,13 @@ _SHOWN = ("alpha", "pruning", "age", "steps", "faults", "health", "ratio", "cont
 
 
 class TrainingDiverged(RuntimeError):
-    """Training kept diverging: more rollbacks than `max_rollbacks`. The state is the last good one."""
+    """Training kept diverging: more rollbacks than `max_rollbacks`.
+
+    `state` is the last good one, `directory` the run's, or None where nothing is saved.
+    """
 
     state: TrainState | None = None
+    directory: pathlib.Path | None = None
 
 
 @dataclasses.dataclass
@@ -63,8 +69,11 @@ class Ticker:
     swap: _swap.Swap = "epoch"
     prefetch: int = 0
     library: Any = None
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
+        if self.controller is not None:
+            self.ask = Asking(self.controller, self.deadline)
         self.candidates: tuple[Plant, ...] = ()
         self._unmeasured: set[Any] = set()
         self.move = Program("tick", functools.partial(_move, self.lifecycle))
@@ -209,11 +218,10 @@ class Ticker:
         decisions: Sequence[Decision] = ()
         if peers.first():
             try:
-                decisions, control = self.controller.decide(state.control, report, tuple(feedback))
+                decisions, control = self.ask(state.control, report, tuple(feedback))
                 state = state.replace(control=control)
-            except Exception as error:
-                text = f"the controller raised {type(error).__name__}: {error}; nothing is decided at this tick"
-                sink(events.warning(*self._now, text, controller=type(self.controller).__name__))
+            except ControllerError as error:
+                sink(events.warning(*self._now, str(error), controller=type(self.controller).__name__))
         if not peers.alone():
             decisions = [Decision(**decided) for decided in peers.told([dataclasses.asdict(one) for one in decisions])]
         for notice in getattr(self.controller, "notices", tuple)():

@@ -47,7 +47,7 @@ from .sharding import make_layout
 from .state import TrainState
 from .step import Calls, Loss
 from .swap import check_swap
-from .ticker import Ticker
+from .ticker import Ticker, TrainingDiverged
 from .veto import Limits
 
 
@@ -68,6 +68,8 @@ class Tolaria:
       classes: number of classes, for the governor's collapse rule and the check of labels.
       check_data: look through the data for NaN, labels out of range, and batches that are empty or ragged: arrays once,
         batches of an iterable by their values in the first epoch and by their shapes in all.
+      controller_deadline: seconds that the controller may take to decide; None waits. One that is late, or raises,
+        decides nothing at that tick, and a warning says so.
       where, slots, planted, blend: as for `morph`, when `init` is given variables.
       lifecycle, governor, limits: thresholds of gates and ramps, of rollbacks, and of what a controller may do.
       max_rollbacks: more than these end the run with `TrainingDiverged`.
@@ -115,6 +117,7 @@ class Tolaria:
         patience: int | None = None,
         classes: int | None = None,
         check_data: bool = True,
+        controller_deadline: float | None = None,
         where: Any = None,
         slots: int = 4,
         planted: Any = None,
@@ -153,6 +156,8 @@ class Tolaria:
         counts = {"resident_bytes": resident_bytes, "prefetch": prefetch, "prefetch_bytes": prefetch_bytes}
         for name, value in (*counts.items(), ("max_rollbacks", max_rollbacks), ("probe_every", probe_every)):
             whole(name, value, 0)
+        if controller_deadline is not None and not controller_deadline > 0:
+            raise ValueError(f"controller_deadline must be a number of seconds above 0, got {controller_deadline!r}")
         if controller is not None:
             instance("controller", controller, "init", "decide", example="a controller such as Tamiyo()")
         if urza is not None:
@@ -186,6 +191,7 @@ class Tolaria:
             check_swap(swap),
             prefetch,
             urza,
+            controller_deadline,
         )
         self._compile_in, self._prefetch, self._prefetch_bytes = compile_in, prefetch, prefetch_bytes
         check_place(compile_in, one_device=self.layout is None)
@@ -280,8 +286,15 @@ class Tolaria:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
-            with run.settled(), interrupts() as stop:
-                outcome = run.until(epochs, feed, validation, stop)
+            try:
+                with run.settled(), interrupts() as stop:
+                    outcome = run.until(epochs, feed, validation, stop)
+            except TrainingDiverged as diverged:
+                diverged.directory = self.checkpoint_dir
+                took = time.perf_counter() - started
+                now = (int(run.state.ticks), run.made)
+                sink(events.run_ended(*now, outcome="diverged", score=session.best_score, seconds=took))
+                raise
             run.save(wait=True)
             final = run.whole()
             took = time.perf_counter() - started

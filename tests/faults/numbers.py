@@ -175,13 +175,21 @@ def rogue_controllers(folder: pathlib.Path, random: np.random.Generator, trials:
         )
         return wrong[(report.epoch - 1) % 4 * 2 :][:2]
 
-    for name, act in (("raises", raises), ("proposes what cannot be", illegal)):
-        state, history = fit(growing.trainer(None, controller=Rogue(act)), 4)
+    free = threading.Event()
+
+    def hangs(report: Any) -> tuple[Decision, ...]:
+        free.wait()
+        return ()
+
+    for name, act in (("raises", raises), ("hangs", hangs), ("proposes what cannot be", illegal)):
+        state, history = fit(growing.trainer(None, controller=Rogue(act), controller_deadline=0.2), 4)
+        free.set()
         found.expect(bits(state.morph) == alone, f"{name}: the host trained otherwise")
-        warned = [e for e in history.of_kind("warning") if "controller" in e.data]
+        warned = [e.message for e in history.of_kind("warning") if "controller" in e.data]
         refused = [e for e in history.of_kind("decision") if e.data["outcome"] == "refused" and e.data["why"]]
-        found.expect(len(warned) == (4 if name == "raises" else 0), f"{name}: {warned}")
-        found.expect(len(refused) == (8 if name != "raises" else 0), f"{name}: {len(refused)} refused")
+        words = {"raises": ["no such thing"] * 4, "hangs": ["did not answer within"] + ["still busy"] * 3}.get(name, [])
+        found.expect(len(warned) == len(words) and all(map(str.__contains__, warned, words)), f"{name}: {warned}")
+        found.expect(len(refused) == (0 if words else 8), f"{name}: {len(refused)} refused")
         found.note(f"{name}: told, the host as if alone")
     return found
 

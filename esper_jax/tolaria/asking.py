@@ -1,0 +1,66 @@
+"""Asking a controller for its decisions, which may raise or never answer, without the run going down with it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from ..protocol import Controller
+
+
+class ControllerError(RuntimeError):
+    """The controller gave no decisions; the message says why."""
+
+
+class Asking:
+    """A controller, asked within a deadline.
+
+    Args:
+      controller: who decides.
+      deadline: seconds that an answer may take; None waits for ever. With a deadline the controller runs in a thread of
+        its own, and a run hangs on the clock: one that is late decides nothing at that tick, and is asked again once it
+        has come back.
+    """
+
+    def __init__(self, controller: Controller, deadline: float | None = None) -> None:
+        self.controller, self.deadline = controller, deadline
+        self._late: threading.Thread | None = None
+
+    def __call__(self, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
+        """Its decisions and its next state.
+
+        Raises:
+          ControllerError: it raised, it is late, or it is still busy with an earlier tick.
+        """
+        if self.deadline is None:
+            return self._answer(state, report, feedback)
+        if self._late is not None and self._late.is_alive():
+            raise ControllerError("the controller is still busy with an earlier tick; nothing is decided at this one")
+        found: list[Any] = []
+        raised: list[ControllerError] = []
+
+        def answer() -> None:
+            try:
+                found.append(self._answer(state, report, feedback))
+            except ControllerError as error:
+                raised.append(error)
+
+        self._late = threading.Thread(target=answer, name="esper_jax controller", daemon=True)
+        self._late.start()
+        self._late.join(self.deadline)
+        if self._late.is_alive():
+            raise ControllerError(
+                f"the controller did not answer within {self.deadline:g} s; nothing is decided at this tick"
+            )
+        self._late = None
+        if raised:
+            raise raised[0]
+        return found[0]  # type: ignore[no-any-return]
+
+    def _answer(self, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
+        try:
+            decisions, after = self.controller.decide(state, report, feedback)
+        except Exception as error:
+            text = f"the controller raised {type(error).__name__}: {error}; nothing is decided at this tick"
+            raise ControllerError(text) from error
+        return decisions, after
