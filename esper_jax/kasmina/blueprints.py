@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -165,7 +166,7 @@ def make_plant(
             f"Blueprints for it: {', '.join(b.name for b in registered() if b.fits(site)) or 'none'}"
         )
     plant = Plant(site.path, slot, name, freeze_config(full), blend, resident, source)
-    _check_shapes(blueprint, plant, site)
+    _check_shapes(_Recipe(blueprint), plant, site, bool(jax.config.read("jax_enable_x64")))
     return plant
 
 
@@ -211,6 +212,24 @@ def _weighed(kernel: jax.Array, u: jax.Array, site: Site | None) -> jax.Array:
 
 def seed_shapes(plant: Plant, site: Site) -> Params:
     """The shapes and dtypes of the plant's variables."""
+    return _seed_shapes(plant, site, _Recipe(get_blueprint(plant.blueprint)), bool(jax.config.read("jax_enable_x64")))
+
+
+class _Recipe:
+    """What a blueprint's name stands for now, as a key: another one registered under the name is another key."""
+
+    def __init__(self, blueprint: Blueprint) -> None:
+        self.blueprint = blueprint
+
+    def __hash__(self) -> int:
+        return id(self.blueprint)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Recipe) and other.blueprint is self.blueprint
+
+
+@functools.lru_cache(maxsize=1024)  # traced once, not at every germination: JAX keeps what it traces
+def _seed_shapes(plant: Plant, site: Site, recipe: _Recipe, wide: bool) -> Params:
     return jax.eval_shape(lambda: seed_init(plant, site, jax.random.key(0)))
 
 
@@ -229,8 +248,10 @@ def example_input(blueprint: Blueprint, site: Site) -> Any:
     return *(jax.ShapeDtypeStruct((*space, size), site.dtype) for size in sizes), None
 
 
-def _check_shapes(blueprint: Blueprint, plant: Plant, site: Site) -> None:
+@functools.lru_cache(maxsize=1024)
+def _check_shapes(recipe: _Recipe, plant: Plant, site: Site, wide: bool) -> None:
     """Trace the seed on a small imaginary input and compare its output with the site's."""
+    blueprint = recipe.blueprint
     u = example_input(blueprint, site)
     where = f"blueprint {plant.blueprint!r} with {dict(plant.config)} at site {site.path!r}"
     try:

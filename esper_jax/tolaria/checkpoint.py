@@ -1,6 +1,6 @@
 """Checkpoints that are whole or named as damaged: Orbax for the arrays, a manifest of ours for the truth.
 
-The only file that imports Orbax. It stores an arbitrary pytree plus a JSON-able dict and knows nothing of models.
+It stores an arbitrary pytree plus a JSON-able dict and knows nothing of models; `arrays` alone imports Orbax.
 Orbax alone restores a flipped bit silently, casts silently and never falls back; so every step carries a manifest
 (`manifest.json`, written last) with a checksum, shape and dtype for each leaf, and `restore` believes only that.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import operator
 import os
 import pathlib
@@ -23,15 +22,17 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from esper_jax.tolaria import manifest as manifests
+from esper_jax.tolaria.arrays import ITEM as _ITEM
+from esper_jax.tolaria.arrays import read_arrays as _orbax_restore
+from esper_jax.tolaria.arrays import write_arrays as _orbax_save
 from esper_jax.tolaria.manifest import CheckpointError, Damaged, Manifest, StructureMismatch
 
 __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "Restored", "Skipped", "StructureMismatch"]
@@ -39,7 +40,6 @@ __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "Restored", "S
 _SAVING = ".saving"
 _TRASH = ".trash-"
 _REPLACED = "replaced"
-_ITEM = "default"  # the folder Orbax gives a single item
 
 
 class CheckpointWarning(UserWarning):
@@ -372,57 +372,6 @@ class Checkpoints:
 
     def _warn(self, message: str, stacklevel: int = 3) -> None:
         warnings.warn(message, CheckpointWarning, stacklevel=stacklevel)
-
-
-def _orbax_save(root: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) -> None:
-    """Store a flat dict of arrays as `root/step` and return when it is on disk.
-
-    The manager lives for one save in an empty folder: it reads every step it finds, and one damaged file of Orbax's own
-    in an old step would make it fail. OCDBT without zarr3 was the fastest layout measured for many small leaves.
-    """
-    options = ocp.CheckpointManagerOptions(
-        create=False, max_to_keep=None, enable_async_checkpointing=False, multiprocessing_options=_by_itself()
-    )
-    with _quiet(), ocp.CheckpointManager(root, options=options, item_handlers=_handler()) as manager:
-        manager.save(step, args=ocp.args.PyTreeSave(arrays or {"none": np.zeros(1, np.uint8)}), force=True)
-        manager.wait_until_finished()
-    if not (root / str(step) / _ITEM).is_dir():
-        raise OSError(f"Orbax reported success but wrote no {_ITEM}")
-
-
-def _orbax_restore(path: pathlib.Path, names: list[str]) -> dict[str, Any]:
-    """Read the named arrays of the step in `path` as numpy, touching nothing outside it."""
-    arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names or ["none"]}
-    with _quiet(), ocp.Checkpointer(_handler(), multiprocessing_options=_by_itself()) as reader:
-        return reader.restore(path / _ITEM, args=ocp.args.PyTreeRestore(restore_args=arguments))
-
-
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, multiprocessing_options=_by_itself())
-
-
-def _by_itself() -> ocp.options.MultiprocessingOptions:
-    """This process reads and writes without waiting for the others of its job, if there are any."""
-    me = jax.process_index()
-    alone = jax.process_count() == 1
-    return ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes=None if alone else {me}, barrier_sync_key_prefix=None if alone else f"p{me}"
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop Orbax's log lines: what matters in them becomes our warning or error."""
-    logger = logging.getLogger("absl")
-
-    def mute(record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-    logger.addFilter(mute)
-    try:
-        yield
-    finally:
-        logger.removeFilter(mute)
 
 
 def _numbered(root: pathlib.Path) -> list[tuple[int, pathlib.Path]]:

@@ -26,7 +26,7 @@ from .programs import Program
 from .saving import Saver
 from .session import Session
 from .state import TrainState
-from .ticker import Sink, Ticker
+from .ticker import Sink, Ticker, TrainingDiverged
 
 IN_FLIGHT = 2
 """Calls of the train program that may wait on the device at once."""
@@ -89,6 +89,11 @@ class Run:
         self.vote = Vote()
         self.unticked = int(state.meters.batches)
         self.running: collections.deque[jax.Array] = collections.deque()
+
+    @property
+    def directory(self) -> pathlib.Path | None:
+        """The run's directory; None where nothing is saved."""
+        return None if self.checkpoints is None else self.checkpoints.directory.parent
 
     def whole(self) -> TrainState:
         """The full state, with the host-side counts and the controllers' states in their places."""
@@ -222,19 +227,26 @@ class Run:
                 self.sink(events.checkpoint(saved.tick, saved.step, path=path, best=saved.best))
 
     @contextlib.contextmanager
-    def settled(self) -> Iterator[None]:
+    def closing(self) -> Iterator[None]:
         """However the block ends, no save is under way then, and what became of the last one is told."""
         try:
             yield
+        except TrainingDiverged as diverged:
+            diverged.directory = self.directory
+            now = (int(self.state.ticks), self.made)
+            self.sink(events.run_ended(*now, outcome="diverged", score=self.session.best_score))
+            raise
         finally:
             self.settle()
+            if self.saver is not None:
+                self.saver.close()
 
     def interrupt(self, number: int) -> None:
         """Save and raise, for the signal of that number."""
         saved = self.save(wait=True)
         state = self.whole()
         step = int(state.step)
-        where = None if self.checkpoints is None else self.checkpoints.directory.parent
+        where = self.directory
         if saved:
             how = f"saved step {step} in {where}; go on with fit(restore(), ...)"
         elif where is not None:

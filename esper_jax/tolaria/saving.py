@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 from .checkpoint import CheckpointError, Prepared
@@ -38,7 +38,8 @@ class Saver:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="esper_jax saver")
+        self._writing: Future[None] | None = None
         self._told: list[Saved] = []
         self._strange: BaseException | None = None
 
@@ -46,16 +47,18 @@ class Saver:
         """Copy the tree and begin to write it, once the save before it has ended; a score of NaN is none."""
         self.wait()
         prepared = self.store.prepare(step, tree, meta, score=score, copy=True)
-        self._thread = threading.Thread(
-            target=self._write, args=(tick, step, best, prepared), name="esper_jax saver", daemon=True
-        )
-        self._thread.start()
+        self._writing = self._thread.submit(self._write, tick, step, best, prepared)
 
     def wait(self) -> None:
         """Until no save is under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        self.wait()
+        self._thread.shutdown()
 
     def told(self) -> list[Saved]:
         """What became of the saves that have ended since the last call, in order."""

@@ -47,7 +47,7 @@ from .sharding import make_layout
 from .state import TrainState
 from .step import Calls, Loss
 from .swap import check_swap
-from .ticker import Ticker, TrainingDiverged
+from .ticker import Ticker
 from .veto import Limits
 
 
@@ -286,16 +286,9 @@ class Tolaria:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
-            try:
-                with run.settled(), interrupts() as stop:
-                    outcome = run.until(epochs, feed, validation, stop)
-            except TrainingDiverged as diverged:
-                diverged.directory = self.checkpoint_dir
-                took = time.perf_counter() - started
-                now = (int(run.state.ticks), run.made)
-                sink(events.run_ended(*now, outcome="diverged", score=session.best_score, seconds=took))
-                raise
-            run.save(wait=True)
+            with run.closing(), interrupts() as stop:
+                outcome = run.until(epochs, feed, validation, stop)
+                run.save(wait=True)
             final = run.whole()
             took = time.perf_counter() - started
             now = (int(final.ticks), int(final.step))
