@@ -128,3 +128,32 @@ def test_a_process_that_cannot_join_a_job_says_why(given, words):
 
     with pytest.raises(ValueError, match=words):
         peers.join(*given)
+
+
+def test_a_run_that_keeps_diverging_ends_with_a_report_and_status_1(tmp_path, monkeypatch, capsys):
+    """Each rollback with its reason, where the run is, and the command that allows more."""
+    from esper_jax.nissa import JsonlSink, events
+    from esper_jax.tolaria import TrainingDiverged
+
+    with JsonlSink(tmp_path / "events.jsonl") as log:
+        for epoch in (3, 5):
+            told = {"to_step": 16, "rule": "non-finite", "pruned": []}
+            log.emit(events.rollback(epoch, epoch * 8, reason="the training loss is nan", **told))
+
+    def diverges(options: Train) -> None:
+        error = TrainingDiverged("training was rolled back 2 times (max_rollbacks=1)")
+        error.directory = tmp_path
+        raise error
+
+    monkeypatch.setattr(cli, "run", diverges)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train"])
+    said = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 1
+    assert said == [
+        "esper-jax: training was rolled back 2 times (max_rollbacks=1)",
+        "  epoch 3, back to step 16: the training loss is nan",
+        "  epoch 5, back to step 16: the training loss is nan",
+        f"run directory: {tmp_path}",
+        f"allow more with: esper-jax train --resume {tmp_path} --max-rollbacks N",
+    ]
