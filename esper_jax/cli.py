@@ -100,13 +100,11 @@ def _train(options: Train) -> None:
             options = resumed(options)
         outcome = run(options)
     except TrainingInterrupted as interrupted:
-        where = options.run_dir or "RUN_DIRECTORY"
-        print(
-            f"\n{interrupted}\nresume with: esper-jax train --resume {interrupted.directory or where}", file=sys.stderr
-        )
+        where = interrupted.directory or options.run_dir or "RUN_DIRECTORY"
+        _say(f"\n{interrupted}\nresume with: esper-jax train --resume {where}")
         sys.exit(128 + interrupted.signal)
     except TrainingDiverged as diverged:
-        print(_end_report(diverged), file=sys.stderr)
+        _say(_end_report(diverged))
         sys.exit(1)
     except (ValueError, KeyError, TypeError, ImportError, OSError, CheckpointError, OonaError) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
@@ -115,6 +113,12 @@ def _train(options: Train) -> None:
     print(f"\n{outcome.table()}\n\nrun directory: {outcome.run_dir}")
     if outcome.figure is not None:
         print(f"figure: {outcome.figure}")
+
+
+def _say(text: str) -> None:
+    """To the screen, by the first process of a job."""
+    if peers.first():
+        print(text, file=sys.stderr)
 
 
 def _end_report(diverged: TrainingDiverged) -> str:

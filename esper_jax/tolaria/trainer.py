@@ -239,6 +239,7 @@ class Tolaria:
 
         Raises:
           TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved. TrainingDiverged: too many rollbacks.
+          ValueError: data that cannot be trained on (see `check_data`), or that the mesh's devices do not divide.
           CheckpointError: a new run in a directory that holds another run's checkpoints, or that another process
           trains in now.
           OonaError: the bus that was asked for cannot be reached, before the first step.
