@@ -26,7 +26,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from esper_jax.tolaria import manifest as manifests
@@ -34,6 +33,7 @@ from esper_jax.tolaria.arrays import ITEM as _ITEM
 from esper_jax.tolaria.arrays import read_arrays as _orbax_restore
 from esper_jax.tolaria.arrays import write_arrays as _orbax_save
 from esper_jax.tolaria.manifest import CheckpointError, Damaged, Manifest, StructureMismatch
+from esper_jax.tolaria.peers import soon
 
 __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "Restored", "Skipped", "StructureMismatch"]
 
@@ -54,10 +54,12 @@ class Skipped(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A step on its way to disk: its manifest, and its arrays by the names in it."""
+    """A step on its way to disk."""
 
-    manifest: Manifest
-    arrays: dict[str, Any]
+    step: int
+    tree: Any
+    meta: dict[str, Any]
+    score: float | None
 
 
 class Restored(NamedTuple):
@@ -154,16 +156,15 @@ class Checkpoints:
         if not isinstance(meta, dict):
             raise TypeError(f"meta is a {type(meta).__name__}, expected a dict")
         manifests.check_meta(meta)
-        records, arrays = manifests.flatten(tree)
         if copy:
-            meta = json.loads(json.dumps(meta))
-            arrays = {name: jnp.array(a) if isinstance(a, jax.Array) else np.array(a) for name, a in arrays.items()}
-        return Prepared(Manifest(step, manifests.clean_score(score), meta, records, manifests.versions()), arrays)
+            tree, meta = jax.tree.map(manifests.copied, soon(tree)), json.loads(json.dumps(meta))
+        return Prepared(step, tree, meta, manifests.clean_score(score))
 
     def write(self, prepared: Prepared, *, force: bool = False) -> None:
         """Store what `prepare` gave; returns when it is on disk."""
-        manifest, arrays = prepared
-        step = manifest.step
+        step, tree, meta, score = prepared
+        records, arrays = manifests.flatten(tree)
+        manifest = Manifest(step, score, meta, records, manifests.versions())
         existing = self._listing().get(step)
         if existing is not None and not force:
             try:

@@ -17,6 +17,7 @@ from ..kasmina.morph import Morph
 from ..kasmina.spec import Plant
 from ..kasmina.stages import Stage
 from .data import Check, Data, validation_batches
+from .peers import soon
 from .programs import Program
 from .sharding import Layout
 from .step import Calls
@@ -168,11 +169,3 @@ def measured_plants(morph: Morph) -> tuple[Plant, ...]:
     spec = morph.spec
     stages = spec.by_layer(jax.device_get({path: state.stage for path, state in morph.state.items()}))
     return tuple(p for p in spec.unrolled.plants if stages[p.site][p.slot] in (Stage.BLENDING, Stage.HOLDING))
-
-
-def soon(tree: Any) -> Any:
-    """The tree itself; the copies of its arrays to the host begin, and nothing waits for them."""
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            leaf.copy_to_host_async()
-    return tree

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _versions
-from .peers import put
+from .peers import put, soon
 
 FORMAT = 1  # raised when an older reader could no longer read what is written
 MANIFEST = "manifest.json"
@@ -129,10 +129,7 @@ def flatten(tree: Any) -> tuple[tuple[LeafRecord, ...], dict[str, Any]]:
     """
     records: list[LeafRecord] = []
     arrays: dict[str, np.ndarray] = {}
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    for _, leaf in leaves:
-        if isinstance(leaf, jax.Array) and not _is_key(leaf):
-            leaf.copy_to_host_async()
+    leaves = jax.tree_util.tree_flatten_with_path(soon(tree))[0]
     for index, (keys, leaf) in enumerate(leaves):
         path = jax.tree_util.keystr(keys)
         array, key_impl, python = _to_host(path, leaf)
@@ -147,6 +144,13 @@ def flatten(tree: Any) -> tuple[tuple[LeafRecord, ...], dict[str, Any]]:
             raise TypeError(f"two leaves share the path {record.path}: give the node type distinct key paths")
         seen.add(record.path)
     return tuple(records), arrays
+
+
+def copied(leaf: Any) -> Any:
+    """A leaf in memory of its own: on the host, but where it is divided over devices, or a key, on those."""
+    if isinstance(leaf, jax.Array):
+        return jnp.array(leaf) if _is_key(leaf) or _is_divided(leaf) else np.array(leaf)
+    return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
 def unflatten(template: Any, records: tuple[LeafRecord, ...], arrays: Mapping[str, np.ndarray], where: str) -> Any:

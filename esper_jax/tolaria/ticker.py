@@ -29,7 +29,7 @@ from . import swap as _swap
 from .apply import apply_decision, resolve
 from .asking import Asking, ControllerError
 from .data import Data
-from .evaluate import Contributions, Evaluator, measured_plants, soon
+from .evaluate import Contributions, Evaluator, measured_plants
 from .governor import Governor, check
 from .optim import Growable
 from .programs import Program
@@ -82,7 +82,7 @@ class Ticker:
         """The state after one tick; the session's record and pending feedback are brought up to date."""
         began = time.perf_counter()
         state = state.replace(ticks=state.ticks + 1)
-        soon((state.ticks, state.step, state.meters, state.morph.state))
+        peers.soon((state.ticks, state.step, state.meters, state.morph.state))
         view, held = _swap.park(state, session.waiting)
         loss, score = self.evaluator(view.morph, validation)
         self._now = now = (int(state.ticks), int(state.step))
@@ -98,7 +98,7 @@ class Ticker:
         view = _with_contributions(view, contributions)
         morph, ticked = self.move(view.morph, jnp.float32(score))
         state = _swap.unpark(view.replace(morph=morph), held)
-        soon((morph.state, dict(ticked)))
+        peers.soon((morph.state, dict(ticked)))
         before = state.morph.spec
         report = make_report(state, Measured(train_loss, loss, score, contributions.pairs), ticked)
         self._tell(report, state, ticked, contributions, session, sink)
