@@ -262,17 +262,17 @@ SETTINGS = [f"plan={json.dumps(PLAN)}", "keep=always", "gates.min_training_ticks
 
 
 class Between:
-    """A sink that lets answers arrive before the next epoch, and does something at given epochs."""
+    """A sink that lets answers arrive before the next epoch, and does something at events of given kinds and epochs."""
 
     def __init__(self) -> None:
         self.client: TamiyoClient | None = None
-        self.at: dict[int, Callable[[], Any]] = {}
+        self.at: dict[tuple[str, int], Callable[[], Any]] = {}
 
     def emit(self, event: Event) -> None:
         if event.kind == "epoch" and self.client is not None:
             assert self.client.settle(60)
-        if event.kind == "checkpoint" and event.epoch in self.at:
-            self.at[event.epoch]()
+        if action := self.at.get((event.kind, event.epoch)):
+            action()
 
     def close(self) -> None:
         pass
@@ -294,10 +294,12 @@ def made() -> tuple[Tolaria, Between]:
 def run(
     made: tuple[Tolaria, Between], controller: Any, directory: pathlib.Path, *, restore: bool = False, **at: Any
 ) -> tuple[Any, list[Event]]:
-    """The final state and the log of a run, or of the rest of it."""
+    """The final state and the log of a run, or of the rest of it; `epoch6=f` calls `f` at that event."""
     trainer, between = made
     between.client = controller if isinstance(controller, TamiyoClient) else None
-    between.at = {int(name[1:]): action for name, action in at.items()}
+    between.at = {
+        (name.rstrip("0123456789"), int(name.lstrip("abcdefghijklmnopqrstuvwxyz"))): f for name, f in at.items()
+    }
     trainer.controller = trainer._ticker.controller = controller
     trainer.checkpoint_dir = directory
     state = trainer.restore() if restore else growing.start(trainer)
@@ -328,7 +330,7 @@ def test_a_remote_controller_without_lag_decides_exactly_as_at_home(made, hosted
 @pytest.mark.slow
 def test_a_run_with_an_outage_is_repeated_from_its_log_to_the_bit(made, hosted, tmp_path) -> None:
     client = TamiyoClient(hosted.url, timeout=60, cooldown=0)
-    first, story = run(made, client, tmp_path / "first", e6=hosted.kill, e10=hosted.start)
+    first, story = run(made, client, tmp_path / "first", epoch6=hosted.kill, epoch10=hosted.start)
     assert kinds(story) == ["outage", "recovery"]
     assert {event.epoch for event in story if event.kind == "answer"}.isdisjoint(range(8, 12))
     assert sum(event.kind == "germinated" for event in story) == 2
@@ -349,7 +351,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_with_a_new_client_and_a_restarted
 ) -> None:
     killed = tmp_path / "killed"
     copy = lambda: shutil.copytree(tmp_path / "whole", killed)  # noqa: E731  the disk as a kill would leave it
-    whole, story = run(made, TamiyoClient(hosted.url, timeout=60), tmp_path / "whole", e9=copy)
+    whole, story = run(made, TamiyoClient(hosted.url, timeout=60), tmp_path / "whole", checkpoint9=copy)
     hosted.kill()
     hosted.start()
     rest, told = run(made, TamiyoClient(hosted.url, timeout=60), killed, restore=True)

@@ -13,27 +13,26 @@ class ControllerError(RuntimeError):
 
 
 class Asking:
-    """A controller, asked within a deadline.
+    """Asks a controller within a deadline.
 
     Args:
-      controller: who decides.
       deadline: seconds that an answer may take; None waits for ever. With a deadline the controller runs in a thread of
         its own, and a run hangs on the clock: one that is late decides nothing at that tick, and is asked again once it
         has come back.
     """
 
-    def __init__(self, controller: Controller, deadline: float | None = None) -> None:
-        self.controller, self.deadline = controller, deadline
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline = deadline
         self._late: threading.Thread | None = None
 
-    def __call__(self, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
-        """Its decisions and its next state.
+    def __call__(self, controller: Controller, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
+        """The controller's decisions and its next state.
 
         Raises:
           ControllerError: it raised, it is late, or it is still busy with an earlier tick.
         """
         if self.deadline is None:
-            return self._answer(state, report, feedback)
+            return _answer(controller, state, report, feedback)
         if self._late is not None and self._late.is_alive():
             raise ControllerError("the controller is still busy with an earlier tick; nothing is decided at this one")
         found: list[Any] = []
@@ -41,7 +40,7 @@ class Asking:
 
         def answer() -> None:
             try:
-                found.append(self._answer(state, report, feedback))
+                found.append(_answer(controller, state, report, feedback))
             except ControllerError as error:
                 raised.append(error)
 
@@ -57,10 +56,11 @@ class Asking:
             raise raised[0]
         return found[0]  # type: ignore[no-any-return]
 
-    def _answer(self, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
-        try:
-            decisions, after = self.controller.decide(state, report, feedback)
-        except Exception as error:
-            text = f"the controller raised {type(error).__name__}: {error}; nothing is decided at this tick"
-            raise ControllerError(text) from error
-        return decisions, after
+
+def _answer(controller: Controller, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
+    try:
+        decisions, after = controller.decide(state, report, feedback)
+    except Exception as error:
+        text = f"the controller raised {type(error).__name__}: {error}; nothing is decided at this tick"
+        raise ControllerError(text) from error
+    return decisions, after

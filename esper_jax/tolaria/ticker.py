@@ -72,8 +72,7 @@ class Ticker:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        if self.controller is not None:
-            self.ask = Asking(self.controller, self.deadline)
+        self.ask = Asking(self.deadline)
         self.candidates: tuple[Plant, ...] = ()
         self._unmeasured: set[Any] = set()
         self.move = Program("tick", functools.partial(_move, self.lifecycle))
@@ -218,7 +217,7 @@ class Ticker:
         decisions: Sequence[Decision] = ()
         if peers.first():
             try:
-                decisions, control = self.ask(state.control, report, tuple(feedback))
+                decisions, control = self.ask(self.controller, state.control, report, tuple(feedback))
                 state = state.replace(control=control)
             except ControllerError as error:
                 sink(events.warning(*self._now, str(error), controller=type(self.controller).__name__))

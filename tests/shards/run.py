@@ -25,7 +25,7 @@ from esper_jax.tolaria.manifest import flatten
 from esper_jax.tolaria.peers import gathered, on_host
 
 LOSS = optax.softmax_cross_entropy_with_integer_labels
-EPOCHS, HALF = 9, 5
+EPOCHS, HALF = 8, 5
 KERNEL = "Dense_1/kernel"
 
 
@@ -50,9 +50,9 @@ TRAIN, VALIDATION = data(0, 256), data(1, 100)
 
 
 def trainer(directory: pathlib.Path | None = None, **options: Any) -> Tolaria:
-    """A trainer that grows, blends and keeps a lora seed at the middle layer, and an mlp seed that still blends."""
+    """A trainer that grows, blends and keeps a lora seed at the middle layer."""
     gates = Gates(min_training_ticks=1, min_health=0.0)
-    plan = {1: [("Dense_1", "lora", {"rank": 4})], 6: [("Dense_0", "mlp", {"hidden": 8})]}
+    plan = {1: [("Dense_1", "lora", {"rank": 4})]}
     defaults: dict[str, Any] = {
         "controller": FixedSchedule(plan, gates=gates, keep="always"),
         "lifecycle": Lifecycle(gates, tempo=3),

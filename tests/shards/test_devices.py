@@ -27,9 +27,10 @@ def test_every_layout_ends_where_one_device_ends(found, name, what):
 
 
 def test_the_seeds_lives_are_the_same(found):
-    """The run had a seed kept and one still blending, and every layout moved them at the same ticks."""
+    """A seed was blended in and kept, at the same ticks on every layout; the resumes began in mid-blend."""
     stages = found["one"]["stages"]
-    assert [stage for _, _, stage in stages].count("FOSSILIZED") == 1 and stages[-1][-1] == "BLENDING"
+    assert [stage for _, _, stage in stages] == ["GERMINATED", "TRAINING", "BLENDING", "HOLDING", "FOSSILIZED"]
+    assert stages[2][0] < run.HALF < stages[3][0]
     for name in ("dp", "fsdp", "own"):
         assert found[name]["stages"] == stages
         np.testing.assert_allclose(found[name]["scores"], found["one"]["scores"], atol=1e-3)
@@ -63,9 +64,9 @@ def test_a_mesh_and_specs_of_ones_own_hold_and_seeds_can_be_kept_whole(found):
 
 
 def test_one_program_a_structure_and_the_grown_ones_are_built_ahead(found):
-    """The host's, and two grown ones; nothing that was built ahead is thrown away and compiled anew."""
+    """The host's and the grown one; nothing that was built ahead is thrown away and compiled anew."""
     for name in ("one", "dp", "fsdp", "own"):
-        assert found[name]["compiled"] == 3 and found[name]["warnings"] == []
+        assert found[name]["compiled"] == 2 and found[name]["warnings"] == []
 
 
 @pytest.mark.parametrize(
