@@ -272,7 +272,7 @@ class Soaked:
 
 
 def soak(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
-    """Seeds germinate and are pruned over and over: threads, arrays, programs and files stay, memory grows by little."""
+    """Seeds germinate and are pruned over and over: threads, arrays, programs and files stay, memory hardly grows."""
     found, soaked = Found(), Soaked()
     made = growing.trainer(
         folder, controller=Cycler(), lifecycle=Lifecycle(GATES), sinks=(soaked,), checkpoint_every=50, keep=2
