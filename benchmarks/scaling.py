@@ -21,6 +21,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from common import Column, Report, begin, parser  # noqa: E402
 from common.collectives import on, results, sent  # noqa: E402
+from common.ports import free_port  # noqa: E402
 from jax.sharding import Mesh  # noqa: E402
 
 import esper_jax  # noqa: E402
@@ -259,14 +260,9 @@ def spread(rule: str, devices: int) -> dict[str, Any]:
 
 def processes(rule: str) -> dict[str, Any]:
     """The row of two processes with half of the devices each."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     half = f"--xla_force_host_platform_device_count={DEVICES // 2}"
     environment = {**os.environ, "XLA_FLAGS": half, "JAX_PLATFORMS": "cpu", "SCALING_RULE": rule}
-    command = [sys.executable, __file__, "--worker", port, "2"]
+    command = [sys.executable, __file__, "--worker", str(free_port()), "2"]
     with tempfile.TemporaryFile("w+") as said:
         jobs = [
             subprocess.Popen([*command, str(n)], env=environment, stdout=said if n == 0 else subprocess.DEVNULL)

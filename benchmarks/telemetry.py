@@ -33,6 +33,7 @@ from common import (
     time_columns,
     workload,
 )
+from common.ports import free_port
 
 import esper_jax
 from esper_jax.nissa import Event, Fanout, JsonlSink, ListSink, PrometheusSink, Sink, TensorBoardSink, events
@@ -235,9 +236,7 @@ def server(given: str | None) -> Iterator[str]:
     if shutil.which("redis-server") is None:
         print("this needs redis-server (apt-get install redis-server), or --redis URL", file=sys.stderr)
         raise SystemExit(2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--loglevel", "warning"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:

@@ -15,6 +15,11 @@ def static(**kwargs: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key, or the shape of one."""
+    return hasattr(leaf, "dtype") and bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
 class Struct:
     """Base of the pytree dataclasses."""
 

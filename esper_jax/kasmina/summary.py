@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ._pytree import is_key
 from .blueprints import CONVS, Blueprint, example_input, registered, seed_apply, seed_shapes
 from .graft import Graft, NnxGraft, graft
 from .morph import Morph, count
@@ -204,8 +205,7 @@ def equal_bits(a: Any, b: Any) -> bool:
 
 def _words(leaf: Any) -> np.ndarray:
     """An array, or the words of PRNG keys."""
-    typed = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if typed else leaf)
+    return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
 
 
 def _host_call(grown: Graft, given: dict[str, Any]) -> Callable[..., Any]:

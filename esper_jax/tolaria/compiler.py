@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
+from ..kasmina._pytree import is_key
 from ..kasmina.blueprints import Blueprint
 from ..kasmina.spec import Spec
 from . import frames
@@ -384,7 +385,7 @@ def rehearse(call: Callable[..., Any], args: tuple[Any, ...]) -> None:
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
-    if not jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key):
+    if not is_key(shape):
         return np.zeros(shape.shape, shape.dtype)
     kinds: list[Any] = []
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..kasmina._pytree import is_key
 from .step import unpack_batch
 
 
@@ -84,7 +85,7 @@ def _named(batch: Any) -> dict[str, Any]:
         batch = {"inputs": args, "targets": targets}
     except ValueError:
         batch = dict(batch) if isinstance(batch, Mapping) else {"data": batch}
-    leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)]
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
     names = [str(path[0].key) for path, _ in leaves]
     named = {}
     for (path, leaf), name in zip(leaves, names, strict=True):
@@ -95,13 +96,9 @@ def _named(batch: Any) -> dict[str, Any]:
 
 def _wrong_kind(named: Mapping[str, Any]) -> str:
     for name, leaf in named.items():
-        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool or _is_key(leaf)):
+        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool or is_key(leaf)):
             return f"{name} are of dtype {leaf.dtype}, and must be numbers"
     return ""
-
-
-def _is_key(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def _module(leaf: Any) -> Any:

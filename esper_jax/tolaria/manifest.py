@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import _versions
+from ..kasmina._pytree import is_key
 from .peers import put, soon
 
 FORMAT = 1  # raised when an older reader could no longer read what is written
@@ -149,7 +150,7 @@ def flatten(tree: Any) -> tuple[tuple[LeafRecord, ...], dict[str, Any]]:
 def copied(leaf: Any) -> Any:
     """A leaf in memory of its own: on the host, but where it is divided over devices, or a key, on those."""
     if isinstance(leaf, jax.Array):
-        return jnp.array(leaf) if _is_key(leaf) or _is_divided(leaf) else np.array(leaf)
+        return jnp.array(leaf) if is_key(leaf) or _is_divided(leaf) else np.array(leaf)
     return np.array(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
@@ -311,12 +312,8 @@ def _describe(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _is_key(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _is_divided(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and not _is_key(leaf) and not leaf.sharding.is_fully_replicated
+    return isinstance(leaf, jax.Array) and not is_key(leaf) and not leaf.sharding.is_fully_replicated
 
 
 @functools.cache
@@ -332,7 +329,7 @@ def _canonical(dtype: str) -> str:
 
 def _signature(path: str, leaf: Any) -> tuple[tuple[int, ...], str]:
     """Shape and dtype name of a template's leaf, to be compared with a record's."""
-    if _is_key(leaf):
+    if is_key(leaf):
         return tuple(leaf.shape), leaf.dtype.name
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return tuple(leaf.shape), np.dtype(leaf.dtype).name
@@ -342,7 +339,7 @@ def _signature(path: str, leaf: Any) -> tuple[tuple[int, ...], str]:
 def _to_host(path: str, leaf: Any) -> tuple[np.ndarray, str | None, str | None]:
     """One leaf as (numpy array in C order, key implementation or None, Python scalar type or None)."""
     key_impl = python = None
-    if _is_key(leaf):
+    if is_key(leaf):
         key_impl = str(jax.random.key_impl(leaf))
         leaf = jax.random.key_data(leaf)
     elif not isinstance(leaf, np.generic):  # np.float64 is a float too

@@ -18,6 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from ..kasmina._pytree import is_key
+
 T = TypeVar("T")
 LAG = 2
 """Votes that may be under way: what one finds is known when the next but one is cast."""
@@ -39,7 +41,7 @@ def first() -> bool:
 
 def on_host(leaf: Any) -> np.ndarray:
     """A copy of an array on the host, gathered where its parts lie with several processes (all of them must ask)."""
-    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    if _spread(leaf):
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.array(leaf)
 
@@ -47,19 +49,19 @@ def on_host(leaf: Any) -> np.ndarray:
 def soon(tree: Any) -> Any:
     """The tree itself; the copies of its arrays to the host begin, and nothing waits for them."""
     for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and not is_key(leaf):
             leaf.copy_to_host_async()
     return tree
 
 
 def gathered(tree: Any) -> Any:
     """The tree, with arrays whose parts lie with several processes brought to the host; all of them must ask."""
+    return jax.tree.map(lambda leaf: on_host(leaf) if _spread(leaf) else leaf, tree)
 
-    def one(leaf: Any) -> Any:
-        spread = isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
-        return on_host(leaf) if spread else leaf
 
-    return tree if alone() else jax.tree.map(one, tree)
+def _spread(leaf: Any) -> bool:
+    """Whether parts of an array lie with other processes alone."""
+    return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 
 
 def told(value: T) -> T:
@@ -107,7 +109,7 @@ def put(leaf: Any, sharding: Sharding | None) -> Any:
     if isinstance(leaf, jax.Array):
         if leaf.committed and sharding is not None and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
             return leaf
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if is_key(leaf):
             data = put(jax.random.key_data(leaf), sharding)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if sharding is None or sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
@@ -120,6 +122,8 @@ class Vote:
     """The largest number that any process says, without waiting for it: an answer comes `LAG` votes later."""
 
     def __init__(self) -> None:
+        if alone():
+            return
         mesh = Mesh(np.asarray(jax.devices()), ("device",), axis_types=(AxisType.Auto,))
         self._each = NamedSharding(mesh, PartitionSpec("device"))
         self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))

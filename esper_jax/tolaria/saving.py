@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from .checkpoint import CheckpointError, Prepared
-
-
-class Store(Protocol):
-    """Where steps are written: a `Checkpoints`."""
-
-    def prepare(self, step: int, tree: Any, meta: dict[str, Any], *, score: float | None, copy: bool) -> Prepared:
-        """A step on its way, holding nothing of the tree's own memory."""
-        ...
-
-    def write(self, prepared: Prepared) -> None:
-        """Put it on disk."""
-        ...
+from .checkpoint import CheckpointError, Checkpoints, Prepared
 
 
 class Saved(NamedTuple):
@@ -33,15 +21,14 @@ class Saver:
     """Saves one step at a time in a thread; the state that was given may be donated as soon as `save` returns.
 
     Nothing is lost in silence: what became of each save is told by `told`, and an error that is no failure to write is
-    raised there.
+    raised there or by `wait`.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Checkpoints) -> None:
         self.store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="esper_jax saver")
         self._writing: Future[None] | None = None
         self._told: list[Saved] = []
-        self._strange: BaseException | None = None
 
     def save(self, tick: int, step: int, tree: Any, meta: dict[str, Any], score: float | None, best: bool) -> None:
         """Copy the tree and begin to write it, once the save before it has ended; a score of NaN is none."""
@@ -50,10 +37,10 @@ class Saver:
         self._writing = self._thread.submit(self._write, tick, step, best, prepared)
 
     def wait(self) -> None:
-        """Until no save is under way."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
+        """Until no save is under way; raises what went wrong with it, a failure to write excepted."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -62,9 +49,8 @@ class Saver:
 
     def told(self) -> list[Saved]:
         """What became of the saves that have ended since the last call, in order."""
-        if self._strange is not None:
-            strange, self._strange = self._strange, None
-            raise strange
+        if self._writing is not None and self._writing.done():
+            self.wait()
         told, self._told = self._told, []
         return told
 
@@ -74,7 +60,4 @@ class Saver:
             self.store.write(prepared)
         except CheckpointError as failure:
             error = failure
-        except BaseException as strange:
-            self._strange = strange
-            return
         self._told.append(Saved(tick, step, best, error))

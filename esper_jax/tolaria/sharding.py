@@ -236,8 +236,8 @@ class Layout:
             found = f"a {type(wrong[0] if wrong else self.rule).__name__}"
             raise TypeError(f"sharding must be 'dp', 'fsdp' or a mapping of PartitionSpecs, got {found}")
         for spec in specs:
-            for axis in [name for entry in spec or () for name in (entry if isinstance(entry, tuple) else (entry,))]:
-                if axis is not None and axis not in self.mesh.axis_names:
+            for axis in [axis for entry in spec or () for axis in _axes(entry)]:
+                if axis not in self.mesh.axis_names:
                     raise ValueError(f"{spec} names the axis {axis!r}; the mesh has {', '.join(self.mesh.axis_names)}")
 
     @property
@@ -249,9 +249,7 @@ class Layout:
         if len(spec) > len(shape):
             raise ValueError(f"{spec} for the parameter {path} has more entries than its shape {shape}")
         for size, entry in zip(shape, spec, strict=False):
-            parts = math.prod(
-                self.mesh.shape[name] for name in (entry if isinstance(entry, tuple) else (entry,)) if name
-            )
+            parts = math.prod(self.mesh.shape[axis] for axis in _axes(entry))
             if size % parts:
                 raise ValueError(f"{spec} divides an axis of {size} of the parameter {path} {shape} by {parts}")
 
@@ -276,6 +274,11 @@ def make_layout(sharding: Any, mesh: Mesh | None, seeds: str) -> Layout | None:
 def names(path: Any) -> tuple[str, ...]:
     """The keys of a tree path as text."""
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a `PartitionSpec` names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _is_spec(spec: Any) -> bool:

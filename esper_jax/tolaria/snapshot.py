@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..kasmina._pytree import is_key
 from ..kasmina.morph import Morph
 from ..kasmina.spec import Plant, layer_path
 from ..kasmina.stages import Stage
@@ -34,11 +35,7 @@ def take(state: TrainState) -> Snapshot:
 
 def _held(leaf: Any) -> Any:
     """A copy of an array on the host; of a PRNG key, on the device."""
-    return jnp.array(leaf) if _is_key(leaf) else on_host(leaf)
-
-
-def _is_key(leaf: Any) -> bool:
-    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+    return jnp.array(leaf) if is_key(leaf) else on_host(leaf)
 
 
 def roll_back(state: TrainState, snapshot: Snapshot) -> tuple[TrainState, tuple[Plant, ...]]:
@@ -100,7 +97,7 @@ def template(state: TrainState, fossils: Mapping[str, list[str]]) -> Snapshot:
         for path, keys in fossils.items()
     }
     tree = {"step": state.step, "host": state.morph.host, "optimizer": state.opt_state.host, "fossils": nodes}
-    return jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.zeros(leaf.shape, leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else np.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def fossil_names(snapshot: Snapshot) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..kasmina._pytree import Struct, pytree
+from ..kasmina._pytree import Struct, is_key, pytree
 from ..kasmina.morph import Morph
 from ..kasmina.probe import SIZE
 from .optim import Growable, GrowState
@@ -84,7 +84,7 @@ class TrainState(Struct):
 
 def typed_key(key: Any) -> jax.Array:
     """`key` as a typed PRNG key of its own buffer; raw uint32 keys are wrapped, other things raise TypeError."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if isinstance(key, jax.Array) and is_key(key):
         return jax.random.clone(key)
     if hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (2,):
         return jax.random.wrap_key_data(jnp.array(key))

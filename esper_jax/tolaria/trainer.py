@@ -276,9 +276,10 @@ class Tolaria:
                 patience=self.patience,
             )
             for name, data in (("training", train), ("validation", validation)):
-                same_data(name, as_arrays(data))
-                if self._check is not None and as_arrays(data) is not None:
-                    check_arrays(name, as_arrays(data), self._ticker.classes)
+                arrays = as_arrays(data)
+                same_data(name, arrays)
+                if self._check is not None and arrays is not None:
+                    check_arrays(name, arrays, self._ticker.classes)
             validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
             batches = Batches(train, self.batch_size, state.key, self._check)
             feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)

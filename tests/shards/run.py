@@ -23,8 +23,8 @@ from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria, TrainState, fold
 from esper_jax.tolaria import History
 from esper_jax.tolaria.manifest import flatten
 from esper_jax.tolaria.peers import gathered, on_host
+from tests.tolaria.growing import LOSS, data
 
-LOSS = optax.softmax_cross_entropy_with_integer_labels
 EPOCHS, HALF = 8, 5
 KERNEL = "Dense_1/kernel"
 
@@ -40,13 +40,7 @@ class Net(nn.Module):
         return nn.Dense(2)(x)
 
 
-def data(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two classes by the sign of a product."""
-    x = np.random.default_rng(seed).normal(size=(size, 8)).astype(np.float32)
-    return x, (x[:, 0] * x[:, 1] > 0).astype(np.int32)
-
-
-TRAIN, VALIDATION = data(0, 256), data(1, 100)
+TRAIN, VALIDATION = data(0, 256, 8), data(1, 100, 8)
 
 
 def trainer(directory: pathlib.Path | None = None, **options: Any) -> Tolaria:

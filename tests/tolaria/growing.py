@@ -30,9 +30,9 @@ class Net(nn.Module):
         return nn.Dense(2)(x)
 
 
-def data(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def data(seed: int, size: int, features: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """Two classes by the sign of a product: more than four units want."""
-    x = np.random.default_rng(seed).normal(size=(size, 3)).astype(np.float32)
+    x = np.random.default_rng(seed).normal(size=(size, features)).astype(np.float32)
     return x, (x[:, 0] * x[:, 1] > 0).astype(np.int32)
 
 
