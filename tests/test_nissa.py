@@ -129,6 +129,7 @@ def test_each_kind_has_a_constructor_whose_data_hold_its_fields():
         events.recovery(1, 2, service="redis", seconds=1.5, replayed=3),
         events.dropped(1, 2, service="TensorBoardSink", dropped=2, total=5),
         events.warning(1, 2, "careful"),
+        events.error(1, 2, "the disk is full", unsaved=2),
     ]
     assert [event.kind for event in made] == [str(kind) for kind in Kind]
     assert all(event.message for event in made)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from .clean import clean
-from .event import SERVICES, Event, Kind
+from .event import ALARMS, SERVICES, Event, Kind
 from .events import points
 
 WIDTH = 80
-_LOUD = (Kind.ROLLBACK, Kind.COMPILE_FAILED, Kind.FAULT, Kind.WARNING, *SERVICES)
+_LOUD = (Kind.ROLLBACK, Kind.COMPILE_FAILED, Kind.FAULT, *ALARMS, *SERVICES)
 _TOLD = (Kind.RUN_STARTED, Kind.GERMINATED, Kind.RESUMED, Kind.EARLY_STOP, Kind.RUN_ENDED, *_LOUD)
 _SILENT_STAGES = ("EMBARGOED", "RESETTING", "DORMANT")
 _PATIENCE = 10  # epochs before a refusal of the same action at the same place is told again
@@ -87,7 +87,7 @@ class Console:
             if event.kind == Kind.RUN_ENDED:
                 self._display.stop()
         else:
-            text = f"warning: {event.message}" if event.kind == Kind.WARNING else event.message
+            text = f"{event.kind}: {event.message}" if event.kind in ALARMS else event.message
             self._line(f"epoch {event.epoch:>4} ", text)
 
     def close(self) -> None:

@@ -50,15 +50,19 @@ class Kind(enum.StrEnum):
     RECOVERY = "recovery"
     DROPPED = "dropped"
     WARNING = "warning"
+    ERROR = "error"
 
 
 ENDINGS = (Kind.EARLY_STOP, Kind.RUN_ENDED)
 """Kinds that say a run is over: `JsonlSink.rewind` drops them, since the run goes on."""
 
 SERVICES = (Kind.OUTAGE, Kind.RECOVERY, Kind.DROPPED)
-BOOKKEEPING = (Kind.RUN_STARTED, Kind.CHECKPOINT, Kind.RESUMED, Kind.SWAP, Kind.WARNING, *SERVICES)
+BOOKKEEPING = (Kind.RUN_STARTED, Kind.CHECKPOINT, Kind.RESUMED, Kind.SWAP, Kind.WARNING, Kind.ERROR, *SERVICES)
 """Kinds that tell of files, sessions, programs and services rather than of the training itself: `course` leaves them
 out."""
+
+ALARMS = (Kind.WARNING, Kind.ERROR)
+"""Kinds whose sentence is shown with the kind before it."""
 
 DROPPABLE = (Kind.EPOCH, Kind.CONTRIBUTION, Kind.INTERACTION)
 """Kinds that are measurements: a sink that is too slow may miss some, counted. All others reach it, sooner or later."""

@@ -287,3 +287,8 @@ def dropped(epoch: int, step: int, *, service: str, dropped: int, total: int) ->
 def warning(epoch: int, step: int, message: str, **data: Any) -> Event:
     """Something that the user should see, in one sentence."""
     return Event(Kind.WARNING, epoch, step, message, dict(data))
+
+
+def error(epoch: int, step: int, message: str, **data: Any) -> Event:
+    """Something was lost, though training goes on: a checkpoint that a full disk did not take, say."""
+    return Event(Kind.ERROR, epoch, step, message, dict(data))

@@ -276,3 +276,9 @@ class Warned(TypedDict):
     """Something that the user should see."""
 
     skipped: NotRequired[int]
+
+
+class Failed(TypedDict):
+    """Something was lost, though training goes on; `unsaved` is the step of a checkpoint that could not be written."""
+
+    unsaved: NotRequired[int]

@@ -7,7 +7,7 @@ import time as clock
 from typing import IO, Any
 
 from .console import number, shorten
-from .event import Event, Kind
+from .event import ALARMS, Event, Kind
 
 ROWS = 12
 STYLES = {
@@ -29,6 +29,7 @@ KIND_STYLES = {
     Kind.DROPPED: "yellow",
     Kind.ROLLBACK: "bold red",
     Kind.WARNING: "bold yellow",
+    Kind.ERROR: "bold red",
     Kind.RUN_ENDED: "bold",
 }
 _ORDER = {"HOLDING": 0, "BLENDING": 1, "TRAINING": 2, "GERMINATED": 3, "FOSSILIZED": 4, "PRUNED": 5}
@@ -79,7 +80,7 @@ class Display:
         line = Table.grid(padding=(0, 1))
         line.add_column(no_wrap=True)
         line.add_column(overflow="fold")
-        text = f"warning: {event.message}" if event.kind == Kind.WARNING else event.message
+        text = f"{event.kind}: {event.message}" if event.kind in ALARMS else event.message
         line.add_row(Text(f"epoch {event.epoch:>4}", style="bright_black"), Text(text, style=style))
         self._console.print(line)
 

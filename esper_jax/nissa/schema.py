@@ -34,6 +34,7 @@ DATA: dict[Kind, type] = {
     Kind.RECOVERY: kinds.Recovery,
     Kind.DROPPED: kinds.Dropped,
     Kind.WARNING: kinds.Warned,
+    Kind.ERROR: kinds.Failed,
 }
 """The type of `data` for every kind."""
 

@@ -1,4 +1,4 @@
-"""Arrays on disk by Orbax, in one step's folder: the only file that imports it."""
+"""Arrays on disk in Orbax's format, a folder for each flat dict of them: the only file that imports it."""
 
 from __future__ import annotations
 
@@ -6,46 +6,83 @@ import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
-ITEM = "default"
-"""The folder Orbax gives a single item."""
+K = TypeVar("K")
+FOLDER = "default"
+"""The name Orbax gives a single item of a step."""
 
 
-def write_arrays(root: pathlib.Path, step: int, arrays: dict[str, np.ndarray]) -> None:
-    """Store a flat dict of arrays as `root/step` and return when it is on disk.
+def write_arrays(folder: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Store a flat dict of arrays as `folder`, which must not be there, and return when it is on disk.
 
-    The manager lives for one save in an empty folder: it reads every step it finds, and one damaged file of Orbax's own
-    in an old step would make it fail. OCDBT without zarr3 was the fastest layout measured for many small leaves.
+    A checkpointer, not Orbax's manager of steps: that one reads every step it finds, and fails by a damaged file in an
+    old one. OCDBT without zarr3 was the fastest layout measured for many small leaves.
     """
-    options = ocp.CheckpointManagerOptions(
-        create=False, max_to_keep=None, enable_async_checkpointing=False, multiprocessing_options=_by_itself()
+    options = _by_itself()
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=True,
+        use_zarr3=False,
+        multiprocessing_options=options,
+        type_handler_registry=_kinds(options),
+        array_metadata_validator=None,
     )
-    with _quiet(), ocp.CheckpointManager(root, options=options, item_handlers=_handler()) as manager:
-        manager.save(step, args=ocp.args.PyTreeSave(arrays or {"none": np.zeros(1, np.uint8)}), force=True)
-        manager.wait_until_finished()
-    if not (root / str(step) / ITEM).is_dir():
-        raise OSError(f"Orbax reported success but wrote no {ITEM}")
+    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=options) as writer:
+        writer.save(folder, args=ocp.args.PyTreeSave(arrays or {"none": np.zeros(1, np.uint8)}))
+    if not folder.is_dir():
+        raise OSError(f"Orbax reported success but wrote no {folder.name}")
 
 
-def read_arrays(path: pathlib.Path, names: list[str]) -> dict[str, Any]:
-    """Read the named arrays of the step in `path` as numpy, touching nothing outside it."""
-    arguments = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names or ["none"]}
-    with _quiet(), ocp.Checkpointer(_handler(), multiprocessing_options=_by_itself()) as reader:
-        return reader.restore(path / ITEM, args=ocp.args.PyTreeRestore(restore_args=arguments))
+def _kinds(options: ocp.options.MultiprocessingOptions) -> Any:
+    """How arrays are written: of one that several processes hold, this one's parts (and no list of all its parts)."""
+    divided = ocp.type_handlers.ArrayHandler(primary_host=options.primary_host, array_metadata_store=None)
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, divided), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, multiprocessing_options=_by_itself())
+def read_arrays(
+    folder: pathlib.Path, wanted: Mapping[K, tuple[str, tuple[slice, ...]]]
+) -> dict[K, np.ndarray | Exception]:
+    """Arrays of a folder, or parts of them (no slices: the whole); in the place of one that cannot be read, why.
+
+    They are read by tensorstore, which Orbax stores them with: Orbax would read all or nothing, and not say which.
+    """
+    context = tensorstore.Context()
+    base = folder.as_uri() + "/"
+
+    def settled(futures: dict[Any, Any]) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
+        for key, future in futures.items():
+            try:
+                found[key] = future if isinstance(future, Exception) else future.result()
+            except Exception as error:
+                found[key] = error
+        return found
+
+    def opened(name: str) -> Any:
+        store = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+        return tensorstore.open(store, open=True, context=context)
+
+    stores = settled({name: opened(name) for name, _ in wanted.values()})
+    read: dict[Any, Any] = {}
+    for key, (name, part) in wanted.items():
+        store = stores[name]
+        try:
+            read[key] = store if isinstance(store, Exception) else store[part].read() if part else store.read()
+        except Exception as error:  # the part lies outside of what is stored
+            read[key] = error
+    return settled(read)
 
 
 def _by_itself() -> ocp.options.MultiprocessingOptions:
-    """This process reads and writes without waiting for the others of its job, if there are any."""
+    """This process writes without waiting for the others of its job, if there are any."""
     me = jax.process_index()
     alone = jax.process_count() == 1
     return ocp.options.MultiprocessingOptions(

@@ -5,7 +5,8 @@ Orbax alone restores a flipped bit silently, casts silently and never falls back
 (`manifest.json`, written last) with a checksum, shape and dtype for each leaf, and `restore` believes only that.
 
     <directory>/<step>/manifest.json    ours: without it a step does not exist
-    <directory>/<step>/...              Orbax: a flat dict of arrays
+    <directory>/<step>/default/         Orbax: a flat dict of arrays
+    <directory>/<step>/default.1/ ...   and the parts of arrays that other processes held
     <directory>/.saving/<step>/         a save under way; renamed to its place as its last act
     <directory>/replaced/<step>/        the old copy of a step while `save(force=True)` renames the new one
 """
@@ -13,7 +14,6 @@ Orbax alone restores a flipped bit silently, casts silently and never falls back
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import operator
 import os
@@ -28,12 +28,14 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from esper_jax.tolaria import manifest as manifests
-from esper_jax.tolaria.arrays import ITEM as _ITEM
-from esper_jax.tolaria.arrays import read_arrays as _orbax_restore
-from esper_jax.tolaria.arrays import write_arrays as _orbax_save
-from esper_jax.tolaria.manifest import CheckpointError, Damaged, Manifest, StructureMismatch
-from esper_jax.tolaria.peers import soon
+from . import leaves
+from . import manifest as manifests
+from .arrays import FOLDER, write_arrays
+from .leaves import CheckpointError, Damaged, StructureMismatch
+from .loading import load
+from .manifest import Manifest
+from .peers import first, soon, told
+from .together import collect, folder_of, hand_in
 
 __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "Restored", "Skipped", "StructureMismatch"]
 
@@ -150,25 +152,32 @@ class Checkpoints:
     ) -> Prepared:
         """What `write` takes, which may run in another thread. Arguments and errors are those of `save`.
 
-        With `copy` nothing of it is the caller's memory: arrays may be donated at once, and `meta` may change.
+        With `copy` nothing of it is the caller's memory: arrays may be donated at once, and `meta` may change. Where
+        parts of the tree's arrays lie with several processes, all of them must call this, and then `write`.
         """
         step = self._check(step)
         if not isinstance(meta, dict):
             raise TypeError(f"meta is a {type(meta).__name__}, expected a dict")
         manifests.check_meta(meta)
+        tree = leaves.parted(tree)
         if copy:
-            tree, meta = jax.tree.map(manifests.copied, soon(tree)), json.loads(json.dumps(meta))
+            tree, meta = jax.tree.map(leaves.copied, soon(tree)), json.loads(json.dumps(meta))
+        if leaves.is_spread(tree) and (problem := told(self._stage(step) if first() else "")):
+            raise self._unsaved(step, problem)
         return Prepared(step, tree, meta, manifests.clean_score(score))
 
     def write(self, prepared: Prepared, *, force: bool = False) -> None:
         """Store what `prepare` gave; returns when it is on disk."""
         step, tree, meta, score = prepared
-        records, arrays = manifests.flatten(tree)
-        manifest = Manifest(step, score, meta, records, manifests.versions())
+        records, arrays = leaves.flatten(tree, folder_of(jax.process_index()))
+        together = leaves.is_spread(tree)
+        staged = self.directory / _SAVING / str(step)
+        if together and not first():
+            return hand_in(staged, records, arrays)
         existing = self._listing().get(step)
         if existing is not None and not force:
             try:
-                self._load(existing)
+                load(existing)
             except Damaged as damage:
                 self._warn(f"step {step} in {self.directory} is damaged and is replaced: {damage}")
             else:
@@ -176,28 +185,40 @@ class Checkpoints:
                     f"step {step} exists in {self.directory}: save under another step, or pass force=True to replace it"
                 )
         target = self.directory / str(step)
-        staging = self.directory / _SAVING
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
-            _orbax_save(staging, step, arrays)
-            files = manifests.sizes(staging / str(step))
-            manifests.write(staging / str(step), dataclasses.replace(manifest, files=files))
+            if not together and (problem := self._stage(step)):
+                raise OSError(problem)
+            write_arrays(staged / FOLDER, arrays)
+            records = collect(staged, records) if together else records
+            manifest = Manifest(step, score, meta, records, manifests.versions(), manifests.sizes(staged))
+            manifests.write(staged, manifest)
             self._make_room(target)
-            os.rename(staging / str(step), target)
+            os.rename(staged, target)
             manifests.sync_directory(self.directory)
         except Exception as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise CheckpointError(
-                f"step {step} could not be saved in {self.directory} ({manifests.one_line(error)}). "
-                "No other step was touched; free space or fix the directory and save again."
-            ) from error
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            raise self._unsaved(step, leaves.one_line(error)) from error
         self._damaged.discard(step)
         try:
-            staging.rmdir()
+            staged.parent.rmdir()
             self._prune(step)
         except OSError as error:
             self._warn(f"step {step} is saved, but old steps in {self.directory} could not be removed: {error}")
+
+    def _stage(self, step: int) -> str:
+        """Make the folder that a step is written into, empty; what went wrong with that, or ""."""
+        try:
+            shutil.rmtree(self.directory / _SAVING, ignore_errors=True)
+            (self.directory / _SAVING / str(step)).mkdir(parents=True)
+        except OSError as error:
+            return leaves.one_line(error)
+        return ""
+
+    def _unsaved(self, step: int, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"step {step} could not be saved in {self.directory} ({reason}). "
+            "No other step was touched; free space or fix the directory and save again."
+        )
 
     def _make_room(self, target: pathlib.Path) -> None:
         """Empty the place of a step: a whole copy moves to `replaced/`, where listings still find it."""
@@ -259,16 +280,16 @@ class Checkpoints:
           StructureMismatch: the step is whole but its leaves are not the template's; never walks back for this.
           CheckpointError: there is no checkpoint, the named step is damaged or absent, or every step is damaged.
         """
-        manifest, arrays, skipped = self._newest(step, self._load)
+        manifest, arrays, skipped = self._newest(step, load)
         is_function = callable(template) and jax.tree_util.all_leaves([template])
         wanted = template(manifest.meta) if is_function else template
         where = f"step {manifest.step} in {self.directory}"
-        tree = manifests.unflatten(wanted, manifest.leaves, arrays, where)
+        tree = leaves.unflatten(wanted, manifest.leaves, arrays, where)
         return Restored(manifest.step, tree, manifest.meta, skipped)
 
     def read(self, step: int | None = None) -> Restored:
         """As `restore` without a template: the tree is `{path: numpy array}`, PRNG keys as their `key_data`."""
-        manifest, arrays, skipped = self._newest(step, self._load)
+        manifest, arrays, skipped = self._newest(step, load)
         return Restored(manifest.step, arrays, manifest.meta, skipped)
 
     def restore_flat(self, step: int | None = None) -> dict[str, np.ndarray]:
@@ -316,20 +337,6 @@ class Checkpoints:
             f"every step in {self.directory} is damaged:\n  {tried}\n"
             "Restore the directory from a backup, or start anew in another directory."
         )
-
-    def _load(self, path: pathlib.Path) -> tuple[Manifest, dict[str, np.ndarray]]:
-        """Read a step's manifest and arrays and verify each leaf; raises Damaged with the leaf or file named."""
-        manifest = manifests.read(path)
-        changed = manifests.changed_files(path, manifest)
-        if any(f"file {_ITEM}/" in sentence for sentence in changed):  # Orbax's readers are noisy about such files
-            raise Damaged("; ".join(changed))
-        names = [record.name for record in manifest.leaves if record.name is not None]
-        try:
-            stored = _orbax_restore(path, names)
-            return manifest, {record.path: record.check(stored.get(record.name or "")) for record in manifest.leaves}
-        except Exception as error:
-            why = str(error) if isinstance(error, Damaged) else f"Orbax cannot read it ({manifests.one_line(error)})"
-            raise Damaged("; ".join([*changed, why])) from error
 
     def close(self) -> None:
         """End use of this object; later saves and restores raise."""
@@ -383,4 +390,4 @@ def _numbered(root: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
 
 def _is_partial(path: pathlib.Path) -> bool:
     """Whether a folder without a manifest is the rest of a checkpoint, and not something of the user's."""
-    return path.is_dir() and any((path / name).exists() for name in ("_CHECKPOINT_METADATA", _ITEM))
+    return path.is_dir() and any((path / name).exists() for name in ("_CHECKPOINT_METADATA", FOLDER))

@@ -41,7 +41,7 @@ def first() -> bool:
 
 def on_host(leaf: Any) -> np.ndarray:
     """A copy of an array on the host, gathered where its parts lie with several processes (all of them must ask)."""
-    if _spread(leaf):
+    if spread(leaf):
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
     return np.array(leaf)
 
@@ -56,10 +56,10 @@ def soon(tree: Any) -> Any:
 
 def gathered(tree: Any) -> Any:
     """The tree, with arrays whose parts lie with several processes brought to the host; all of them must ask."""
-    return jax.tree.map(lambda leaf: on_host(leaf) if _spread(leaf) else leaf, tree)
+    return jax.tree.map(lambda leaf: on_host(leaf) if spread(leaf) else leaf, tree)
 
 
-def _spread(leaf: Any) -> bool:
+def spread(leaf: Any) -> bool:
     """Whether parts of an array lie with other processes alone."""
     return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
 

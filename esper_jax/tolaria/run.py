@@ -21,7 +21,7 @@ from .change import Changes
 from .checkpoint import Checkpoints
 from .data import Data, Held
 from .feed import Feed
-from .peers import Vote, alone, first, gathered, told
+from .peers import Vote, alone, first, told
 from .programs import Program
 from .saving import Saver
 from .session import Session
@@ -191,8 +191,9 @@ class Run:
     def save(self, *, wait: bool = False) -> bool:
         """Begin to save this very step, unless it is saved, and with `wait` see it through; whether it is (or may be).
 
-        One that cannot be written, on a full disk say, is a warning: training goes on, and the next save tries again.
-        With several processes the first one writes.
+        One that cannot be written, on a full disk say, is an `error` event; training goes on, and the next save tries
+        again.
+        Of several processes each writes the parts that it holds, and the first one what all of them hold.
         """
         if self.saver is None:
             return False
@@ -202,9 +203,7 @@ class Run:
         if told(self.saved != step):
             score = self.session.records[-1]["score"] if self.session.records else float("nan")
             tree, meta = persist.described(state, self.session)
-            tree = gathered(tree)
-            if first():
-                self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks)
+            self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks)
             self.saved = step
         if wait:
             self.settle()
@@ -218,13 +217,17 @@ class Run:
 
     def tell_saved(self) -> None:
         """Events for the saves that have ended; one that failed is due again."""
-        for saved in () if self.saver is None else self.saver.told():
+        for saved in self.saver.told() if self.saver is not None and first() else ():
             if saved.error is not None:
-                self.sink(events.warning(saved.tick, saved.step, str(saved.error), unsaved=saved.step))
+                self.sink(events.error(saved.tick, saved.step, str(saved.error), unsaved=saved.step))
                 self.saved = None if self.saved == saved.step else self.saved
             elif self.checkpoints is not None:
                 path = self.checkpoints.directory / str(saved.step)
                 self.sink(events.checkpoint(saved.tick, saved.step, path=path, best=saved.best))
+
+    def lost(self, sentence: str) -> None:
+        """Log that another process is lost; the state of this one cannot be asked for any more."""
+        self.sink(events.error(len(self.session.records), self.made, sentence))
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:

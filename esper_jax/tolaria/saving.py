@@ -33,7 +33,11 @@ class Saver:
     def save(self, tick: int, step: int, tree: Any, meta: dict[str, Any], score: float | None, best: bool) -> None:
         """Copy the tree and begin to write it, once the save before it has ended; a score of NaN is none."""
         self.wait()
-        prepared = self.store.prepare(step, tree, meta, score=score, copy=True)
+        try:
+            prepared = self.store.prepare(step, tree, meta, score=score, copy=True)
+        except CheckpointError as error:
+            self._told.append(Saved(tick, step, best, error))
+            return
         self._writing = self._thread.submit(self._write, tick, step, best, prepared)
 
     def wait(self) -> None:

@@ -37,6 +37,7 @@ from .evaluate import Evaluator, Score
 from .feed import Feed
 from .governor import Governor
 from .inspect import check_arrays, check_batch
+from .lifeline import Lifeline
 from .optim import growable
 from .peers import alone, first, same_data
 from .programs import Programs
@@ -288,7 +289,9 @@ class Tolaria:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
-            with run.closing(), interrupts() as stop:
+            with run.closing(), interrupts() as stop, Lifeline(run.directory, run.lost) as line:
+                if line.missing:
+                    sink(events.warning(*now, f"a lost process is noticed by JAX alone, and late: {line.missing}"))
                 outcome = run.until(epochs, feed, validation, stop)
                 run.save(wait=True)
             final = run.whole()

@@ -166,7 +166,7 @@ def disk_full(folder: pathlib.Path, random: np.random.Generator, trials: int) ->
             state, history = fit(made, 4)
         finally:
             Saver._write = real
-        told = [e.data["unsaved"] for e in history.of_kind("warning") if "unsaved" in e.data]
+        told = [e.data["unsaved"] for e in history.of_kind("error")]
         found.expect(told == [16], f"unsaved steps told: {told}")
         found.expect(bits(state.morph) == expected, "the run trained otherwise")
         with Checkpoints(directory / "checkpoints") as store:

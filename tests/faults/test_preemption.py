@@ -91,23 +91,23 @@ def test_a_second_run_in_a_directory_is_refused_with_the_holder(tmp_path):
     again.fit(again.restore(), growing.TRAIN, growing.VALIDATION, epochs=3)
 
 
-def test_a_save_that_fails_is_a_warning_and_the_next_one_tries_again(whole, tmp_path, monkeypatch):
+def test_a_save_that_fails_is_an_error_event_and_the_next_one_tries_again(whole, tmp_path, monkeypatch):
     """Training goes on with the same bits; the event names the step."""
     from esper_jax.tolaria import checkpoint
 
-    real, calls = checkpoint._orbax_save, []
+    real, calls = checkpoint.write_arrays, []
 
-    def full(staging: pathlib.Path, step: int, arrays):
-        calls.append(step)
+    def full(folder: pathlib.Path, arrays):
+        calls.append(folder)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        return real(staging, step, arrays)
+        return real(folder, arrays)
 
-    monkeypatch.setattr(checkpoint, "_orbax_save", full)
+    monkeypatch.setattr(checkpoint, "write_arrays", full)
     made = growing.trainer(tmp_path, checkpoint_every=1)
     state, _ = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=6)
     chex.assert_trees_all_equal(bits(state.morph), bits(whole.morph))
-    told = [e for e in read_events(tmp_path / "events.jsonl") if e.kind == "warning" and "unsaved" in e.data]
+    told = [e for e in read_events(tmp_path / "events.jsonl") if e.kind == "error" and "unsaved" in e.data]
     assert [event.data["unsaved"] for event in told] == [16] and "No space left" in told[0].message
     saved = [e.step for e in read_events(tmp_path / "events.jsonl") if e.kind == "checkpoint"]
     assert saved == [8, 24, 32, 40, 48]

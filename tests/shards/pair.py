@@ -30,6 +30,8 @@ parser.add_argument("--kill-in-save", type=int, help="the tick in whose save the
 parser.add_argument(
     "--terminate-after", type=int, help="calls of the train program until the second process gets SIGTERM"
 )
+parser.add_argument("--fail-in-save", type=int, help="the tick in whose save the second process finds its disk full")
+parser.add_argument("--raise-in-epoch", type=int, help="the epoch whose batches the second process cannot read")
 parser.add_argument("--resume", action="store_true")
 
 
@@ -37,14 +39,28 @@ def killed_in_save(tick: int) -> None:
     """Have this process die, as a machine might, when the arrays of that tick's step are written but no manifest."""
     from esper_jax.tolaria import checkpoint
 
-    real = checkpoint._orbax_save
+    real = checkpoint.write_arrays
 
-    def save(root: pathlib.Path, step: int, arrays: Any) -> None:
-        real(root, step, arrays)
-        if step == tick * 8:
+    def save(folder: pathlib.Path, arrays: Any) -> None:
+        real(folder, arrays)
+        if folder.parent.name == str(tick * 8):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint._orbax_save = save
+    checkpoint.write_arrays = save
+
+
+def failing_in_save(tick: int) -> None:
+    """Have this process find the disk full in the save of that tick."""
+    from esper_jax.tolaria import together
+
+    real = together.write_arrays
+
+    def save(folder: pathlib.Path, arrays: Any) -> None:
+        if folder.parent.name == str(tick * 8):
+            raise OSError(28, "No space left on device")
+        real(folder, arrays)
+
+    together.write_arrays = save
 
 
 def terminated_after(dispatches: int) -> None:
@@ -62,13 +78,19 @@ def terminated_after(dispatches: int) -> None:
     Run.dispatch = dispatch
 
 
-def share(run: Any, process: int, processes: int) -> Callable[[int], Any]:
+def share(run: Any, process: int, processes: int, unreadable: int | None) -> Callable[[int], Any]:
     """`epoch -> batches` of one process's rows of each batch, in the order that one process shuffles arrays to."""
     from esper_jax.tolaria.data import Batches
 
     order = Batches(run.TRAIN, 32, jax.random.key(1))
     rows = slice(process * 32 // processes, (process + 1) * 32 // processes)
-    return lambda epoch: [tuple(part[rows] for part in batch) for batch in order.epoch(epoch)]
+
+    def batches(epoch: int) -> list[Any]:
+        if process == 1 and epoch == unreadable:
+            raise OSError("a file of the data is gone")
+        return [tuple(part[rows] for part in batch) for batch in order.epoch(epoch)]
+
+    return batches
 
 
 def main(asked: argparse.Namespace) -> dict[str, Any]:
@@ -81,11 +103,13 @@ def main(asked: argparse.Namespace) -> dict[str, Any]:
 
     if asked.kill_in_save and asked.process == 0:
         killed_in_save(asked.kill_in_save)
+    if asked.fail_in_save and asked.process == 1:
+        failing_in_save(asked.fail_in_save)
     made = run.trainer(asked.folder, sharding=asked.sharding)
     state = made.restore() if asked.resume else run.begin(made)
     if asked.terminate_after and asked.process == 1:
         terminated_after(asked.terminate_after)
-    train = share(run, asked.process, asked.processes) if asked.streamed else run.TRAIN
+    train = share(run, asked.process, asked.processes, asked.raise_in_epoch) if asked.streamed else run.TRAIN
     try:
         state, history = made.fit(state, train, run.VALIDATION, epochs=run.EPOCHS)
     except TrainingInterrupted as interrupted:

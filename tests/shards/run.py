@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria, TrainState, fold
 from esper_jax.tolaria import History
-from esper_jax.tolaria.manifest import flatten
+from esper_jax.tolaria.leaves import flatten
 from esper_jax.tolaria.peers import gathered, on_host
 from tests.tolaria.growing import LOSS, data
 

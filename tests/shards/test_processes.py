@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from esper_jax.nissa import read_events
+from esper_jax.tolaria.lifeline import LOST
 from tests.servers import free_port
 from tests.shards.conftest import ENVIRONMENT, ROOT
 from tests.shards.run import HALF
@@ -47,8 +49,16 @@ def same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def test_shares_of_batches_a_signal_to_one_process_and_a_resume_end_where_one_process_ends(found, tmp_path):
-    """Both processes stop at the same step, and go on from it; the steps of both are those of the whole batches."""
-    first, second = Job(tmp_path, 2, "--streamed", "--terminate-after", "30").said()
+    """Both processes stop at the same step, and go on from it; the steps of both are those of the whole batches.
+
+    One step is not saved, since the second process cannot store its part of it: told, and the next one is.
+    """
+    first, second = Job(tmp_path, 2, "--streamed", "--terminate-after", "30", "--fail-in-save", "2").said()
+    (unsaved,) = read_events(tmp_path / "run" / "events.jsonl", "error")
+    assert unsaved.data["unsaved"] == 16 and "process 1 could not store its part: OSError" in unsaved.message
+    saved = {int(path.name): path for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert 16 not in saved and {8, 24, first["step"]} <= set(saved)
+    assert all((path / "default").is_dir() and (path / "default.1").is_dir() for path in saved.values())
     assert first["step"] == second["step"] > 0 and first["interrupted"].startswith("terminated at step")
     assert f"saved step {first['step']}" in second["interrupted"]
     ours = Job(tmp_path, 2, "--streamed", "--resume").said()
@@ -64,8 +74,9 @@ def test_a_process_killed_in_a_save_ends_the_other_and_fewer_processes_go_on_fro
     killed.wait(timeout=240)
     began = time.monotonic()
     other.wait(timeout=240)
-    assert killed.returncode == -signal.SIGKILL and other.returncode != 0
+    assert killed.returncode == -signal.SIGKILL and other.returncode == LOST
     assert time.monotonic() - began < 60
+    assert "process 0 of 2 was lost" in (tmp_path / "error1").read_text()
     steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert steps[-1] == (HALF - 1) * 8
     (resumed,) = Job(tmp_path, 1, "--resume").said()
@@ -74,14 +85,28 @@ def test_a_process_killed_in_a_save_ends_the_other_and_fewer_processes_go_on_fro
 
 
 def test_the_first_process_ends_when_another_is_lost(tmp_path):
-    """Nobody waits for ever in a step that the other never joins."""
+    """Nobody waits for ever in a step that the other never joins; the sentence says what to do, and the log has it."""
     first, second = Job(tmp_path, 2).all
     log = tmp_path / "run" / "events.jsonl"
-    while not (log.exists() and '"epoch"' in log.read_text()):
+    while not (log.exists() and '"kind": "epoch"' in log.read_text()):
         assert first.poll() is None
         time.sleep(0.2)
     second.kill()
     second.wait()
     began = time.monotonic()
     first.wait(timeout=120)
-    assert first.returncode != 0 and time.monotonic() - began < 60
+    assert first.returncode == LOST and time.monotonic() - began < 60
+    said = f"process 1 of 2 was lost, so no further step can be made and this process ends too (exit status {LOST}); "
+    said += f"go on with fit(restore(), ...) or with: esper-jax train --resume {tmp_path / 'run'}"
+    assert f"esper_jax: {said}\n" in (tmp_path / "error0").read_text()
+    assert read_events(log)[-1].kind == "error" and read_events(log)[-1].message == said
+
+
+def test_an_error_in_one_process_ends_the_others_with_it(tmp_path):
+    """The one that raises ends with its own error; the other does not wait for it in the next step."""
+    first, second = Job(tmp_path, 2, "--streamed", "--raise-in-epoch", "2").all
+    first.wait(timeout=120)
+    assert first.returncode == LOST
+    assert "process 1 of 2 ended with OSError: a file of the data is gone" in (tmp_path / "error0").read_text()
+    assert second.wait(timeout=60) != 0
+    assert "OSError: a file of the data is gone" in (tmp_path / "error1").read_text()

@@ -1,0 +1,163 @@
+"""How the processes of a job learn that one of them is gone: a connection of each to the first, held while they train.
+
+A collective that one process never joins waits for ever, and Python cannot interrupt it. What can be done about it is
+done here: a thread sees the connection of a process break, or is told by the process that an error ended its training,
+says so, and ends this process with `LOST`. Where no connection could be made, or a machine falls silent, there is still
+JAX's own watch, which aborts (see `peers.HEARTBEAT`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import jax
+
+from . import peers
+
+LOST = 75
+"""The exit status of a process that ends because another of its job did: try again (`EX_TEMPFAIL` of sysexits.h)."""
+GRACE = 10.0
+"""Seconds in which a process may come to the end by itself that another one has met as an error."""
+_MEET = 15.0
+_PAUSE = 2.0
+_LONGEST = 400
+_END, _ERROR = b"end", b"error "
+
+
+class Lifeline:
+    """Watches the other processes of the job within its block; with one process it does nothing.
+
+    Args:
+      directory: the run's, to be named as what to go on from; None where nothing is saved.
+      tell: is given the sentence before this process ends, for a log; it may hang or fail.
+    """
+
+    def __init__(self, directory: pathlib.Path | None, tell: Callable[[str], None]) -> None:
+        self.directory, self.tell = directory, tell
+        self.missing = ""
+        self._left = threading.Event()
+        self._links: dict[int, socket.socket] = {}
+
+    def __enter__(self) -> Self:
+        if not peers.alone():
+            problem = self._listen() if peers.first() else self._call(*peers.told([]))
+            self.missing = peers.any_of(problem)
+            for process, link in self._links.items():
+                threading.Thread(
+                    target=self._watch, args=(process, link), name="esper_jax lifeline", daemon=True
+                ).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._links and isinstance(error, Exception):
+            time.sleep(_PAUSE)  # a collective may fail before the loss that is the reason is heard of
+        self._left.set()
+        said = _END if error is None else _ERROR + f"{type(error).__name__}: {error}".encode()[:_LONGEST]
+        self._say(said.replace(b"\n", b" "))
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_WR)
+
+    def _listen(self) -> str:
+        """The first process: wait for the others to call; what went wrong, or ""."""
+        ask, answer = secrets.token_hex(16), secrets.token_hex(16)
+        try:
+            server = socket.create_server(("", 0))
+        except OSError as error:
+            peers.told([[], 0, ask, answer])
+            return str(error)
+        with server:
+            server.settimeout(_MEET)
+            peers.told([_addresses(), server.getsockname()[1], ask, answer])
+            strangers = 0
+            while len(self._links) < jax.process_count() - 1 and strangers < 100:
+                try:
+                    link, _ = server.accept()
+                    link.settimeout(3)
+                    word, _, process = link.recv(100).decode(errors="replace").partition(" ")
+                    if not secrets.compare_digest(word, ask):
+                        raise OSError("a stranger")
+                    link.sendall(answer.encode())
+                    self._links[int(process)] = _lasting(link)
+                except TimeoutError:
+                    break
+                except (OSError, ValueError):
+                    strangers += 1
+        return "" if len(self._links) == jax.process_count() - 1 else "not every process could be reached"
+
+    def _call(self, hosts: list[str], port: int, ask: str, answer: str) -> str:
+        """Another process: call the first at any of its addresses; what went wrong, or ""."""
+        for host in hosts:
+            with contextlib.suppress(OSError):
+                link = socket.create_connection((host, port), timeout=3)
+                link.sendall(f"{ask} {jax.process_index()}".encode())
+                if link.recv(100) == answer.encode():
+                    self._links[0] = _lasting(link)
+                    return ""
+                link.close()
+        return f"process {jax.process_index()} cannot reach the first one at {' or '.join(hosts)}, port {port}"
+
+    def _watch(self, process: int, link: socket.socket) -> None:
+        heard = b""
+        with contextlib.suppress(OSError):
+            while part := link.recv(1000):
+                heard += part
+        if heard == _END:
+            return
+        if heard.startswith(_ERROR):
+            if self._left.wait(GRACE):
+                return
+            why = f"ended with {heard.removeprefix(_ERROR).decode(errors='replace')}"
+        else:
+            why = "was lost"
+        if not self._left.is_set():
+            self._end(f"process {process} of {jax.process_count()} {why}")
+
+    def _end(self, what: str) -> None:
+        """Say it, have the log say it if it can, and end this process: its training thread waits for ever."""
+        self._say(_ERROR + what.encode()[:_LONGEST])
+        where = "nothing was saved (no checkpoint_dir)"
+        if self.directory is not None:
+            where = f"go on with fit(restore(), ...) or with: esper-jax train --resume {self.directory}"
+        sentence = f"{what}, so no further step can be made and this process ends too (exit status {LOST}); {where}"
+        sys.stderr.write(f"esper_jax: {sentence}\n")
+        sys.stderr.flush()
+        teller = threading.Thread(target=self.tell, args=(sentence,), daemon=True)
+        teller.start()
+        teller.join(2)
+        sys.stdout.flush()
+        os._exit(LOST)
+
+    def _say(self, what: bytes) -> None:
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.sendall(what)
+
+
+def _addresses() -> list[str]:
+    """Where this machine may be reached: its name, its address on the way out, and itself for a job on one machine."""
+    found = [socket.gethostname()]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect(("192.0.2.1", 9))  # an address of no host; a datagram socket sends nothing by connecting
+        found.append(way.getsockname()[0])
+    return [*found, "127.0.0.1"]
+
+
+def _lasting(link: socket.socket) -> socket.socket:
+    """The connection, without a time limit, and breaking within half a minute where the other machine falls silent."""
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return link
