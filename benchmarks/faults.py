@@ -25,7 +25,7 @@ INTRODUCTION = """# What a run survives
 
 Written by `python benchmarks/faults.py`; the same scenarios run in a short form with every test run
 (`tests/faults/test_scenarios.py`). A failure is anything that a scenario did not expect: other bits, silence where
-something had to be told, a wrong step. Outages of the bus and of a store of seeds are tested in `tests/oona` and
+something had to be told, a wrong step. More of the bus and of libraries of seeds is tested in `tests/oona` and
 `tests/urza`, several devices and processes in `tests/shards`, signals and second writers in `tests/faults`.
 """
 

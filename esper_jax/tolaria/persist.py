@@ -19,6 +19,7 @@ from ..protocol import Library
 from . import snapshot as _snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .optim import Growable
+from .records import FILE, Mark, read_history
 from .session import Session
 from .sharding import Layout
 from .state import TrainState
@@ -28,13 +29,17 @@ KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"
 MakeControl = Callable[[Spec, jax.Array], tuple[Any, Any]]
 
 
-def described(state: TrainState, session: Session) -> tuple[Any, dict[str, Any]]:
-    """What is saved of one step: state and snapshot, and the spec, the host's shapes and the session as JSON."""
+def described(state: TrainState, session: Session, history: Mark) -> tuple[Any, dict[str, Any]]:
+    """What is saved of one step: state and snapshot, and the spec, the host's shapes and the session as JSON.
+
+    `history` says how much of the history file belongs to it.
+    """
     meta = {
         "spec": json.loads(state.morph.spec.to_json()),
         "host": _shapes(state.morph.host),
         "fossils": _snapshot.fossil_names(session.snapshot),
         "session": session.to_json(),
+        "history": history,
         "control_bytes": _byte_counts(state.control),
     }
     return {"state": state, "snapshot": session.snapshot}, meta
@@ -65,6 +70,8 @@ def restore(
 
     restored = checkpoints.restore(template, step=step)
     session = Session.from_json(restored.meta["session"], restored.tree["snapshot"])
+    if (mark := restored.meta.get("history")) is not None:
+        session.records = read_history(checkpoints.directory.parent / FILE, mark) or session.records
     return restored.tree["state"], session
 
 

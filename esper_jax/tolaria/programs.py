@@ -99,7 +99,8 @@ class Programs:
     Args:
       programs: a run's programs; those named "train" take a `TrainState`, the others a `Morph`.
       compiler: builds them in the background.
-      budget: bytes that programs built on suspicion (`prefetch`) may take; the oldest are dropped first.
+      budget: bytes that programs may take which no structure in use needs: built on suspicion (`prefetch`), or of a
+        seed that is gone; the oldest are dropped first.
       layout: where the state lives on a mesh; None is one device.
     """
 
@@ -155,11 +156,7 @@ class Programs:
         if self.request(state, guess=True) or spec in self._guesses:
             self._guesses[spec] = None
             self._guesses.move_to_end(spec)
-        sizes = {guess: self._size(guess) for guess in self._guesses}
-        while self._guesses and sum(sizes.values()) > self.budget:
-            oldest, _ = self._guesses.popitem(last=False)
-            sizes.pop(oldest)
-            self.forget(oldest)
+        self._fit()
 
     def outlive(self, likely: Collection[Spec]) -> None:
         """Drop guesses that are likely no more and not built yet; what is built stays within the budget."""
@@ -178,10 +175,25 @@ class Programs:
         return told
 
     def retire(self, spec: Spec) -> None:
-        """A structure is in use: keep its programs, those of leaner ones and the guesses, and let all others go."""
-        for known in {known for program in self.programs for known, _ in program.ahead}:
+        """A structure is in use: its programs stay, and those of leaner ones; others as if they were guesses.
+
+        A seed that is pruned is often grown again: its programs are there then, if the budget has room for them.
+        """
+        for known in dict.fromkeys(known for program in self.programs for known, _ in program.ahead):
             if known not in self._guesses and not set(known.plants) <= set(spec.plants):
-                self.forget(known)
+                if all(future.done() for future in self._futures(known)):
+                    self._guesses[known] = None
+                else:
+                    self.forget(known)
+        self._fit()
+
+    def _fit(self) -> None:
+        """Drop the oldest guesses until the others are within the budget."""
+        sizes = {guess: self._size(guess) for guess in self._guesses}
+        while self._guesses and sum(sizes.values()) > self.budget:
+            oldest, _ = self._guesses.popitem(last=False)
+            sizes.pop(oldest)
+            self.forget(oldest)
 
     def ready(self, spec: Spec) -> bool:
         """Whether all that `wait` would wait for is built (or has failed)."""

@@ -23,6 +23,7 @@ from .data import Data, Held
 from .feed import Feed
 from .peers import Vote, alone, first, told
 from .programs import Program
+from .records import FILE, HistoryFile
 from .saving import Saver
 from .session import Session
 from .state import TrainState
@@ -85,6 +86,7 @@ class Run:
         self.state = changes.enter(jax.tree.map(jnp.array, state.replace(governor=None, control=None)))
         self.control = (state.governor, state.control)
         self.saver = None if checkpoints is None else Saver(checkpoints)
+        self.history = HistoryFile((self.directory or pathlib.Path()) / FILE, session.records)
         self.saved = self.made if checkpoints is not None and self.made in checkpoints.steps() else None
         self.vote = Vote()
         self.unticked = int(state.meters.batches)
@@ -202,8 +204,10 @@ class Run:
         ticks, step = int(state.ticks), int(state.step)
         if told(self.saved != step):
             score = self.session.records[-1]["score"] if self.session.records else float("nan")
-            tree, meta = persist.described(state, self.session)
-            self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks)
+            mark, write = self.history.up_to_now(self.session.records)
+            tree, meta = persist.described(state, self.session, mark)
+            before = {"before": write} if first() else {}
+            self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks, **before)
             self.saved = step
         if wait:
             self.settle()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from .checkpoint import CheckpointError, Checkpoints, Prepared
+from .leaves import one_line
 
 
 class Saved(NamedTuple):
@@ -30,15 +32,27 @@ class Saver:
         self._writing: Future[None] | None = None
         self._told: list[Saved] = []
 
-    def save(self, tick: int, step: int, tree: Any, meta: dict[str, Any], score: float | None, best: bool) -> None:
-        """Copy the tree and begin to write it, once the save before it has ended; a score of NaN is none."""
+    def save(
+        self,
+        tick: int,
+        step: int,
+        tree: Any,
+        meta: dict[str, Any],
+        score: float | None,
+        best: bool,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the tree and begin to write it, once the save before it has ended; a score of NaN is none.
+
+        `before` is called in the thread, ahead of that; where it raises OSError the save has failed.
+        """
         self.wait()
         try:
             prepared = self.store.prepare(step, tree, meta, score=score, copy=True)
         except CheckpointError as error:
             self._told.append(Saved(tick, step, best, error))
             return
-        self._writing = self._thread.submit(self._write, tick, step, best, prepared)
+        self._writing = self._thread.submit(self._write, tick, step, best, prepared, before)
 
     def wait(self) -> None:
         """Until no save is under way; raises what went wrong with it, a failure to write excepted."""
@@ -58,10 +72,13 @@ class Saver:
         told, self._told = self._told, []
         return told
 
-    def _write(self, tick: int, step: int, best: bool, prepared: Prepared) -> None:
+    def _write(self, tick: int, step: int, best: bool, prepared: Prepared, before: Callable[[], None]) -> None:
         error: CheckpointError | None = None
         try:
+            before()
             self.store.write(prepared)
+        except OSError as failure:
+            error = CheckpointError(f"step {step} could not be saved ({one_line(failure)}); the next save tries again")
         except CheckpointError as failure:
             error = failure
         self._told.append(Saved(tick, step, best, error))

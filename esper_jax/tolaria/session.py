@@ -44,9 +44,12 @@ class Session:
     tick_began: float = dataclasses.field(default_factory=time.perf_counter)
 
     def to_json(self) -> dict[str, Any]:
-        """All but the snapshot. Seconds are left out of pending feedback: nothing decides by the clock."""
+        """All but the snapshot, and of the records only the last, which the next tick looks at (see `tolaria.records`).
+
+        Seconds are left out of pending feedback: nothing decides by the clock.
+        """
         kept = [f.name for f in dataclasses.fields(self) if f.name not in ("snapshot", "pending", "tick_began")]
-        data = {name: getattr(self, name) for name in kept}
+        data = {name: getattr(self, name) for name in kept} | {"records": self.records[-1:]}
         pending = [{**dataclasses.asdict(p), "seconds": NAN} for p in self.pending]
         waiting = None if self.waiting is None else dataclasses.asdict(self.waiting)
         return {**data, "pending": pending, "waiting": waiting}

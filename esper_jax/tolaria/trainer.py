@@ -88,7 +88,7 @@ class Tolaria:
         soon as it is ready, and such a run cannot be repeated to the bit; "now" compiles on the next step.
       compile_in: "process" (of low priority), "thread", or "auto": a process on the CPU, a thread elsewhere.
       prefetch, prefetch_bytes: how many of the controller's likely next seeds have their programs compiled ahead, and
-        how many bytes such programs may take.
+        how many bytes such programs may take, and those of seeds that are gone and may come back.
       compile_cache: a directory for JAX's persistent compilation cache, so that a later run finds its programs there.
       urza: a library of stored seeds (`Urza(url)`), for decisions that name one by its id.
       sinks: further receivers of events; slow ones (TensorBoard, ...) get a thread and a queue before them.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tests.faults.disk import all_damaged, damaged, disk_full, donated, killed
 from tests.faults.found import Found
 from tests.faults.numbers import after_fossilisation, broken_blueprints, not_finite, rogue_controllers, soak
+from tests.faults.services import bus, tampered
 
 SCENARIOS: dict[str, tuple[Callable[..., Found], int, int]] = {
     "killed": (killed, 100, 2),
@@ -22,6 +23,8 @@ SCENARIOS: dict[str, tuple[Callable[..., Found], int, int]] = {
     "after_fossilisation": (after_fossilisation, 1, 1),
     "rogue_controllers": (rogue_controllers, 1, 1),
     "broken_blueprints": (broken_blueprints, 1, 1),
+    "bus": (bus, 12, 4),
+    "tampered": (tampered, 10_000, 3),
     "soak": (soak, 300, 6),
 }
 """By name: the scenario, its trials in full, and in short."""
