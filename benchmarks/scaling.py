@@ -41,18 +41,18 @@ STRUCTURE = (
     Column("width", "width", "count"),
     Column("seeds", "seeds", "count"),
     Column("parameters", "parameters", "count"),
-    Column("trace", "trace", "time"),
-    Column("compile", "compile", "time"),
+    Column("trace", "trace", "times"),
+    Column("compile", "compile", "times"),
     Column("bytes", "checkpoint, bytes", "count"),
-    Column("save", "save", "time"),
-    Column("decision", "decision", "time"),
+    Column("save", "save", "times"),
+    Column("decision", "decision", "times"),
 )
 SPREAD = (
     Column("rule", "rule"),
     Column("devices", "devices", "count"),
     Column("processes", "processes", "count"),
-    Column("compile", "compile", "time"),
-    Column("step", "step", "time"),
+    Column("compile", "compile (once)", "time"),
+    Column("step", "step", "times"),
     Column("collectives", "collectives", "count"),
     Column("sent", "sent a device and step, bytes", "count"),
     Column("grown", "with a seed a layer, bytes", "count"),
@@ -86,6 +86,7 @@ def main() -> None:
     made.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32], help="depths to measure")
     made.add_argument("--slots", type=int, nargs="+", default=[4, 16], help="slots a site to measure")
     made.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024], help="widths to measure")
+    made.add_argument("--repeats", type=int, default=3, help="times that each structure is measured, in turn")
     made.add_argument("--chips", type=int, default=512, help="size of the mesh that is estimated")
     made.add_argument("--bandwidth", type=float, default=100e9, help="bytes a second that one of its chips can send")
     made.add_argument("--worker", nargs=3, metavar=("PORT", "PROCESSES", "PROCESS"), help="used by the script itself")
@@ -100,14 +101,15 @@ def main() -> None:
     cases += [{**base, "slots": n} for n in args.slots if n != base["slots"]]
     cases += [{**base, "width": n} for n in args.widths if n != base["width"]]
     cases += [{**base, "seeds": n} for n in (1, 4, 8)]
-    rows = [structure(**case) for case in cases]
+    found = [[structure(**case) for case in cases] for _ in range(args.repeats)]
+    rows = [together(list(same)) for same in zip(*found, strict=True)]
     report.table(
         "One device: programs, checkpoints, decisions",
         STRUCTURE,
         rows,
         "Each row differs from the first in one thing. trace and compile: the train step with probes, from empty "
-        "caches. save: a whole checkpoint, written and synced. decision: one call of Tamiyo, median of 20. Every layer "
-        "is a site.",
+        "caches. save: a whole checkpoint, written and synced. decision: one call of Tamiyo, the best of 20. Every "
+        "layer is a site. Times: the median (least to most) of --repeats rounds through all rows.",
     )
     rows = [spread(rule, n) for rule in ("dp", "fsdp") for n in (1, 2, 4, DEVICES)]
     rows += [processes(rule) for rule in ("dp", "fsdp")]
@@ -116,8 +118,9 @@ def main() -> None:
         SPREAD,
         rows,
         "Virtual devices share the cores, so their steps say what dividing costs and nothing of what it gains. sent: "
-        "by ring algorithms, of the collectives in the compiled program. held: parameters and optimizer state. With "
-        "seeds: a lora of rank 8 at each layer, divided as its site is. On the CPU, XLA reduces divided gradients "
+        "by ring algorithms, of the collectives in the compiled program. held: parameters and optimizer state. step: "
+        "median (quartiles) of 20. With seeds: a lora of rank 8 at each layer, divided as its site is. On the CPU, XLA "
+        "reduces divided gradients "
         "whole where other platforms scatter the sums, which sends half.",
     )
     chips, rows = args.chips, []
@@ -170,7 +173,7 @@ def structure(layers: int, slots: int, width: int, seeds: int) -> dict[str, Any]
     state, _ = compiled(state, batch)
     session = Session(take(state))
     with tempfile.TemporaryDirectory() as folder, Checkpoints(folder) as store:
-        tree, meta = persist.described(state, session)
+        tree, meta = persist.described(state, session, {})
         began = time.perf_counter()
         store.save(1, tree, meta)
         save = time.perf_counter() - began
@@ -189,8 +192,14 @@ def structure(layers: int, slots: int, width: int, seeds: int) -> dict[str, Any]
     }
 
 
+def together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several that were measured alike: times as median, least and most."""
+    times = {name: [row[name] for row in rows] for name in ("trace", "compile", "save", "decision")}
+    return rows[0] | {name: [float(np.median(some)), min(some), max(some)] for name, some in times.items()}
+
+
 def decision(state: esper_jax.TrainState) -> float:
-    """Median seconds of one call of the heuristic on a report of this state."""
+    """Seconds of the fastest of 20 calls of the heuristic on a report of this state."""
     controller = esper_jax.Tamiyo(blueprints=("lora",))
     spec = state.morph.spec
     control = controller.init(spec.unrolled, np.asarray(jax.random.key_data(state.key)))
@@ -200,7 +209,7 @@ def decision(state: esper_jax.TrainState) -> float:
         began = time.perf_counter()
         controller.decide(control, report, ())
         taken.append(time.perf_counter() - began)
-    return float(np.median(taken))
+    return min(taken)
 
 
 def step_on(layout: Layout, model: Any, tx: Any) -> Any:
@@ -240,7 +249,7 @@ def spread(rule: str, devices: int) -> dict[str, Any]:
         for shard in leaf.addressable_shards[:1]
     )
     times = []
-    for _ in range(12):
+    for _ in range(22):
         began = time.perf_counter()
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
@@ -250,7 +259,7 @@ def spread(rule: str, devices: int) -> dict[str, Any]:
         "devices": devices,
         "processes": jax.process_count(),
         "compile": took,
-        "step": float(np.median(times[2:])),
+        "step": [float(np.quantile(times[2:], q)) for q in (0.5, 0.25, 0.75)],
         "collectives": sum(count for count, _ in found.values()),
         "sent": sent(found, devices),
         "grown": sent(grown, devices),

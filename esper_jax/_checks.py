@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,26 @@ def seconds(name: str, value: Any, *, zero: bool = False) -> None:
     if not good or value < 0 or (value == 0 and not zero):
         rule = ", 0 or more" if zero else " above 0"
         raise ValueError(f"{name} must be a finite number of seconds{rule}, got {value!r}")
+
+
+def number(name: str, value: Any) -> None:
+    """TypeError unless `value` is a number, or one array or tracer of them."""
+    dtype = getattr(value, "dtype", None)
+    real = isinstance(value, int | float) if dtype is None else getattr(dtype, "kind", "f") in "iufbV"
+    if not real or getattr(value, "ndim", None):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def one_of(name: str, value: Any, kind: type, example: str) -> None:
+    """TypeError unless `value` is an object of that class; `example` is what would do."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}")
+
+
+def place(name: str, value: Any) -> None:
+    """TypeError unless `value` is a path, as text or as a `pathlib.Path`."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} must be a path, got {value!r}")
 
 
 def flag(name: str, value: Any) -> None:

@@ -39,6 +39,7 @@ def _time(seconds: float) -> str:
 FORMS: dict[str, Callable[[Any], str]] = {
     "text": str,
     "time": _time,
+    "times": lambda v: f"{_time(v[0])} ({_time(v[1])} to {_time(v[2])})",
     "ratio": lambda v: f"{v:.3f}",
     "percent": lambda v: f"{100 * v:.1f}%",
     "count": lambda v: f"{v:,.0f}",
@@ -54,7 +55,8 @@ def shown(value: Any, form: str) -> str:
 
     Args:
       value: what a row holds.
-      form: text, time (seconds), ratio, percent (of 1), count, number, steps, interval (a pair), or yes (a truth).
+      form: text, time (seconds), times (median, least and most seconds), ratio, percent (of 1), count, number, steps,
+        interval (a pair), or yes (a truth).
     """
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return "-"

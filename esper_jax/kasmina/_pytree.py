@@ -20,6 +20,12 @@ def is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and bool(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
+def check_key(key: Any) -> None:
+    """TypeError unless `key` is a PRNG key, typed or raw."""
+    if not (hasattr(key, "dtype") and (is_key(key) or key.dtype == "uint32" and key.shape[-1:] == (2,))):
+        raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {type(key).__name__}: {key!r}")
+
+
 class Struct:
     """Base of the pytree dataclasses."""
 

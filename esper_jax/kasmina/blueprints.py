@@ -105,6 +105,9 @@ def register_blueprint(
         raise ValueError(f"blueprint {name!r} exists already; give another name, or replace=True to take its place")
     if reads not in READS:
         raise ValueError(f"blueprint {name!r}: reads must be one of {', '.join(READS)}, got {reads!r}")
+    for given, what in ((init, "init"), (apply, "apply"), (module, "module")):
+        if given is not None and not callable(given):
+            raise TypeError(f"blueprint {name!r}: {what} must be a function, got {given!r}")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if wrong := [kind for kind in kinds if kind not in (*KINDS, SPAN)]:
         raise ValueError(f"blueprint {name!r}: unknown site kind {wrong[0]!r}; choose from {', '.join(KINDS)}")

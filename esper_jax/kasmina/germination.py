@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._checks import number
 from . import lifecycle
+from ._pytree import check_key
 from .blend import check_blend
 from .blueprints import DENSE, get_blueprint, make_plant, seed_init
 from .morph import Morph, with_spec
@@ -85,6 +87,9 @@ def germinate(
     if not isinstance(blueprint, str):
         name, blueprint, config, blend, params = _unpack(blueprint, place, config, blend, params)
     get_blueprint(blueprint).full_config(config)
+    number("score", score)
+    if key is not None:
+        check_key(key)
     if blend is not None:
         check_blend(blend)
     if key is None and params is None:

@@ -118,6 +118,8 @@ def graft(apply: Any, *, updates: bool = False) -> Graft:
         return apply
     if (adapter := nnx_adapter(apply)) is not None:
         return NnxGraft(apply, adapter, updates)
+    if apply is None:
+        raise TypeError("graft() needs a Flax module or its apply function, got None")
     if updates:
         raise TypeError("graft(updates=True) is for nnx modules; a Linen model returns updates for mutable=[...]")
     model = linen.model_of(apply)

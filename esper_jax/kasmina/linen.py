@@ -143,7 +143,14 @@ def trace_sites(
     rngs = {"params": jax.random.key(0)}  # for any stream
     given = {"rngs": rngs, **mode(model, False), **kwargs, "mutable": mutable}
     with nn.intercept_methods(intercept):
-        jax.eval_shape(lambda v, a: model.apply(v, *a, **given), variables, inputs)
+        try:
+            jax.eval_shape(lambda v, a: model.apply(v, *a, **given), variables, inputs)
+        except Exception as error:
+            took = ", ".join(str(getattr(leaf, "shape", type(leaf).__name__)) for leaf in inputs)
+            raise ValueError(
+                f"{type(model).__name__} cannot be traced on example= ({took}) with these variables: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     axes = _stacks(variables["params"], seen)
     found: list[Site] = []
     skipped: list[tuple[str, str]] = []

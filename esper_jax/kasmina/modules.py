@@ -163,6 +163,8 @@ def with_seeds_of(morph: Any) -> dict[str, Any]:
 
     For an nnx model an `nnx.State`, for `nnx.update(model, ...)`.
     """
+    if not hasattr(morph, "spec"):
+        raise TypeError(f"with_seeds_of() needs a Morph, got {type(morph).__name__}; make one with morph(params)")
     if morph.form is not None:
         own: dict[tuple[str, ...], Any] = {}
         for path in morph.spec.planted_at:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from .._checks import number, one_of
 from . import lifecycle
 from .lifecycle import Moved
 from .morph import Morph, check_morph, with_spec
@@ -38,6 +39,7 @@ def advance(
     Raises:
       KeyError: unknown site. ValueError: the slot is empty, or its stage has no next one.
     """
+    number("score", score)
     state = planted_state(morph, site, slot)
     stages = state.stage[_seeded(morph, site, slot, layer)] if concrete(state.stage) else ()
     for stage in map(Stage, map(int, stages)):
@@ -93,6 +95,7 @@ def prune(
     Raises:
       KeyError: unknown site. ValueError: empty slot, or a stage that cannot be pruned (FOSSILIZED is for good).
     """
+    number("score", score)
 
     def move(state: SeedState, mask: jax.Array) -> Moved:
         if steps > 0:
@@ -110,6 +113,7 @@ def fossilize(
     Raises:
       KeyError: unknown site. ValueError: empty slot, or another stage than HOLDING.
     """
+    number("score", score)
     to_fossil = lambda s, m: lifecycle.transition(s, m, Stage.FOSSILIZED, score)  # noqa: E731
     return _apply(morph, site, slot, layer, to_fossil, with_ok, "fossilize")
 
@@ -126,6 +130,8 @@ def tick(
       The morph and, for each planted site, what moved and why not.
     """
     check_morph(morph, "tick")
+    number("score", score)
+    one_of("config", config, lifecycle.Lifecycle, "Lifecycle()")
     state, report, seeds = {}, {}, {}
     for path, plants in morph.spec.planted_at.items():
         finite = jnp.ones(morph.state[path].stage.shape, bool)
@@ -143,6 +149,7 @@ def shed(morph: Morph) -> Morph:
 
     Call `growable(...).grow(opt_state, morph)` after it, so that the next seed in such a slot finds no old moments.
     """
+    check_morph(morph, "shed")
     stages = {path: np.asarray(state.stage) for path, state in morph.state.items()}
     spec = morph.spec
     for plant in morph.spec.plants:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._checks import whole
 from ._pytree import Struct, pytree
 from .bank import Bank
 from .blueprints import CONVS, DENSE, make_plant, seed_shapes
@@ -93,6 +94,9 @@ def growth_scores(
     """
     check_morph(morph, "growth_scores")
     forward = graft(forward)
+    whole("rank", rank, 1)
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise TypeError(f"growth_scores() needs a batch (inputs, targets), got {type(batch).__name__}")
     inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
     options = tuple(sorted({**forward.mode(False), **kwargs}.items()))
     probes = _probes(morph, spans)

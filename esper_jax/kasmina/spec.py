@@ -206,6 +206,8 @@ def freeze_config(config: Mapping[str, Any]) -> Config:
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping | set):
+        raise TypeError(f"a blueprint's config holds numbers, text and lists of them, got {value!r}")
     return tuple(_hashable(v) for v in value) if isinstance(value, list | tuple) else value
 
 

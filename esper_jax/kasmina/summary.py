@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import one_of
 from ._pytree import is_key
 from .blueprints import CONVS, Blueprint, example_input, registered, seed_apply, seed_shapes
 from .graft import Graft, NnxGraft, graft
@@ -55,6 +56,8 @@ def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
     """
     if not isinstance(morph, Morph):
         raise TypeError(f"summary() needs a Morph, got {type(morph).__name__}; make one with morph(params)")
+    if health is not None:
+        one_of("health", health, Mapping, "{site: health}")
     of_site = () if health is None else ("site health",)
     heads = ("site", "kind", "features", *of_site, "slot", "blueprint", "stage", "alpha", "health", "contribution")
     rows: list[tuple[str, ...]] = []
@@ -90,6 +93,8 @@ def blueprints(site: Site | None = None) -> Table:
       The table. "parameters" are those of one seed with the default config; "FLOPs" XLA's own count for one row of the
       input (at a convolution, for an image of 8 places a side; at attention, for 8 places), "-" where it has none.
     """
+    if site is not None:
+        one_of("site", site, Site, 'morph.spec.by_path["Dense_0"]')
     heads = ("name", "reads", "site kinds", "config", "parameters", "FLOPs", "folds", "about", "citation")
     rows = [
         (

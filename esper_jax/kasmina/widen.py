@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .layout import change_at
-from .morph import Morph, with_spec
+from .morph import Morph, check_morph, with_spec
 from .sites import split_path
 from .spec import Plant, Site, Spec
 
@@ -117,6 +117,8 @@ def _arrays(params: Any, site: Site) -> Mapping[str, Any]:
 
 def sizes_changed(before: Morph, after: Morph) -> dict[str, tuple[int, int]]:
     """The layers whose number of output features folding has changed: `{path: (old, new)}`."""
+    check_morph(before, "sizes_changed")
+    check_morph(after, "sizes_changed")
     old = before.spec.by_path
     return {
         site.path: (old[site.path].out_features, site.out_features)
@@ -146,6 +148,8 @@ def widened(model: Any, before: Morph, after: Morph, example: Any, **kwargs: Any
         in its code.
     """
     sizes = sizes_changed(before, after)
+    if not dataclasses.is_dataclass(model):
+        raise TypeError(f"widened() needs a Linen module, got {type(model).__name__}")
     inputs = example if isinstance(example, tuple) else (example,)
     shapes = jax.tree.map(np.shape, after.params["host"])
     places = _places(model, dict(sizes.values()))

@@ -17,7 +17,7 @@ TOKEN = "ESPER_TAMIYO_TOKEN"
 
 def check_token(token: str | None) -> None:
     """ValueError, without the token, for a bearer token that a header cannot carry as it is (RFC 6750)."""
-    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):
+    if token is not None and not (isinstance(token, str) and re.fullmatch(r"[\x21-\x7e]+", token)):
         raise ValueError("the bearer token must be printable ASCII without spaces and not empty")
 
 

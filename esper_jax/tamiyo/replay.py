@@ -38,6 +38,8 @@ class ReplayController:
         self._said: dict[tuple[int, int], list[Notice]] = {}
         self._scores: dict[tuple[int, int], tuple[float, float]] = {}
         for event in events:
+            if not all(hasattr(event, name) for name in ("kind", "epoch", "step", "data")):
+                raise TypeError(f"ReplayController() needs events such as those of read_events(path), got {event!r}")
             when = (event.epoch, event.step)
             if event.kind == "decision":
                 self._decisions.setdefault(when, []).append(_decision(event))

@@ -229,7 +229,7 @@ def growable(tx: optax.GradientTransformation, *, seeds: optax.GradientTransform
     if isinstance(tx, Growable):
         return tx
     for given, name in ((tx, "tx"), (seeds, "seeds")):
-        if given is not None and not (hasattr(given, "init") and hasattr(given, "update")):
+        if (given is not None or name == "tx") and not (hasattr(given, "init") and hasattr(given, "update")):
             raise TypeError(f"growable() needs an optax transformation for {name}, got {type(given).__name__}")
     return Growable(tx, tx if seeds is None else seeds)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import place
 from ..kasmina.blueprints import registered
 from ..kasmina.morph import Morph, with_spec
 from ..kasmina.spec import Spec
@@ -89,6 +90,7 @@ def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None,
     Raises:
       CheckpointError: no checkpoint, or none that is whole.
     """
+    place("directory", directory)
     with Checkpoints(pathlib.Path(directory) / FOLDER) as checkpoints:
         found = checkpoints.read(step)
     _known(found.meta, urza)

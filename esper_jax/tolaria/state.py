@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..kasmina._pytree import Struct, is_key, pytree
+from ..kasmina._pytree import Struct, check_key, is_key, pytree
 from ..kasmina.morph import Morph
 from ..kasmina.probe import SIZE
 from .optim import Growable, GrowState
@@ -84,8 +84,5 @@ class TrainState(Struct):
 
 def typed_key(key: Any) -> jax.Array:
     """`key` as a typed PRNG key of its own buffer; raw uint32 keys are wrapped, other things raise TypeError."""
-    if isinstance(key, jax.Array) and is_key(key):
-        return jax.random.clone(key)
-    if hasattr(key, "dtype") and key.dtype == jnp.uint32 and key.shape == (2,):
-        return jax.random.wrap_key_data(jnp.array(key))
-    raise TypeError(f"key must be a PRNG key such as jax.random.key(0), got {type(key).__name__}: {key!r}")
+    check_key(key)
+    return jax.random.clone(key) if is_key(key) else jax.random.wrap_key_data(jnp.array(key))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._checks import flag, instance, whole
+from .._checks import flag, instance, place, whole
 from ..kasmina.graft import graft
 from ..kasmina.lifecycle import Lifecycle
 from ..kasmina.linen import unboxed
@@ -302,6 +302,8 @@ class Tolaria:
 
     def evaluate(self, state: TrainState | Morph, data: Data) -> dict[str, float]:
         """Mean loss and score (in points) on data: `{"loss": ..., "score": ...}`."""
+        if not isinstance(state, TrainState | Morph):
+            raise TypeError(f"evaluate() needs a TrainState or a Morph, got {type(state).__name__}")
         loss, score = self._evaluator(state.morph if isinstance(state, TrainState) else state, data)
         return {"loss": loss, "score": score}
 
@@ -316,6 +318,8 @@ class Tolaria:
           ValueError: no directory is known. CheckpointError: none there, none whole, or one that does not fit this
           trainer's optimizer or controller.
         """
+        if directory is not None:
+            place("directory", directory)
         where = self.checkpoint_dir if directory is None else pathlib.Path(directory)
         if where is None:
             raise ValueError("restore() needs a directory: give one, or Tolaria(checkpoint_dir=...)")
