@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .ops.attention import attention_weights, masks
+from .ops.attention import attend, attention_weights, can_attend, masks
 from .ops.conv import convolve, from_last, to_last
 from .ops.linear import without_padding_gradient
 from .ops.norm import normalised, statistics, unbiased, updated
@@ -87,14 +87,23 @@ class Attention(nn.MultiHeadDotProductAttention):
         """Outputs `[N, L, out]` of queries `[N, L, E]`; `mask` is true where allowed, `bias` is added to the logits."""
         k = inputs_q if inputs_k is None else inputs_k
         v = k if inputs_v is None else inputs_v
-        weights = self.weights(inputs_q, k, mask, bias, causal)
+        queries, keys, bias, causal = self._prepared(inputs_q, k, mask, bias, causal)
+        values, scale = self._joined(self.value(v), "bias_v"), 1 / (queries.shape[-1] ** 0.5)
+        if (deterministic or not self.dropout_rate) and can_attend(queries, keys, values):
+            return self.out(attend(queries, keys, values, bias, causal, scale))
+        weights = attention_weights(_heads_first(queries), _heads_first(keys), bias, causal, scale)
         if not deterministic:
             weights = dropped(weights, self.dropout_rate, draw)
-        values = self._joined(self.value(v), "bias_v")
         return self.out(jnp.einsum("nhqk,nkhd->nqhd", weights, values))
 
     def weights(self, q: Any, k: Any, mask: Any, bias: Any, causal: bool) -> Any:
         """The attention weights `[N, heads, L, S]`."""
+        queries, keys, bias, causal = self._prepared(q, k, mask, bias, causal)
+        scale = 1 / (queries.shape[-1] ** 0.5)
+        return attention_weights(_heads_first(queries), _heads_first(keys), bias, causal, scale)
+
+    def _prepared(self, q: Any, k: Any, mask: Any, bias: Any, causal: bool) -> tuple[Any, Any, Any, bool]:
+        """Queries and keys by heads, one mask of either kind, and whether the causal one is still to be applied."""
         queries, keys = self.query(q), self._joined(self.key(k), "bias_k")
         more = keys.shape[1] - k.shape[1]
         if more and causal:
@@ -108,9 +117,7 @@ class Attention(nn.MultiHeadDotProductAttention):
             bias = jnp.where(mask, bias, -jnp.inf)
         elif mask is not None:
             bias = mask
-        heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
-        scale = 1 / (queries.shape[-1] ** 0.5)
-        return attention_weights(heads_first(queries), heads_first(keys), bias, causal, scale)
+        return queries, keys, bias, causal
 
     def _joined(self, x: Any, name: str) -> Any:
         """Keys or values `[N, S, heads, D]` with the learnt one and the zeros behind."""
@@ -119,6 +126,9 @@ class Attention(nn.MultiHeadDotProductAttention):
             learnt = getattr(self, name).reshape(1, 1, *split)
             x = jnp.concatenate([x, jnp.broadcast_to(learnt, (n, 1, *split)).astype(x.dtype)], 1)
         return jnp.concatenate([x, jnp.zeros((n, 1, *split), x.dtype)], 1) if self.zero else x
+
+
+_heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
 
 
 def make(layer: Layer) -> nn.Module:

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Exits with 0; with 2 and one sentence for a wrong value; with 130 after Ctrl-C and 143 after SIGTERM, when the run
-    is saved and the command that goes on with it was printed; with 1 where training kept diverging.
+    is saved and the command that goes on with it was printed; with 75 where another process of the job is lost; with 1
+    where training kept diverging.
     """
     try:
         import tyro

@@ -27,11 +27,39 @@ def scaled_dot_product_attention(
 ) -> Any:
     """Attention over `[..., heads, length, features]`; a mask of either kind; rows with nothing allowed give 0."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    mask = attn_mask
+    if not dropout_p and query.ndim == key.ndim == value.ndim == 4:
+        by_length = tuple(jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+        if can_attend(*by_length):
+            return jnp.swapaxes(attend(*by_length, mask, is_causal, scale), 1, 2)
     if enable_gqa:
         key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)
         value = jnp.repeat(value, query.shape[-3] // value.shape[-3], axis=-3)
-    weights = attention_weights(query, key, attn_mask, is_causal, scale)
+    weights = attention_weights(query, key, mask, is_causal, scale)
     return jnp.matmul(dropped(weights, dropout_p, draw), value)
+
+
+def can_attend(query: Any, key: Any, value: Any) -> bool:
+    """Whether `attend` takes arrays of these shapes and dtypes: one batch, one width, softmax in float32."""
+    same = key.shape == value.shape and query.shape[0] == key.shape[0] and query.shape[-1] == key.shape[-1]
+    fits = same and query.shape[2] % key.shape[2] == 0
+    return fits and query.dtype == key.dtype == value.dtype and query.dtype.itemsize <= 4
+
+
+def attend(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: float) -> Any:
+    """`jax.nn.dot_product_attention` over `[N, length, heads, features]`; a row of which all is masked gives zeros."""
+    allowed = bias = None
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        allowed = mask if mask.dtype == jnp.bool_ else mask > -jnp.inf
+        bias = None if mask.dtype == jnp.bool_ else jnp.where(allowed, mask, 0)
+    found = jax.nn.dot_product_attention(query, key, value, bias, allowed, scale=scale, is_causal=causal)
+    if allowed is None:
+        return found
+    if causal:
+        allowed = allowed & jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
+    some = jnp.any(allowed, axis=-1, keepdims=True)
+    return jnp.where(jnp.swapaxes(some, 1, 2), found, 0)
 
 
 def attention_weights(query: Any, key: Any, mask: Any, causal: bool, scale: float) -> Any:

@@ -244,6 +244,8 @@ class Tolaria:
           CheckpointError: a new run in a directory that holds another run's checkpoints, or that another process
           trains in now.
           OonaError: the bus that was asked for cannot be reached, before the first step.
+
+        Where another process of the job is lost, this one ends with exit status 75 and a sentence.
         """
         if not isinstance(state, TrainState):
             raise TypeError(f"fit() needs the TrainState of init() or restore(), got {type(state).__name__}")
