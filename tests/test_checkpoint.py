@@ -21,6 +21,7 @@ import pytest
 
 from esper_jax.tolaria import checkpoint as checkpoint_module
 from esper_jax.tolaria import manifest as manifests
+from esper_jax.tolaria import together
 from esper_jax.tolaria.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, StructureMismatch
 
 
@@ -555,3 +556,15 @@ def test_kill_9_at_random_moments_always_leaves_a_whole_newest_step(tmp_path):
         checkpoints.save(10**6, {"w": np.zeros(3)}, {})
         assert all(name.isdecimal() for name in os.listdir(checkpoints.directory))
     assert max(progress) > 0, "no child got as far as one save"
+
+
+def test_the_part_of_a_process_that_is_gone_or_failed_is_not_waited_for(tmp_path, monkeypatch):
+    """Each is an error with the reason, which fails that one save."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(OSError, match="process 1 is gone and has stored no part"):
+        together.collect(tmp_path, (), lambda: True)
+    (tmp_path / "failed.1").write_text("OSError: no space")
+    with pytest.raises(OSError, match="process 1 could not store its part: OSError: no space"):
+        together.collect(tmp_path, ())
+    (tmp_path / "stored.1.json").write_text("{}")
+    assert together.collect(tmp_path, (), lambda: True) == ()

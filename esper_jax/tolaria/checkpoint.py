@@ -166,8 +166,16 @@ class Checkpoints:
             raise self._unsaved(step, problem)
         return Prepared(step, tree, meta, manifests.clean_score(score))
 
-    def write(self, prepared: Prepared, *, force: bool = False) -> None:
-        """Store what `prepare` gave; returns when it is on disk."""
+    def whole(self, step: int) -> bool:
+        """Whether a step is there and not damaged; all of it is read."""
+        try:
+            self.read(step)
+        except CheckpointError:
+            return False
+        return True
+
+    def write(self, prepared: Prepared, *, force: bool = False, gone: Callable[[], bool] = lambda: False) -> None:
+        """Store what `prepare` gave, and return when it is on disk; until `gone()` other processes are waited for."""
         step, tree, meta, score = prepared
         records, arrays = leaves.flatten(tree, folder_of(jax.process_index()))
         together = leaves.is_spread(tree)
@@ -189,7 +197,7 @@ class Checkpoints:
             if not together and (problem := self._stage(step)):
                 raise OSError(problem)
             write_arrays(staged / FOLDER, arrays)
-            records = collect(staged, records) if together else records
+            records = collect(staged, records, gone) if together else records
             manifest = Manifest(step, score, meta, records, manifests.versions(), manifests.sizes(staged))
             manifests.write(staged, manifest)
             self._make_room(target)

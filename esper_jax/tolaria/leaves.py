@@ -218,7 +218,13 @@ def is_spread(tree: Any) -> bool:
 
 def parted(tree: Any) -> Any:
     """The tree, with each array marked whose parts lie with several processes."""
-    return jax.tree.map(lambda leaf: Spread(leaf) if spread(leaf) else leaf, tree)
+
+    def marked(leaf: Any) -> Any:
+        if not spread(leaf):
+            return leaf
+        return Spread(leaf) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(marked, tree)
 
 
 def copied(leaf: Any) -> Any:

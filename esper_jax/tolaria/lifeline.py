@@ -16,8 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
 from typing import Self
 
 import jax
@@ -28,6 +27,8 @@ LOST = 75
 """The exit status of a process that ends because another of its job did: try again (`EX_TEMPFAIL` of sysexits.h)."""
 GRACE = 10.0
 """Seconds in which a process may come to the end by itself that another one has met as an error."""
+LAST = 15.0
+"""Seconds that a save under way has before a process ends because another did."""
 _MEET = 15.0
 _PAUSE = 2.0
 _LONGEST = 400
@@ -35,15 +36,18 @@ _END, _ERROR = b"end", b"error "
 
 
 class Lifeline:
-    """Watches the other processes of the job within its block; with one process it does nothing.
+    """Holds the connections to the other processes of the job within its block; with one process it does nothing.
 
     Args:
       directory: the run's, to be named as what to go on from; None where nothing is saved.
       tell: is given the sentence before this process ends, for a log; it may hang or fail.
+      gone: is called when a process is gone, also after its training and this one's have ended.
     """
 
-    def __init__(self, directory: pathlib.Path | None, tell: Callable[[str], None]) -> None:
-        self.directory, self.tell = directory, tell
+    def __init__(
+        self, directory: pathlib.Path | None, tell: Callable[[str], None], gone: Callable[[], None] = lambda: None
+    ) -> None:
+        self.directory, self.tell, self.gone = directory, tell, gone
         self.missing = ""
         self._left = threading.Event()
         self._links: dict[int, socket.socket] = {}
@@ -53,20 +57,29 @@ class Lifeline:
             problem = self._listen() if peers.first() else self._call(*peers.told([]))
             self.missing = peers.any_of(problem)
             for process, link in self._links.items():
-                threading.Thread(
-                    target=self._watch, args=(process, link), name="esper_jax lifeline", daemon=True
-                ).start()
+                threading.Thread(target=self._watch, args=(process, link), daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._links and isinstance(error, Exception):
-            time.sleep(_PAUSE)  # a collective may fail before the loss that is the reason is heard of
-        self._left.set()
-        said = _END if error is None else _ERROR + f"{type(error).__name__}: {error}".encode()[:_LONGEST]
-        self._say(said.replace(b"\n", b" "))
+    def __exit__(self, *_: object) -> None:
         for link in self._links.values():
             with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_WR)
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Within this block no process can go on without the others; the others hear how it ended."""
+        said = _END
+        try:
+            yield
+        except BaseException as error:
+            if self._links and isinstance(error, Exception):
+                time.sleep(_PAUSE)  # a collective may fail before the loss that is the reason is heard of
+            said = _ERROR + f"{type(error).__name__}: {error}".encode()[:_LONGEST]
+            raise
+        finally:
+            self._left.set()
+            self._say(said)
 
     def _listen(self) -> str:
         """The first process: wait for the others to call; what went wrong, or ""."""
@@ -83,16 +96,18 @@ class Lifeline:
             while len(self._links) < jax.process_count() - 1 and strangers < 100:
                 try:
                     link, _ = server.accept()
+                except OSError:  # nobody came in time
+                    break
+                try:
                     link.settimeout(3)
                     word, _, process = link.recv(100).decode(errors="replace").partition(" ")
-                    if not secrets.compare_digest(word, ask):
+                    if not secrets.compare_digest(word.encode(), ask.encode()):
                         raise OSError("a stranger")
                     link.sendall(answer.encode())
                     self._links[int(process)] = _lasting(link)
-                except TimeoutError:
-                    break
                 except (OSError, ValueError):
                     strangers += 1
+                    link.close()
         return "" if len(self._links) == jax.process_count() - 1 else "not every process could be reached"
 
     def _call(self, hosts: list[str], port: int, ask: str, answer: str) -> str:
@@ -108,20 +123,21 @@ class Lifeline:
         return f"process {jax.process_index()} cannot reach the first one at {' or '.join(hosts)}, port {port}"
 
     def _watch(self, process: int, link: socket.socket) -> None:
-        heard = b""
+        who, heard = f"process {process} of {jax.process_count()}", b""
         with contextlib.suppress(OSError):
             while part := link.recv(1000):
                 heard += part
-        if heard == _END:
-            return
-        if heard.startswith(_ERROR):
-            if self._left.wait(GRACE):
-                return
-            why = f"ended with {heard.removeprefix(_ERROR).decode(errors='replace')}"
-        else:
-            why = "was lost"
-        if not self._left.is_set():
-            self._end(f"process {process} of {jax.process_count()} {why}")
+                if heard.startswith(_ERROR) and b"\n" in part:
+                    why = heard.removeprefix(_ERROR).decode(errors="replace").strip()
+                    threading.Thread(target=self._follow, args=(f"{who} ended with {why}",), daemon=True).start()
+        self.gone()
+        if not heard and not self._left.is_set():
+            self._end(f"{who} was lost")
+
+    def _follow(self, what: str) -> None:
+        """End too, unless this process's training ends by itself in time."""
+        if not self._left.wait(GRACE):
+            self._end(what)
 
     def _end(self, what: str) -> None:
         """Say it, have the log say it if it can, and end this process: its training thread waits for ever."""
@@ -130,18 +146,21 @@ class Lifeline:
         if self.directory is not None:
             where = f"go on with fit(restore(), ...) or with: esper-jax train --resume {self.directory}"
         sentence = f"{what}, so no further step can be made and this process ends too (exit status {LOST}); {where}"
-        sys.stderr.write(f"esper_jax: {sentence}\n")
-        sys.stderr.flush()
-        teller = threading.Thread(target=self.tell, args=(sentence,), daemon=True)
-        teller.start()
-        teller.join(2)
-        sys.stdout.flush()
-        os._exit(LOST)
+        try:
+            teller = threading.Thread(target=self.tell, args=(sentence,), daemon=True)
+            teller.start()
+            for stream, text in ((sys.stderr, f"esper_jax: {sentence}\n"), (sys.stdout, "")):
+                with contextlib.suppress(Exception):
+                    stream.write(text)
+                    stream.flush()
+            teller.join(LAST + 2)
+        finally:
+            os._exit(LOST)
 
     def _say(self, what: bytes) -> None:
         for link in self._links.values():
             with contextlib.suppress(OSError):
-                link.sendall(what)
+                link.sendall(what.replace(b"\n", b" ") + b"\n")
 
 
 def _addresses() -> list[str]:

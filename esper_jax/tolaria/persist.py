@@ -20,7 +20,7 @@ from ..protocol import Library
 from . import snapshot as _snapshot
 from .checkpoint import CheckpointError, Checkpoints
 from .optim import Growable
-from .records import FILE, Mark, read_history
+from .records import Mark, read_history
 from .session import Session
 from .sharding import Layout
 from .state import TrainState
@@ -72,7 +72,7 @@ def restore(
     restored = checkpoints.restore(template, step=step)
     session = Session.from_json(restored.meta["session"], restored.tree["snapshot"])
     if (mark := restored.meta.get("history")) is not None:
-        session.records = read_history(checkpoints.directory.parent / FILE, mark) or session.records
+        session.records = read_history(checkpoints.directory.parent, mark) or session.records
     return restored.tree["state"], session
 
 

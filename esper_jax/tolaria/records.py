@@ -7,6 +7,7 @@ cut short or a run that went on from an earlier step, is written over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -16,48 +17,63 @@ from collections.abc import Callable
 from typing import Any
 
 from .leaves import one_line
+from .manifest import sync_directory
 
 FILE = "history.jsonl"
-Mark = dict[str, int]
-"""How much of the file counts: `ticks`, `bytes`, and their `crc32`."""
+Mark = dict[str, Any]
+"""How much of which `file` counts: `ticks`, `bytes`, and their `crc32`."""
 
 
 class HistoryFile:
     """The file of one `fit`, where what is there of the run's records already need not be written again."""
 
     def __init__(self, path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-        self.path = path
+        """Where the file holds other lines, of another `fit` or damaged ones, it is left as it is for a new one."""
         self._mark: Mark = {"ticks": 0, "bytes": 0, "crc32": 0}
         mark, text = self._after(records)
-        if text and _begins_with(path, text):
-            self._mark = mark
+        self.path, number = path, 1
+        while self.path.exists():
+            if text and _begins_with(self.path, text):
+                self._mark = mark
+                break
+            number += 1
+            self.path = path.with_stem(f"{path.stem}-{number}")
 
     def up_to_now(self, records: list[dict[str, Any]]) -> tuple[Mark, Callable[[], None]]:
         """How much a checkpoint with these records counts on, and what writes it; OSError where that fails."""
         mark, text = self._after(records)
-        size = self._mark["bytes"]
+        size, ticks = self._mark["bytes"], mark["ticks"]
 
         def write() -> None:
-            with open(self.path, "r+b" if self.path.exists() else "w+b") as file:
-                file.seek(size)
-                file.write(text)
+            new = not self.path.exists()
+            with open(self.path, "w+b" if new else "r+b") as file:
+                there = os.fstat(file.fileno()).st_size >= size
+                file.seek(size if there else 0)
+                file.write(text if there else _lines(records[:ticks]))  # all again, where somebody took it away
                 file.truncate()
                 file.flush()
                 os.fsync(file.fileno())
+            if new:
+                sync_directory(self.path.parent)
             self._mark = mark
 
-        return mark, write
+        return {**mark, "file": self.path.name}, write
 
     def _after(self, records: list[dict[str, Any]]) -> tuple[Mark, bytes]:
         """The mark with these records, and the lines behind the present one."""
         old = self._mark
-        text = b"".join(json.dumps(record).encode() + b"\n" for record in records[old["ticks"] :])
+        text = _lines(records[old["ticks"] :])
         crc = zlib.crc32(text, old["crc32"])
         return {"ticks": len(records), "bytes": old["bytes"] + len(text), "crc32": crc}, text
 
 
-def read_history(path: pathlib.Path, mark: Mark) -> list[dict[str, Any]] | None:
+def _lines(records: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def read_history(directory: pathlib.Path, mark: Mark) -> list[dict[str, Any]] | None:
     """The records that a checkpoint counts on; None, with a warning, where the file does not hold them any more."""
+    path = directory / mark.get("file", FILE)
     try:
         text = path.read_bytes()[: mark["bytes"]]
         if len(text) == mark["bytes"] and zlib.crc32(text) == mark["crc32"]:
@@ -71,7 +87,6 @@ def read_history(path: pathlib.Path, mark: Mark) -> list[dict[str, Any]] | None:
 
 
 def _begins_with(path: pathlib.Path, text: bytes) -> bool:
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         return file.read(len(text)) == text
+    return False

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..nissa import events
-from . import persist
+from . import lifeline, persist
 from .change import Changes
 from .checkpoint import Checkpoints
 from .data import Data, Held
 from .feed import Feed
+from .leaves import is_spread, parted
 from .peers import Vote, alone, first, told
 from .programs import Program
 from .records import FILE, HistoryFile
@@ -206,8 +207,10 @@ class Run:
             score = self.session.records[-1]["score"] if self.session.records else float("nan")
             mark, write = self.history.up_to_now(self.session.records)
             tree, meta = persist.described(state, self.session, mark)
-            before = {"before": write} if first() else {}
-            self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks, **before)
+            tree = parted(tree)
+            if first() or is_spread(tree):
+                before = {"before": write} if first() else {}
+                self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks, **before)
             self.saved = step
         if wait:
             self.settle()
@@ -229,8 +232,15 @@ class Run:
                 path = self.checkpoints.directory / str(saved.step)
                 self.sink(events.checkpoint(saved.tick, saved.step, path=path, best=saved.best))
 
+    def gone(self) -> None:
+        """Another process is gone: a save under way need not wait for what it has not stored."""
+        if self.saver is not None:
+            self.saver.gone.set()
+
     def lost(self, sentence: str) -> None:
-        """Log that another process is lost; the state of this one cannot be asked for any more."""
+        """Log that another process is lost, and see a save through; the state cannot be asked for any more."""
+        if self.saver is not None:
+            self.saver.finish(lifeline.LAST)
         self.sink(events.error(len(self.session.records), self.made, sentence))
 
     @contextlib.contextmanager

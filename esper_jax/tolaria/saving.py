@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -29,8 +31,10 @@ class Saver:
     def __init__(self, store: Checkpoints) -> None:
         self.store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="esper_jax saver")
-        self._writing: Future[None] | None = None
+        self._writing: Future[Saved] | None = None
         self._told: list[Saved] = []
+        self.gone = threading.Event()
+        """Set once another process of the job is gone: its part of a step is waited for no more."""
 
     def save(
         self,
@@ -56,9 +60,19 @@ class Saver:
 
     def wait(self) -> None:
         """Until no save is under way; raises what went wrong with it, a failure to write excepted."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if self._writing is None:
+            return
+        try:
+            self._told.append(self._writing.result())
+        except Exception:
+            self._writing = None
+            raise
+        self._writing = None  # not before: an interrupt of the wait leaves the save to be waited for
+
+    def finish(self, seconds: float) -> None:
+        """Wait for a save under way, but no longer than that; from any thread."""
+        if (writing := self._writing) is not None:
+            concurrent.futures.wait([writing], timeout=seconds)
 
     def close(self) -> None:
         """Wait, and end the thread."""
@@ -72,13 +86,13 @@ class Saver:
         told, self._told = self._told, []
         return told
 
-    def _write(self, tick: int, step: int, best: bool, prepared: Prepared, before: Callable[[], None]) -> None:
+    def _write(self, tick: int, step: int, best: bool, prepared: Prepared, before: Callable[[], None]) -> Saved:
         error: CheckpointError | None = None
         try:
             before()
-            self.store.write(prepared)
+            self.store.write(prepared, gone=self.gone.is_set)
         except OSError as failure:
             error = CheckpointError(f"step {step} could not be saved ({one_line(failure)}); the next save tries again")
         except CheckpointError as failure:
             error = failure
-        self._told.append(Saved(tick, step, best, error))
+        return Saved(tick, step, best, error)

@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,20 +42,31 @@ def hand_in(step: pathlib.Path, records: tuple[LeafRecord, ...], arrays: dict[st
         written.write_text(json.dumps(pieces))
         os.replace(written, done)
     except Exception as error:
+        reason = failed.with_suffix(".tmp")
         with contextlib.suppress(OSError):
-            failed.touch()  # an empty file may be made on a full disk
-            failed.write_text(one_line(error))
+            reason.touch()  # an empty file may be made on a full disk
+            reason.write_text(one_line(error))
+        with contextlib.suppress(OSError):
+            os.replace(reason, failed)
 
 
-def collect(step: pathlib.Path, records: tuple[LeafRecord, ...]) -> tuple[LeafRecord, ...]:
-    """The records with the pieces of all processes, once all have stored theirs; OSError where one could not."""
+def collect(
+    step: pathlib.Path, records: tuple[LeafRecord, ...], gone: Callable[[], bool] = lambda: False
+) -> tuple[LeafRecord, ...]:
+    """The records with the pieces of all processes, once all have stored theirs; OSError where one could not.
+
+    Once `gone()` says that a process is gone, what it has not stored by then is waited for no more.
+    """
     pieces = {record.path: list(record.pieces) for record in records}
     for process in range(1, jax.process_count()):
         done, failed = _answers(step, process)
         began = time.monotonic()
         while not done.exists():
+            lost = gone()  # asked before the last look at what it stored
             if failed.exists():
                 raise OSError(f"process {process} could not store its part: {failed.read_text()}")
+            if lost and not done.exists():
+                raise OSError(f"process {process} is gone and has stored no part")
             if time.monotonic() - began > PATIENCE:
                 raise OSError(
                     f"process {process} stored no part within {PATIENCE} s; all processes must see {step.parent.parent}"

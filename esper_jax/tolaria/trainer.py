@@ -291,7 +291,8 @@ class Tolaria:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
-            with run.closing(), interrupts() as stop, Lifeline(run.directory, run.lost) as line:
+            lifeline = Lifeline(run.directory, run.lost, run.gone)
+            with lifeline as line, run.closing(), interrupts() as stop, line.training():
                 if line.missing:
                     sink(events.warning(*now, f"a lost process is noticed by JAX alone, and late: {line.missing}"))
                 outcome = run.until(epochs, feed, validation, stop)
@@ -390,7 +391,7 @@ class Tolaria:
         folder = self.checkpoint_dir / persist.FOLDER
         lock = directory.held(self.checkpoint_dir) if first() else contextlib.nullcontext()
         with Checkpoints(folder, keep=self.keep) as checkpoints, lock:
-            later = [step for step in checkpoints.steps() if step > int(state.step)]
+            later = [step for step in checkpoints.steps() if step > int(state.step) and checkpoints.whole(step)]
             if later:
                 raise CheckpointError(
                     f"{self.checkpoint_dir} already holds a run up to step {later[-1]}, and this state is at step "

@@ -156,9 +156,9 @@ def disk_full(folder: pathlib.Path, random: np.random.Generator, trials: int) ->
     for trial in range(trials):
         directory, real = folder / str(trial), Saver._write
 
-        def write(self: Saver, tick: int, *rest: Any, real: Any = real) -> None:
+        def write(self: Saver, tick: int, *rest: Any, real: Any = real) -> Any:
             with full_disk(int(random.integers(0, 4000))) if tick == 2 else contextlib.nullcontext():
-                real(self, tick, *rest)
+                return real(self, tick, *rest)
 
         Saver._write = write
         try:

@@ -113,10 +113,11 @@ def test_a_save_that_fails_is_an_error_event_and_the_next_one_tries_again(whole,
     assert saved == [8, 24, 32, 40, 48]
 
 
-def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path):
-    """Before the first step."""
+@pytest.mark.parametrize("where", ["file", "/sys/esper_jax run"])
+def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path, where):
+    """Before the first step: a file lies in its place, or its disk takes no directories, not even root's."""
     (tmp_path / "file").write_text("")
-    made = growing.trainer(tmp_path / "file")
+    made = growing.trainer(tmp_path / where)
     with pytest.raises(CheckpointError, match="name a writable one"):
         made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=1)
 

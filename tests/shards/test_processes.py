@@ -85,10 +85,13 @@ def test_a_process_killed_in_a_save_ends_the_other_and_fewer_processes_go_on_fro
 
 
 def test_the_first_process_ends_when_another_is_lost(tmp_path):
-    """Nobody waits for ever in a step that the other never joins; the sentence says what to do, and the log has it."""
-    first, second = Job(tmp_path, 2).all
+    """Nobody waits for ever in a step that the other never joins; the sentence says what to do, and the log has it.
+
+    Parameters are whole on both ("dp"), so the first process alone saves.
+    """
+    first, second = Job(tmp_path, 2, "--sharding", "dp").all
     log = tmp_path / "run" / "events.jsonl"
-    while not (log.exists() and '"kind": "epoch"' in log.read_text()):
+    while not (log.exists() and log.read_text().count('"kind": "checkpoint"') >= 3):
         assert first.poll() is None
         time.sleep(0.2)
     second.kill()
@@ -99,7 +102,10 @@ def test_the_first_process_ends_when_another_is_lost(tmp_path):
     said = f"process 1 of 2 was lost, so no further step can be made and this process ends too (exit status {LOST}); "
     said += f"go on with fit(restore(), ...) or with: esper-jax train --resume {tmp_path / 'run'}"
     assert f"esper_jax: {said}\n" in (tmp_path / "error0").read_text()
-    assert read_events(log)[-1].kind == "error" and read_events(log)[-1].message == said
+    (lost,) = read_events(log, "error")
+    assert lost.message == said
+    steps = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()}
+    assert {"8", "16", "24"} <= steps
 
 
 def test_an_error_in_one_process_ends_the_others_with_it(tmp_path):

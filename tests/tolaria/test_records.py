@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import pytest
 
+from esper_jax.tolaria.checkpoint import CheckpointWarning
 from esper_jax.tolaria.records import FILE, HistoryFile, read_history
 from tests.faults.found import bits, fit
 from tests.tolaria import growing
@@ -74,5 +76,44 @@ def test_lines_of_a_save_that_was_cut_short_are_written_over(tmp_path):
     write()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert repr(read_history(tmp_path / FILE, mark)) == repr(records[:2])
-        assert repr(read_history(tmp_path / FILE, later)) == repr(records)
+        assert repr(read_history(tmp_path, mark)) == repr(records[:2])
+        assert repr(read_history(tmp_path, later)) == repr(records)
+
+
+def test_a_second_fit_leaves_the_histories_of_older_checkpoints_as_they_are(tmp_path):
+    """It is another session of the same run: its records begin anew, in a file of their own."""
+    made = growing.trainer(tmp_path, controller=None)
+    state, _ = fit(made, 2)
+    state, _ = fit(made, 4, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [made.restore(step=step) for step in (16, 32)]
+    _, history = made.fit(found[1], growing.TRAIN, growing.VALIDATION, epochs=5)
+    assert history["epoch"] == [3, 4, 5]
+    assert sorted(path.name for path in tmp_path.glob("history*")) == ["history-2.jsonl", "history.jsonl"]
+
+
+def test_a_file_that_is_taken_away_during_the_run_is_written_whole_again(tmp_path):
+    records = [{"tick": n} for n in range(4)]
+    file = HistoryFile(tmp_path / FILE, [])
+    for count, spoil in ((2, (tmp_path / FILE).unlink), (3, lambda: (tmp_path / FILE).write_text("x")), (4, None)):
+        mark, write = file.up_to_now(records[:count])
+        write()
+        assert read_history(tmp_path, mark) == records[:count]
+        if spoil is not None:
+            spoil()
+
+
+def test_a_run_whose_newest_step_is_damaged_goes_on_in_place_from_the_one_before(whole, tmp_path):
+    """The damaged step is no later run that has to be kept: it is replaced when the run comes there again."""
+    folder, state, history = whole
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    largest = max((copy / "checkpoints" / "48").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"")
+    made = growing.trainer(copy, keep=10)
+    with pytest.warns(CheckpointWarning, match="skipped step 48"):
+        restored = made.restore()
+    with pytest.warns(CheckpointWarning, match="step 48 .* is damaged and is replaced"):
+        again, now = made.fit(restored, growing.TRAIN, growing.VALIDATION, epochs=6)
+    assert bits(again) == bits(state) == bits(made.restore()) and told(now) == told(history)
