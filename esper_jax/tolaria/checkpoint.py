@@ -35,7 +35,7 @@ from .leaves import CheckpointError, Damaged, StructureMismatch
 from .loading import load
 from .manifest import Manifest
 from .peers import first, soon, told
-from .together import collect, folder_of, hand_in
+from .together import collect, folder_of, hand_in, nobody
 
 __all__ = ["CheckpointError", "CheckpointWarning", "Checkpoints", "Restored", "Skipped", "StructureMismatch"]
 
@@ -174,8 +174,8 @@ class Checkpoints:
             return False
         return True
 
-    def write(self, prepared: Prepared, *, force: bool = False, gone: Callable[[], bool] = lambda: False) -> None:
-        """Store what `prepare` gave, and return when it is on disk; until `gone()` other processes are waited for."""
+    def write(self, prepared: Prepared, *, force: bool = False, gone: Callable[[int], bool] = nobody) -> None:
+        """Store what `prepare` gave, and return when it is on disk; processes that are `gone` are not waited for."""
         step, tree, meta, score = prepared
         records, arrays = leaves.flatten(tree, folder_of(jax.process_index()))
         together = leaves.is_spread(tree)

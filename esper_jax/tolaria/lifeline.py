@@ -41,11 +41,14 @@ class Lifeline:
     Args:
       directory: the run's, to be named as what to go on from; None where nothing is saved.
       tell: is given the sentence before this process ends, for a log; it may hang or fail.
-      gone: is called when a process is gone, also after its training and this one's have ended.
+      gone: is called with the number of a process that is gone, also after its training and this one's have ended.
     """
 
     def __init__(
-        self, directory: pathlib.Path | None, tell: Callable[[str], None], gone: Callable[[], None] = lambda: None
+        self,
+        directory: pathlib.Path | None,
+        tell: Callable[[str], None],
+        gone: Callable[[int], None] = lambda process: None,
     ) -> None:
         self.directory, self.tell, self.gone = directory, tell, gone
         self.missing = ""
@@ -130,7 +133,7 @@ class Lifeline:
                 if heard.startswith(_ERROR) and b"\n" in part:
                     why = heard.removeprefix(_ERROR).decode(errors="replace").strip()
                     threading.Thread(target=self._follow, args=(f"{who} ended with {why}",), daemon=True).start()
-        self.gone()
+        self.gone(process)
         if not heard and not self._left.is_set():
             self._end(f"{who} was lost")
 

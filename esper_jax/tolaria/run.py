@@ -232,10 +232,10 @@ class Run:
                 path = self.checkpoints.directory / str(saved.step)
                 self.sink(events.checkpoint(saved.tick, saved.step, path=path, best=saved.best))
 
-    def gone(self) -> None:
-        """Another process is gone: a save under way need not wait for what it has not stored."""
+    def gone(self, process: int) -> None:
+        """That process is gone: a save under way need not wait for what it has not stored."""
         if self.saver is not None:
-            self.saver.gone.set()
+            self.saver.gone.add(process)
 
     def lost(self, sentence: str) -> None:
         """Log that another process is lost, and see a save through; the state cannot be asked for any more."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -33,8 +32,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="esper_jax saver")
         self._writing: Future[Saved] | None = None
         self._told: list[Saved] = []
-        self.gone = threading.Event()
-        """Set once another process of the job is gone: its part of a step is waited for no more."""
+        self.gone: set[int] = set()
+        """Processes of the job that are gone: their parts of a step are waited for no more."""
 
     def save(
         self,
@@ -90,7 +89,7 @@ class Saver:
         error: CheckpointError | None = None
         try:
             before()
-            self.store.write(prepared, gone=self.gone.is_set)
+            self.store.write(prepared, gone=self.gone.__contains__)
         except OSError as failure:
             error = CheckpointError(f"step {step} could not be saved ({one_line(failure)}); the next save tries again")
         except CheckpointError as failure:

@@ -50,19 +50,24 @@ def hand_in(step: pathlib.Path, records: tuple[LeafRecord, ...], arrays: dict[st
             os.replace(reason, failed)
 
 
+def nobody(process: int) -> bool:
+    """That no process is gone."""
+    return False
+
+
 def collect(
-    step: pathlib.Path, records: tuple[LeafRecord, ...], gone: Callable[[], bool] = lambda: False
+    step: pathlib.Path, records: tuple[LeafRecord, ...], gone: Callable[[int], bool] = nobody
 ) -> tuple[LeafRecord, ...]:
     """The records with the pieces of all processes, once all have stored theirs; OSError where one could not.
 
-    Once `gone()` says that a process is gone, what it has not stored by then is waited for no more.
+    What a process has not stored once it is `gone` is waited for no more.
     """
     pieces = {record.path: list(record.pieces) for record in records}
     for process in range(1, jax.process_count()):
         done, failed = _answers(step, process)
         began = time.monotonic()
         while not done.exists():
-            lost = gone()  # asked before the last look at what it stored
+            lost = gone(process)  # asked before the last look at what it stored
             if failed.exists():
                 raise OSError(f"process {process} could not store its part: {failed.read_text()}")
             if lost and not done.exists():
