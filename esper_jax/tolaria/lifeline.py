@@ -32,7 +32,8 @@ LAST = 15.0
 _MEET = 15.0
 _PAUSE = 2.0
 _LONGEST = 400
-_END, _ERROR = b"end", b"error "
+_END, _ERROR, _LOST = b"end", b"error ", b"lost "
+"""What a process says: its training has ended, or ended with an error, or it ends because another one did."""
 
 
 class Lifeline:
@@ -53,14 +54,17 @@ class Lifeline:
         self.directory, self.tell, self.gone = directory, tell, gone
         self.missing = ""
         self._left = threading.Event()
+        self._ending = threading.Lock()
         self._links: dict[int, socket.socket] = {}
+        self._watchers: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
         if not peers.alone():
             problem = self._listen() if peers.first() else self._call(*peers.told([]))
             self.missing = peers.any_of(problem)
             for process, link in self._links.items():
-                threading.Thread(target=self._watch, args=(process, link), daemon=True).start()
+                self._watchers.append(threading.Thread(target=self._watch, args=(process, link), daemon=True))
+                self._watchers[-1].start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,25 +130,39 @@ class Lifeline:
         return f"process {jax.process_index()} cannot reach the first one at {' or '.join(hosts)}, port {port}"
 
     def _watch(self, process: int, link: socket.socket) -> None:
-        who, heard = f"process {process} of {jax.process_count()}", b""
+        who, heard, spoken = f"process {process} of {jax.process_count()}", b"", False
         with contextlib.suppress(OSError):
             while part := link.recv(1000):
                 heard += part
-                if heard.startswith(_ERROR) and b"\n" in part:
-                    why = heard.removeprefix(_ERROR).decode(errors="replace").strip()
-                    threading.Thread(target=self._follow, args=(f"{who} ended with {why}",), daemon=True).start()
+                said, whole, heard = heard.rpartition(b"\n")
+                for line in said.decode(errors="replace").splitlines() if whole else ():
+                    kind, _, text = line.partition(" ")
+                    if kind == _LOST.decode().strip() and not self._left.is_set():
+                        self._end(text)
+                    elif kind == _ERROR.decode().strip():
+                        self._after(GRACE, f"{who} ended with {text}")
+                    spoken = True
         self.gone(process)
-        if not heard and not self._left.is_set():
+        if not spoken and not self._left.is_set():
             self._end(f"{who} was lost")
 
-    def _follow(self, what: str) -> None:
-        """End too, unless this process's training ends by itself in time."""
-        if not self._left.wait(GRACE):
-            self._end(what)
+    def _after(self, seconds: float, what: str) -> None:
+        """End too, unless this process's training ends by itself in that time."""
+
+        def follow() -> None:
+            if not self._left.wait(seconds):
+                self._end(what)
+
+        threading.Thread(target=follow, daemon=True).start()
 
     def _end(self, what: str) -> None:
-        """Say it, have the log say it if it can, and end this process: its training thread waits for ever."""
-        self._say(_ERROR + what.encode()[:_LONGEST])
+        """Say it, have the log say it if it can, and end this process: its training thread waits for ever.
+
+        The first process ends last: with it goes JAX's coordinator, at which JAX aborts the others.
+        """
+        if not self._ending.acquire(blocking=False):
+            return
+        self._say(_LOST + what.encode()[:_LONGEST])
         where = "nothing was saved (no checkpoint_dir)"
         if self.directory is not None:
             where = f"go on with fit(restore(), ...) or with: esper-jax train --resume {self.directory}"
@@ -157,6 +175,10 @@ class Lifeline:
                     stream.write(text)
                     stream.flush()
             teller.join(LAST + 2)
+            until = time.monotonic() + (LAST + 5 if peers.first() else 0)
+            for watcher in self._watchers:
+                if watcher is not threading.current_thread():
+                    watcher.join(max(0.0, until - time.monotonic()))
         finally:
             os._exit(LOST)
 
