@@ -166,7 +166,7 @@ def test_a_write_that_comes_between_look_and_batch_leaves_no_gap(server, tmp_pat
     assert [one for one in stored(server, bus) if one != "other-1"] == bus.ids()
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_paused_server_stops_nobody_and_gets_everything_once(server, seconds, tmp_path):
     with RedisBus(Address(server.url, "paused", timeout=0.5), spool=tmp_path / "oona", linger=10.0, **QUICK) as bus:
         publish(bus, 0, 50)
