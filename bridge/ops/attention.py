@@ -27,15 +27,14 @@ def scaled_dot_product_attention(
 ) -> Any:
     """Attention over `[..., heads, length, features]`; a mask of either kind; rows with nothing allowed give 0."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    mask = attn_mask
     if not dropout_p and query.ndim == key.ndim == value.ndim == 4:
         by_length = tuple(jnp.swapaxes(x, 1, 2) for x in (query, key, value))
         if can_attend(*by_length):
-            return jnp.swapaxes(attend(*by_length, mask, is_causal, scale), 1, 2)
+            return jnp.swapaxes(attend(*by_length, attn_mask, is_causal, scale), 1, 2)
     if enable_gqa:
         key = jnp.repeat(key, query.shape[-3] // key.shape[-3], axis=-3)
         value = jnp.repeat(value, query.shape[-3] // value.shape[-3], axis=-3)
-    weights = attention_weights(query, key, mask, is_causal, scale)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale)
     return jnp.matmul(dropped(weights, dropout_p, draw), value)
 
 

@@ -166,13 +166,14 @@ class Checkpoints:
             raise self._unsaved(step, problem)
         return Prepared(step, tree, meta, manifests.clean_score(score))
 
-    def whole(self, step: int) -> bool:
-        """Whether a step is there and not damaged; all of it is read."""
+    def is_damaged(self, step: int) -> bool:
+        """Whether a step that is listed is damaged; all of it is read. (One of a later format is not.)"""
         try:
-            self.read(step)
-        except CheckpointError:
-            return False
-        return True
+            with contextlib.suppress(CheckpointError):
+                load(self._listing()[step])
+        except Damaged:
+            return True
+        return False
 
     def write(self, prepared: Prepared, *, force: bool = False, gone: Callable[[int], bool] = nobody) -> None:
         """Store what `prepare` gave, and return when it is on disk; processes that are `gone` are not waited for."""

@@ -32,7 +32,7 @@ LAST = 15.0
 _MEET = 15.0
 _PAUSE = 2.0
 _LONGEST = 400
-_END, _ERROR, _LOST = b"end", b"error ", b"lost "
+_END, _ERROR, _LOST = "end", "error", "lost"
 """What a process says: its training has ended, or ended with an error, or it ends because another one did."""
 
 
@@ -82,7 +82,7 @@ class Lifeline:
         except BaseException as error:
             if self._links and isinstance(error, Exception):
                 time.sleep(_PAUSE)  # a collective may fail before the loss that is the reason is heard of
-            said = _ERROR + f"{type(error).__name__}: {error}".encode()[:_LONGEST]
+            said = f"{_ERROR} {type(error).__name__}: {error}"
             raise
         finally:
             self._left.set()
@@ -137,9 +137,9 @@ class Lifeline:
                 said, whole, heard = heard.rpartition(b"\n")
                 for line in said.decode(errors="replace").splitlines() if whole else ():
                     kind, _, text = line.partition(" ")
-                    if kind == _LOST.decode().strip() and not self._left.is_set():
+                    if kind == _LOST and not self._left.is_set():
                         self._end(text)
-                    elif kind == _ERROR.decode().strip():
+                    elif kind == _ERROR:
                         self._after(GRACE, f"{who} ended with {text}")
                     spoken = True
         self.gone(process)
@@ -162,7 +162,7 @@ class Lifeline:
         """
         if not self._ending.acquire(blocking=False):
             return
-        self._say(_LOST + what.encode()[:_LONGEST])
+        self._say(f"{_LOST} {what}")
         where = "nothing was saved (no checkpoint_dir)"
         if self.directory is not None:
             where = f"go on with fit(restore(), ...) or with: esper-jax train --resume {self.directory}"
@@ -182,10 +182,11 @@ class Lifeline:
         finally:
             os._exit(LOST)
 
-    def _say(self, what: bytes) -> None:
+    def _say(self, what: str) -> None:
+        line = " ".join(what.splitlines()).encode()[:_LONGEST] + b"\n"
         for link in self._links.values():
             with contextlib.suppress(OSError):
-                link.sendall(what.replace(b"\n", b" ") + b"\n")
+                link.sendall(line)
 
 
 def _addresses() -> list[str]:

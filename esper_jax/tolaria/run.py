@@ -209,8 +209,8 @@ class Run:
             tree, meta = persist.described(state, self.session, mark)
             tree = parted(tree)
             if first() or is_spread(tree):
-                before = {"before": write} if first() else {}
-                self.saver.save(ticks, step, tree, meta, score, self.session.best_tick == ticks, **before)
+                best, before = self.session.best_tick == ticks, write if first() else None
+                self.saver.save(ticks, step, tree, meta, score, best, before)
             self.saved = step
         if wait:
             self.settle()

@@ -43,7 +43,7 @@ class Saver:
         meta: dict[str, Any],
         score: float | None,
         best: bool,
-        before: Callable[[], None] = lambda: None,
+        before: Callable[[], None] | None = None,
     ) -> None:
         """Copy the tree and begin to write it, once the save before it has ended; a score of NaN is none.
 
@@ -85,10 +85,11 @@ class Saver:
         told, self._told = self._told, []
         return told
 
-    def _write(self, tick: int, step: int, best: bool, prepared: Prepared, before: Callable[[], None]) -> Saved:
+    def _write(self, tick: int, step: int, best: bool, prepared: Prepared, before: Callable[[], None] | None) -> Saved:
         error: CheckpointError | None = None
         try:
-            before()
+            if before is not None:
+                before()
             self.store.write(prepared, gone=self.gone.__contains__)
         except OSError as failure:
             error = CheckpointError(f"step {step} could not be saved ({one_line(failure)}); the next save tries again")

@@ -391,7 +391,8 @@ class Tolaria:
         folder = self.checkpoint_dir / persist.FOLDER
         lock = directory.held(self.checkpoint_dir) if first() else contextlib.nullcontext()
         with Checkpoints(folder, keep=self.keep) as checkpoints, lock:
-            later = [step for step in checkpoints.steps() if step > int(state.step) and checkpoints.whole(step)]
+            later = [step for step in checkpoints.steps() if step > int(state.step)]
+            later = [step for step in later if not checkpoints.is_damaged(step)]
             if later:
                 raise CheckpointError(
                     f"{self.checkpoint_dir} already holds a run up to step {later[-1]}, and this state is at step "
