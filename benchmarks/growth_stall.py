@@ -53,10 +53,14 @@ Way = Callable[[Workload, "Loop"], Event]
 
 
 class Loop:
-    """How long the loops are: steps in all, the one before which growth is decided, and how long one may wait."""
+    """How long the loops are: steps in all, the one before which growth is decided, seconds to wait for a program.
 
-    def __init__(self, steps: int, at: int, wait: int) -> None:
-        self.steps, self.at, self.wait = steps, at, wait
+    Where these are over, what compiles on idle cores only gets its share of the cores, and two minutes more.
+    """
+
+    def __init__(self, steps: int, at: int, patience: float) -> None:
+        self.steps, self.at, self.patience = steps, at, patience
+        self.hurried = 0
 
 
 def main() -> None:
@@ -66,6 +70,12 @@ def main() -> None:
     made.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="ways to grow, besides GroMo")
     made.add_argument("--repeats", type=int, default=1, help="events of each kind")
     made.add_argument("--steps", type=int, default=300, help="steps before and after an event, at most")
+    made.add_argument(
+        "--patience",
+        type=float,
+        default=120.0,
+        help="seconds to wait for a program before what compiles on idle cores only gets a share of them",
+    )
     made.add_argument("--gromo", type=pathlib.Path, default=ROOT / ".venv-gromo/bin/python", help="python with GroMo")
     made.add_argument("--raw", action="store_true", help="write the seconds of every step into the JSON file")
     args = begin(made)
@@ -80,6 +90,12 @@ def main() -> None:
             except RuntimeError as error:
                 report.note(f"{name}, {way} is left out: {error}.")
                 continue
+            if loop.hurried:
+                report.note(
+                    f"{name}, {way}: in {loop.hurried} of {args.repeats} events the cores were never idle for "
+                    f"{args.patience:g} s, and the compiling process got its share of them."
+                )
+                loop.hurried = 0
             rows.append(row(name, way, events))
             raw.append({"model": name, "way": way, "events": [plain(event) for event in events]})
         if name == "digits":
@@ -129,7 +145,7 @@ def fitting(work: Workload, args: Any) -> Loop:
         jax.block_until_ready(found)
         each = time.perf_counter() - began
     steps = int(np.clip(args.budget / 2 / each, 20, args.steps))
-    return Loop(2 * steps + 5, steps + 5, round(120 / each))
+    return Loop(2 * steps + 5, steps + 5, args.patience)
 
 
 def first_site(work: Workload) -> str:
@@ -216,8 +232,11 @@ def lean(work: Workload, loop: Loop) -> Event:
             raise RuntimeError(f"the grown program could not be built: {outcome.error}")
         return program
 
+    def change(state: Any) -> Any:
+        return swap.unpark(state, whole["held"])
+
     try:
-        return ahead(work, loop, program, state, decide, arrived, lambda state: swap.unpark(state, whole["held"]))
+        return ahead(work, loop, program, state, decide, arrived, change, lambda: compiler.hurry(True))
     finally:
         compiler.close()
 
@@ -250,27 +269,35 @@ def thread(work: Workload, loop: Loop) -> Event:
     return ahead(work, loop, step, state, decide, arrived, change)
 
 
-def ahead(work: Workload, loop: Loop, step: Any, state: Any, decide: Any, arrived: Any, change: Any) -> Event:
+def ahead(
+    work: Workload, loop: Loop, step: Any, state: Any, decide: Any, arrived: Any, change: Any, hurry: Any = None
+) -> Event:
     """A loop that decides on a growth and goes on; each step asks whether the program is there, and then takes it.
 
     `decide(state)` begins and gives the state to go on with, `arrived()` the program or None, `change(state)` the
-    state that the program takes.
+    state that the program takes; `hurry()`, if there is one, is called once when patience is over.
     """
     seconds: list[float] = []
+    until = float("inf")
     swapped, last, i = None, loop.steps, 0
     before = time.perf_counter()
     while i < last:
         if i == loop.at:
+            until = before + loop.patience
             state = decide(state)
         elif swapped is None and i > loop.at:
             program = arrived()
             if program is not None:
                 step, state, swapped = program, change(state), i
                 last = i + loop.steps - loop.at
-            elif i > loop.at + loop.wait:
+            elif before > until and hurry is None:
                 raise RuntimeError(f"the grown program was not there {i - loop.at} steps after the decision")
             else:
                 last = max(last, i + 2)
+                if before > until:
+                    hurry()
+                    hurry, until = None, before + 120
+                    loop.hurried += 1
         state, found = step(state, work.batches[i % len(work.batches)])
         jax.block_until_ready(found)
         now = time.perf_counter()

@@ -12,6 +12,7 @@ from .graph import BridgeError, Graph
 from .hlo import to_stablehlo
 from .load import load_imported, load_weights
 from .module import Imported
+from .nnx import to_nnx
 from .ops import register_op, supported_ops
 
 _NEED_TORCH = {
@@ -39,6 +40,7 @@ __all__ = [
     "regrow",
     "spec_of",
     "supported_ops",
+    "to_nnx",
     "to_stablehlo",
     "to_torch",
     "verify",

@@ -98,7 +98,7 @@ def call(
             )
         raise
     # A jitted apply that is called again runs from its cache: no layer is called, and its seeds are in the program.
-    missed = [path for path, bank in banks.items() if bank.plants and path not in visited]
+    missed = [bank.site.path for bank in banks.values() if bank.plants and bank.site.path not in visited]
     if missed and called and "method" not in kwargs:
         warnings.warn(
             f"seeds at {', '.join(missed)} have no effect: the model never called that layer in this forward pass "
@@ -118,6 +118,14 @@ def trace_sites(
     model: nn.Module, variables: Mapping[str, Any], example: Any, where: Where, kwargs: Mapping[str, Any]
 ) -> tuple[Site, ...]:
     """The model's sites with kinds, shapes and dtypes read off a trace of one call on `example` (shapes only)."""
+    inputs = example if isinstance(example, tuple) else (example,)
+    return select(*traced_layers(model, variables, inputs, kwargs), where)
+
+
+def traced_layers(
+    model: nn.Module, variables: Mapping[str, Any], inputs: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Site], list[tuple[str, str]]]:
+    """The sites that one traced call shows, and the layers that are none with the reason."""
     seen: dict[str, Seen] = {}
     tied: set[str] = set()
     wrappers: list[str] = []
@@ -138,7 +146,6 @@ def trace_sites(
             tied.add(path)
         return output
 
-    inputs = example if isinstance(example, tuple) else (example,)
     mutable = [name for name in variables if name != "params"]  # e.g. statistics that the call updates
     rngs = {"params": jax.random.key(0)}  # for any stream
     given = {"rngs": rngs, **mode(model, False), **kwargs, "mutable": mutable}
@@ -176,7 +183,7 @@ def trace_sites(
             found.append(site)
         elif own_arrays(node):
             skipped.append((path, site))
-    return select(found, skipped, where)
+    return found, skipped
 
 
 class Seen(NamedTuple):

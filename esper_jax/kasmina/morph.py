@@ -85,7 +85,8 @@ def morph(
 
     Args:
       params: the host: Linen variables (`{"params": ..., "batch_stats": ...}`), the bare params tree, or an
-        `nnx.Module` or `nnx.State` (a module knows its layers, so nothing need be traced).
+        `nnx.Module` or `nnx.State` (a module knows its layers, so nothing need be traced; but those of Linen modules
+        inside, under `nnx.bridge.ToNNX`, are traced with `example` alone).
       where: which layers become sites: a regex searched in the path, or a predicate `(path, kind) -> bool`.
       slots: places for seeds at each site.
       planted: blueprints to allocate ahead at every site they fit, so that growing them recompiles nothing:
@@ -115,10 +116,10 @@ def morph(
     host, embedded = modules.take_seeds(check_host(params))
     embedded |= {} if nnx is None else nnx.embedded(given)
     variables = linen.unboxed(host if is_variables(host) else {"params": host})
-    if (model is None) != (example is None):
+    if nnx is None and (model is None) != (example is None):
         raise ValueError("morph() traces shapes from model= and example= together; only one of them was given")
     if nnx is not None:
-        sites = nnx.sites_of(given, variables, where)
+        sites = nnx.sites_of(given, variables, where, example, call_kwargs)
     elif model is not None:
         linen_model = linen.model_of(model)
         if linen_model is None:

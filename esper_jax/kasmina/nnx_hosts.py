@@ -22,6 +22,7 @@ from .bank import Bank, apply_bank, stacked, unstacked
 from .layout import arrange, common_axis, einsum_shapes, stack_axes
 from .linen_layers import attended, broadcast, first_input, pairs, tuple_of
 from .modules import Embedded, Planted
+from .nnx_linen import lifted, lifted_calls, lifted_layers
 from .sites import Where, find_sites, join_path, select
 from .spec import Site, freeze_config
 
@@ -152,8 +153,13 @@ def embedded(host: Any) -> dict[str, Embedded]:
     return found
 
 
-def sites_of(host: Any, variables: Mapping[str, Any], where: Where) -> tuple[Site, ...]:
-    """The sites of an nnx module, exactly; of a state alone, from shapes and names."""
+def sites_of(
+    host: Any, variables: Mapping[str, Any], where: Where, example: Any, kwargs: Mapping[str, Any]
+) -> tuple[Site, ...]:
+    """The sites of an nnx module, exactly; of a state alone, and of Linen modules inside, from shapes and names.
+
+    With `example` those inside are traced.
+    """
     if not isinstance(host, nnx.Module):
         return find_sites(variables["params"], variables.get("batch_stats", {}), where)
     modules = [(tuple(map(str, path)), module) for path, module in nnx.iter_modules(host)]
@@ -163,9 +169,10 @@ def sites_of(host: Any, variables: Mapping[str, Any], where: Where) -> tuple[Sit
         if any(own[name].shape != shape for name, shape in single.items() if name in own):
             shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in single.items()}
             axes[path] = stack_axes({n: leaf for n, leaf in own.items() if n in shapes}, shapes)
-    found: list[Site] = []
-    skipped: list[tuple[str, str]] = []
+    found, skipped = lifted_layers(host, variables, example, kwargs)
     for path, module in modules:
+        if isinstance(module, nnx.bridge.ToNNX):
+            continue
         below = [other for other in axes if other[: len(path)] == path]
         site = site_of_layer(path, module, common_axis(path, axes) if below else 0, bool(below))
         if isinstance(site, Site):
@@ -289,7 +296,8 @@ def call(
     copy = nnx.merge(nnx.graphdef(model), form.state(host))
     if train is not None:
         copy.train() if train else copy.eval()
-    with _planted(copy, banks):
+    others = tuple(name for name in host if name != "params")
+    with lifted_calls(lifted(copy), banks, train, others) as own, _planted(copy, own):
         output = copy(*args, **kwargs)
     return output, nnx.state(copy)
 

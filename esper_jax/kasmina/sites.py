@@ -94,6 +94,11 @@ def infer_site(
 
 def find_sites(params: Mapping[str, Any], statistics: Mapping[str, Any], where: Where = None) -> tuple[Site, ...]:
     """All sites of a parameter tree that `where` admits; one warning names the layers that are none."""
+    return select(*found_sites(params, statistics), where)
+
+
+def found_sites(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[list[Site], list[tuple[str, str]]]:
+    """All sites of a parameter tree, and the layers that are none with the reason."""
     found: list[Site] = []
     skipped: list[tuple[str, str]] = []
     counted = {path for path, node in nodes(statistics) if own_arrays(node)}
@@ -109,7 +114,7 @@ def find_sites(params: Mapping[str, Any], statistics: Mapping[str, Any], where: 
                 found.append(dataclasses.replace(site, layers=layers, geometry=geometry))
             elif own:
                 skipped.append((join_path(below), "parameters " + ", ".join(own)))
-    return select(found, skipped, where)
+    return found, skipped
 
 
 def _regions(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any, int]]:

@@ -15,7 +15,11 @@ MODELS: dict[str, Entry] = {**hands.MODELS, **convs.MODELS, **sequence.MODELS, *
 def fresh(name: str, seed: int = 0) -> torch.nn.Module:
     """A model in which nothing is trivially zero or one: norms, biases and statistics are drawn anew."""
     torch.manual_seed(seed)
-    module = MODELS[name].make()
+    return redrawn(MODELS[name].make())
+
+
+def redrawn(module: torch.nn.Module) -> torch.nn.Module:
+    """The module itself, its norms, biases and statistics drawn anew."""
     with torch.no_grad():
         for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
             leaf = path.rpartition(".")[2]
