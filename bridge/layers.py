@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .ops.attention import attend, attention_weights, can_attend, masks
+from .ops.attention import attended, entered, joined, left, masks, one_mask
 from .ops.conv import convolve, from_last, to_last
 from .ops.linear import without_padding_gradient
 from .ops.norm import normalised, statistics, unbiased, updated
-from .ops.random import dropped
 from .ops.registry import Last
 from .recognise import Layer
 
@@ -87,48 +85,24 @@ class Attention(nn.MultiHeadDotProductAttention):
         """Outputs `[N, L, out]` of queries `[N, L, E]`; `mask` is true where allowed, `bias` is added to the logits."""
         k = inputs_q if inputs_k is None else inputs_k
         v = k if inputs_v is None else inputs_v
-        queries, keys, bias, causal = self._prepared(inputs_q, k, mask, bias, causal)
-        values, scale = self._joined(self.value(v), "bias_v"), 1 / (queries.shape[-1] ** 0.5)
-        if (deterministic or not self.dropout_rate) and can_attend(queries, keys, values):
-            return self.out(attend(queries, keys, values, bias, causal, scale))
-        weights = attention_weights(_heads_first(queries), _heads_first(keys), bias, causal, scale)
-        if not deterministic:
-            weights = dropped(weights, self.dropout_rate, draw)
-        return self.out(jnp.einsum("nhqk,nkhd->nqhd", weights, values))
+        return self.out(self._attended(inputs_q, k, v, mask, bias, causal, deterministic, draw, False)[0])
 
-    def weights(self, q: Any, k: Any, mask: Any, bias: Any, causal: bool) -> Any:
-        """The attention weights `[N, heads, L, S]`."""
-        queries, keys, bias, causal = self._prepared(q, k, mask, bias, causal)
-        scale = 1 / (queries.shape[-1] ** 0.5)
-        return attention_weights(_heads_first(queries), _heads_first(keys), bias, causal, scale)
+    def weights(self, q: Any, k: Any, v: Any, *, mask: Any, bias: Any, deterministic: bool, draw: Any) -> Any:
+        """The attention weights `[N, heads, L, S]` behind a call's output."""
+        return self._attended(q, k, v, mask, bias, False, deterministic, draw, True)[1]
 
-    def _prepared(self, q: Any, k: Any, mask: Any, bias: Any, causal: bool) -> tuple[Any, Any, Any, bool]:
-        """Queries and keys by heads, one mask of either kind, and whether the causal one is still to be applied."""
-        queries, keys = self.query(q), self._joined(self.key(k), "bias_k")
+    def _attended(
+        self, q: Any, k: Any, v: Any, mask: Any, bias: Any, causal: bool, deterministic: bool, draw: Any, need: bool
+    ) -> tuple[Any, Any]:
+        queries = self.query(q)
+        keys = joined(self.key(k), self.bias_k if self.extra else None, self.zero)
+        values = joined(self.value(v), self.bias_v if self.extra else None, self.zero)
         more = keys.shape[1] - k.shape[1]
         if more and causal:
             rows = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
             mask, causal = rows if mask is None else mask & rows, False
-        if more and mask is not None:
-            mask = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, more)], constant_values=True)
-        if more and bias is not None:
-            bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(0, more)])
-        if bias is not None and mask is not None:
-            bias = jnp.where(mask, bias, -jnp.inf)
-        elif mask is not None:
-            bias = mask
-        return queries, keys, bias, causal
-
-    def _joined(self, x: Any, name: str) -> Any:
-        """Keys or values `[N, S, heads, D]` with the learnt one and the zeros behind."""
-        n, _, *split = x.shape
-        if self.extra:
-            learnt = getattr(self, name).reshape(1, 1, *split)
-            x = jnp.concatenate([x, jnp.broadcast_to(learnt, (n, 1, *split)).astype(x.dtype)], 1)
-        return jnp.concatenate([x, jnp.zeros((n, 1, *split), x.dtype)], 1) if self.zero else x
-
-
-_heads_first = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+        rate = 0.0 if deterministic else self.dropout_rate
+        return attended(queries, keys, values, one_mask(mask, bias, more), causal, rate, draw, need)
 
 
 def make(layer: Layer) -> nn.Module:
@@ -204,28 +178,15 @@ def _batch(layer: Layer, module: Any, inputs: Any, options: Any, draw: Any) -> t
 
 def _attend(layer: Layer, module: Any, inputs: Any, options: Any, draw: Any) -> tuple[Any, ...]:
     q, k, v, padding, mask = (plain(x) for x in inputs)
-    batched = q.ndim == 3
-    if not batched:
-        q, k, v = q[None], k[None], v[None]
-        padding = None if padding is None else padding[None]
-    turned = batched and not options["batch_first"]
-    if turned:
-        q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-    heads = dict(layer.fields)["num_heads"]
+    q, k, v, padding, batched = entered(q, k, v, padding, options["batch_first"])
     # is_causal is a hint that attn_mask is causal; torch refuses it without a mask
-    allowed, bias = masks(padding, mask, q.shape[0], heads)
-    training = options["training"] and bool(module.dropout_rate)
-    key = draw() if training else None
-    once = (lambda: key) if training else None
-    output = module(q, k, v, mask=allowed, bias=bias, deterministic=not training, draw=once)
-    weights = None
-    if options["need_weights"]:
-        weights = module.weights(q, k, allowed, bias, False)
-        weights = dropped(weights, module.dropout_rate, once) if training else weights
-        weights = jnp.mean(weights, 1) if options["average"] else weights
-        weights = weights if batched else weights[0]
-    output = jnp.swapaxes(output, 0, 1) if turned else output if batched else output[0]
-    return output, weights
+    allowed, bias = masks(padding, mask, q.shape[0], dict(layer.fields)["num_heads"])
+    rate = module.dropout_rate if options["training"] else 0.0
+    key = draw() if rate else None
+    given = {"mask": allowed, "bias": bias, "deterministic": not rate, "draw": lambda: key}
+    output = module(q, k, v, **given)
+    weights = module.weights(q, k, v, **given) if options["need_weights"] else None
+    return left(output, weights, options["average"], batched, options["batch_first"])
 
 
 _CALLS: dict[str, Any] = {

@@ -129,36 +129,68 @@ def attention(
     draw: Any = None,
 ) -> Any:
     """nn.MultiheadAttention with its weights as torch has them; `attn_mask` holds what `is_causal` hints at."""
-    batched = query.ndim == 3
-    if not batched:
-        query, key, value = query[None], key[None], value[None]
-        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-    elif not batch_first:
-        query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
-    allowed, bias = masks(key_padding_mask, attn_mask, query.shape[0], heads)
+    query, key, value, padding, batched = entered(query, key, value, key_padding_mask, batch_first)
+    allowed, bias = masks(padding, attn_mask, query.shape[0], heads)
     weights = jnp.split(in_weight, 3) if in_weight is not None else (q_weight, k_weight, v_weight)
     biases = jnp.split(in_bias, 3) if in_bias is not None else (0, 0, 0)
-    q, k, v = (x @ w.T + b for x, w, b in zip((query, key, value), weights, biases, strict=True))
-    rows = len(k)
-    if bias_k is not None:
-        k = jnp.concatenate([k, jnp.broadcast_to(bias_k, (rows, *bias_k.shape[1:]))], 1)
-        v = jnp.concatenate([v, jnp.broadcast_to(bias_v, (rows, *bias_v.shape[1:]))], 1)
-    if add_zero_attn:
-        k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0))) for x in (k, v))
-    more = k.shape[1] - key.shape[1]
-    if more and allowed is not None:
-        allowed = jnp.pad(allowed, [(0, 0)] * 3 + [(0, more)], constant_values=True)
-    if more and bias is not None:
-        bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, more)])
-    if bias is not None and allowed is not None:
-        bias = jnp.where(allowed, bias, -jnp.inf)
-    q, k, v = (jnp.swapaxes(x.reshape(*x.shape[:2], heads, -1), 1, 2) for x in (q, k, v))
-    scores = attention_weights(q, k, allowed if bias is None else bias, False, 1 / math.sqrt(q.shape[-1]))
-    scores = dropped(scores, dropout if training else 0, draw)
-    joined = jnp.swapaxes(scores @ v, 1, 2).reshape(*query.shape[:2], -1)
-    output = joined @ out_weight.T
+    q, k, v = (
+        (x @ w.T + b).reshape(*x.shape[:2], heads, -1)
+        for x, w, b in zip((query, key, value), weights, biases, strict=True)
+    )
+    k, v = joined(k, bias_k, add_zero_attn), joined(v, bias_v, add_zero_attn)
+    mask = one_mask(allowed, bias, k.shape[1] - key.shape[1])
+    rate = dropout if training else 0.0
+    output, scores = attended(q, k, v, mask, False, rate, draw, need_weights)
+    output = output.reshape(*query.shape[:2], -1) @ out_weight.T
     output = output if out_bias is None else output + out_bias
-    scores = jnp.mean(scores, 1) if average else scores
+    return left(output, scores, average, batched, batch_first)
+
+
+def entered(query: Any, key: Any, value: Any, padding: Any, batch_first: bool) -> tuple[Any, Any, Any, Any, bool]:
+    """Queries, keys and values as `[N, length, features]`, the keys' mask, and whether there was a batch."""
+    if query.ndim != 3:
+        return query[None], key[None], value[None], None if padding is None else padding[None], False
+    if not batch_first:
+        query, key, value = (jnp.swapaxes(x, 0, 1) for x in (query, key, value))
+    return query, key, value, padding, True
+
+
+def left(output: Any, weights: Any, average: bool, batched: bool, batch_first: bool) -> tuple[Any, Any]:
+    """The output as torch's module gives it, and the weights `[N, (heads), L, S]`; None where there are none."""
+    if weights is not None and average:
+        weights = jnp.mean(weights, 1)
     if not batched:
-        return output[0], scores[0]
-    return (output if batch_first else jnp.swapaxes(output, 0, 1)), scores
+        return output[0], None if weights is None else weights[0]
+    return (output if batch_first else jnp.swapaxes(output, 0, 1)), weights
+
+
+def joined(x: Any, learnt: Any, zero: bool) -> Any:
+    """Keys or values `[N, S, heads, D]`, behind them the learnt one and one of zeros, where these are."""
+    n, _, *split = x.shape
+    if learnt is not None:
+        one = learnt.reshape(1, 1, *split).astype(x.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(one, (n, 1, *split))], 1)
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) if zero else x
+
+
+def one_mask(allowed: Any, bias: Any, more: int) -> Any:
+    """What is allowed and what is added in one mask of either kind, with all allowed for `more` keys behind."""
+    if more and allowed is not None:
+        allowed = jnp.pad(allowed, [(0, 0)] * (allowed.ndim - 1) + [(0, more)], constant_values=True)
+    if more and bias is not None:
+        bias = jnp.pad(bias, [(0, 0)] * (bias.ndim - 1) + [(0, more)])
+    if bias is not None and allowed is not None:
+        return jnp.where(allowed, bias, -jnp.inf)
+    return allowed if bias is None else bias
+
+
+def attended(
+    query: Any, key: Any, value: Any, mask: Any, causal: bool, rate: float, draw: Any, need_weights: bool
+) -> tuple[Any, Any]:
+    """Attention over `[N, length, heads, features]`: outputs alike, and the weights `[N, heads, L, S]` if needed."""
+    scale = 1 / math.sqrt(query.shape[-1])
+    if not rate and not need_weights and can_attend(query, key, value):
+        return attend(query, key, value, mask, causal, scale), None
+    weights = attention_weights(jnp.swapaxes(query, 1, 2), jnp.swapaxes(key, 1, 2), mask, causal, scale)
+    weights = dropped(weights, rate, draw)
+    return jnp.einsum("nhqk,nkhd->nqhd", weights, value), weights if need_weights else None

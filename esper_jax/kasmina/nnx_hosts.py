@@ -1,6 +1,6 @@
 """The nnx adapter: a module's state as plain dicts and back, its sites, and calls with seeds at its layers.
 
-The only file of the core that knows `flax.nnx`, with `nnx.py`. Nothing else imports it before a host needs it.
+All that knows `flax.nnx` in the core, with `nnx_linen` and `nnx`. Nothing else imports it before a host needs it.
 """
 
 from __future__ import annotations

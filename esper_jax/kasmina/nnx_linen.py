@@ -76,18 +76,25 @@ def lifted_calls(
             for site in [site for site in rest if split_path(site)[: len(path)] == path]:
                 own["/".join(split_path(site)[len(path) :]) or "."] = rest.pop(site)
             if own or train is not None:
-                module.__class__ = _seeded(type(module), own, train, collections)
+                module.__class__ = _seeded(type(module), path, _held(module), own, train, collections)
         yield rest
     finally:
         for path, module in modules.items():
             module.__class__ = classes[path]
 
 
-def _seeded(cls: Any, banks: Mapping[str, Bank], train: bool | None, collections: tuple[str, ...]) -> Any:
+def _seeded(
+    cls: Any, path: Path, held: Any, banks: Mapping[str, Bank], train: bool | None, collections: tuple[str, ...]
+) -> Any:
     """A class for one such module and one call. (A class of its own also keeps nnx's caches of traces apart.)"""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         module = self.to_nnx__module
+        if banks and _held(self) != held:
+            raise ValueError(
+                f"{join_path(path)}: a {type(module).__name__} under nnx.scan or nnx.vmap cannot carry seeds, for they "
+                "would not be divided as its variables are; lift it inside Linen (nn.scan), or use nnx layers"
+            )
         if train is not None and kwargs.get("method") is None:
             taken = inspect.signature(type(module).__call__).bind_partial(module, *args).arguments
             said = linen.mode(module, train)
@@ -156,6 +163,12 @@ def _below(tree: Any, path: Path) -> Any:
     for part in path:
         tree = tree.get(part, {}) if isinstance(tree, Mapping) else {}
     return tree
+
+
+def _held(module: Any) -> dict[Any, Any]:
+    """The shapes of a module's variables."""
+    state = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {key: variable.get_value().shape for key, variable in state}
 
 
 def _joined(path: Path, site: str) -> str:

@@ -26,7 +26,7 @@ quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_l
 ALL = [pytest.param(n, marks=[pytest.mark.slow] if entry.slow else []) for n, entry in MODELS.items()]
 
 
-@pytest.fixture(params=ALL)
+@pytest.fixture(params=ALL, scope="module")
 def given(request: pytest.FixtureRequest) -> Case:
     if request.param.startswith("hf_"):
         pytest.importorskip("transformers")

@@ -125,6 +125,24 @@ def test_it_trains_and_grows_in_tolaria():
     assert any(int(count) > 1 for count in counts), "a fresh mask every step"
 
 
+class Stacked(nnx.Module):
+    """Two Linen modules as one, scanned by nnx."""
+
+    def __init__(self, x):
+        made = nnx.vmap(lambda key: nnx.bridge.ToNNX(nn.Dense(4), rngs=nnx.Rngs(params=key)).lazy_init(x))
+        self.layers = made(jax.random.split(jax.random.key(0), 2))
+
+    def __call__(self, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_seeds_in_a_linen_module_that_nnx_scans_are_refused_by_name():
+    model = Stacked(TEXT)
+    morph = esper_jax.germinate(esper_jax.morph(model), "layers", "lora", layer=0, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"layers: a Dense under nnx.scan or nnx.vmap cannot carry seeds"):
+        esper_jax.graft(model)(morph, TEXT)
+
+
 class Inner(nn.Module):
     @nn.compact
     def __call__(self, x, deterministic):
