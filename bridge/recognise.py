@@ -171,6 +171,8 @@ def _conv_transpose(args: _Args) -> Any:
 
 def _embedding(args: _Args) -> Any:
     weight, ids, padding = args(0, "weight"), args(1, "indices"), args(2, "padding_idx", -1)
+    if args(3, "scale_grad_by_freq", False):
+        return (args.node.path, "an embedding whose gradients are divided by counts")
     w = args.tensor(weight)
     fields = {"num_embeddings": w.shape[0] if w else 0, "features": w.shape[1] if w else 0}
     options = (("padding_idx", padding),) if padding >= 0 else ()

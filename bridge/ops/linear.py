@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..graph import BridgeError
 from .registry import op, together
 
 
@@ -78,7 +79,43 @@ def inverse(A: Any, check_errors: bool = False) -> Any:
 def embedding(
     weight: Any, indices: Any, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Any:
+    _by_frequency(scale_grad_by_freq)
     return without_padding_gradient(jnp.take(weight, indices, axis=0), indices, padding_idx)
+
+
+def _by_frequency(scale_grad_by_freq: bool) -> None:
+    if scale_grad_by_freq:
+        raise BridgeError("an embedding with scale_grad_by_freq=True divides its gradients by counts: use False")
+
+
+@op("embedding_bag.padding_idx")
+def embedding_bag(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool,
+    mode: int,
+    sparse: bool,
+    per_sample_weights: Any,
+    include_last_offset: bool,
+    padding_idx: Any,
+) -> Any:
+    """Rows of each bag summed (mode 0), averaged (1) or their largest values (2); an empty bag gives 0."""
+    _by_frequency(scale_grad_by_freq)
+    bags = offsets.shape[0] - include_last_offset
+    bag = jnp.searchsorted(offsets, jnp.arange(indices.shape[0]), side="right") - 1
+    if padding_idx is not None:
+        bag = jnp.where(indices == padding_idx % weight.shape[0], bags, bag)  # out of range: left out
+    rows = jnp.take(weight, indices, axis=0)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    count = jax.ops.segment_sum(jnp.ones_like(bag), bag, bags)
+    if mode == 2:
+        result = jnp.where(count[:, None] > 0, jax.ops.segment_max(rows, bag, bags), 0)
+    else:
+        result = jax.ops.segment_sum(rows, bag, bags)
+        result = result / jnp.maximum(count, 1)[:, None] if mode == 1 else result
+    return result, bag, count, indices
 
 
 def without_padding_gradient(found: Any, indices: Any, padding_idx: int) -> Any:

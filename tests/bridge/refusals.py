@@ -135,6 +135,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
         X,
         "parameter 'w' is complex; torch and JAX define its gradient differently",
     ),
+    "gradients by counts": (
+        lambda: nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True)),
+        torch.ones(3, 2, dtype=torch.long),
+        "scale_grad_by_freq=True divides its gradients by counts",
+    ),
     "counted average": (lambda: nn.BatchNorm1d(4, momentum=None), X, "depend on the values of a tensor"),
     "changed parameter": (
         lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)),

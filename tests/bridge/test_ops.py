@@ -110,7 +110,26 @@ def test_every_registered_operator_has_a_case_or_is_python():
     assert not left, sorted(left)
 
 
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize("last", [False, True])
+def test_bags_of_any_length_are_torchs(mode, padding, last):
+    """Empty bags, ids behind the last offset, and a bag of nothing but padding too; gradients as well."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 3, generator=generator, requires_grad=True)
+    ids, offsets = torch.tensor([0, 5, 2, 2, 2, 3, 1, 1]), torch.tensor([0, 2, 2, 4, 5, 8 if last else 6])
+    args = (weight, ids, offsets, False, mode, False, None, last, padding)
+    want = torch.ops.aten.embedding_bag.padding_idx(*args)[0]
+    op = find("aten.embedding_bag.padding_idx")
+    got = op.fn(*ours(args))[0]
+    np.testing.assert_allclose(got, want.numpy(force=True), atol=1e-6)
+    (want * want.detach().cos()).sum().backward()
+    gradient = jax.grad(lambda w: jnp.sum(op.fn(w, *ours(args[1:]))[0] * jnp.cos(got)))(ours(weight))
+    np.testing.assert_allclose(gradient, weight.grad.numpy(), atol=1e-6)
+
+
 UNTESTED_HERE = {
+    "embedding_bag.padding_idx",  # of what it gives, its output only: above
     "empty.memory_format", "empty_like.default", "new_empty.default",  # zeros here, anything in torch
     "sym_size.int", "sym_numel.default",  # sizes: every model of the zoo
     "as_strided.default",  # refused: below

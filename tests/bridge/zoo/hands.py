@@ -124,6 +124,21 @@ class Normed(nn.Module):
         return self.head(self.third(y.view(-1, 3, 4)).flatten(1))
 
 
+class Recommender(nn.Module):
+    """Bags of ids, weighed, averaged without the padding, and at their largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.liked = nn.EmbeddingBag(20, 6, mode="sum")
+        self.seen = nn.EmbeddingBag(20, 6, mode="mean", padding_idx=0)
+        self.tags = nn.EmbeddingBag(20, 6, mode="max")
+        self.head = nn.Sequential(nn.LayerNorm(18), nn.Linear(18, 5), nn.SiLU(), nn.Linear(5, 1))
+
+    def forward(self, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        found = [self.liked(ids, per_sample_weights=weights), self.seen(ids), self.tags(ids)]
+        return self.head(torch.cat(found, -1))
+
+
 class Tied(nn.Module):
     """A language model whose head is its embedding, with padding."""
 
@@ -202,6 +217,9 @@ MODELS = {
     "mlp": Entry(
         lambda: nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 3)),
         floats(8),
+    ),
+    "recommender": Entry(
+        Recommender, lambda batch, g: (torch.randint(0, 20, (batch, 7), generator=g), torch.rand(batch, 7, generator=g))
     ),
     "mixer": Entry(Mixer, floats(9, 16)),
     "swiglu": Entry(SwiGLU, floats(4, 10)),
