@@ -5,6 +5,7 @@ Both run the same weights on the same batches, interleaved in one process; each 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,7 @@ def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict
         )
         return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), changed
 
-    @jax.jit
+    @functools.partial(jax.jit, donate_argnums=0)  # torch writes over its parameters too
     def train(variables: Any) -> Any:
         others = {k: v for k, v in variables.items() if k != "params"}
         grads, changed = jax.grad(loss, has_aux=True)(variables["params"], others)
@@ -90,7 +91,7 @@ def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict
         return {**others, **changed, "params": params}
 
     optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
-    held = {"variables": variables}
+    held = {"variables": jax.tree.map(jnp.array, variables)}
 
     def torch_forward(_: int) -> None:
         module.eval()
