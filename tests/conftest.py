@@ -1,7 +1,6 @@
 """Set before jax starts: tests run on the processor unless told otherwise."""
 
 import gc
-import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -10,10 +9,6 @@ import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
-# The newer code generator of jaxlib 0.10 takes half of this suite's time, to compile what then runs for microseconds.
-# With XLA_FLAGS set, though empty, it is used; and by the tests on the newest versions, which know no other.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 _TESTS = itertools.count(1)
 _MAPS = pathlib.Path("/proc/self/maps")
