@@ -153,9 +153,8 @@ def traced_layers(
         try:
             jax.eval_shape(lambda v, a: model.apply(v, *a, **given), variables, inputs)
         except Exception as error:
-            took = ", ".join(str(getattr(leaf, "shape", type(leaf).__name__)) for leaf in inputs)
             raise ValueError(
-                f"{type(model).__name__} cannot be traced on example= ({took}) with these variables: "
+                f"{type(model).__name__} cannot be traced on example= ({shapes_text(inputs)}) with these variables: "
                 f"{type(error).__name__}: {error}"
             ) from error
     axes = _stacks(variables["params"], seen)
@@ -184,6 +183,11 @@ def traced_layers(
         elif own_arrays(node):
             skipped.append((path, site))
     return found, skipped
+
+
+def shapes_text(inputs: tuple[Any, ...]) -> str:
+    """The arguments of an example in words: shapes, or types where there is none."""
+    return ", ".join(str(getattr(leaf, "shape", type(leaf).__name__)) for leaf in inputs)
 
 
 class Seen(NamedTuple):

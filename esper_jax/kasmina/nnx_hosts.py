@@ -22,7 +22,7 @@ from .bank import Bank, apply_bank, stacked, unstacked
 from .layout import arrange, common_axis, einsum_shapes, stack_axes
 from .linen_layers import attended, broadcast, first_input, pairs, tuple_of
 from .modules import Embedded, Planted
-from .nnx_linen import lifted, lifted_calls, lifted_layers
+from .nnx_linen import lifted, lifted_calls, lifted_layers, with_call
 from .sites import Where, find_sites, join_path, select
 from .spec import Site, freeze_config
 
@@ -342,7 +342,7 @@ def _seeded(cls: type) -> type:
             called.add(bank.site.path)
         return with_seeds(self, cls, bank, args, kwargs, output)
 
-    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return with_call(cls, __call__)
 
 
 def with_seeds(module: Any, cls: type, bank: Bank, args: Any, kwargs: Any, h: Any) -> Any:

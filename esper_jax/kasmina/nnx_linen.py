@@ -115,7 +115,12 @@ def _seeded(
         finally:
             self.to_nnx__module = module
 
-    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return with_call(cls, __call__)
+
+
+def with_call(cls: Any, call: Any) -> Any:
+    """A subclass that differs in its `__call__` alone, for an instance to have in the place of its class for a time."""
+    return type(cls)(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def _arguments(host: Any, modules: Mapping[Path, Any], example: Any, kwargs: Mapping[str, Any]) -> dict[Path, Any]:
@@ -128,7 +133,7 @@ def _arguments(host: Any, modules: Mapping[Path, Any], example: Any, kwargs: Map
             seen.setdefault(path, _as_given(self.to_nnx__module, args, kwargs))
             return cls.__call__(self, *args, **kwargs)
 
-        return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+        return with_call(cls, __call__)
 
     def run(state: Any, args: Any) -> None:
         copy = nnx.merge(nnx.graphdef(host), state)
@@ -142,9 +147,9 @@ def _arguments(host: Any, modules: Mapping[Path, Any], example: Any, kwargs: Map
     try:
         jax.eval_shape(run, nnx.state(host), inputs)
     except Exception as error:
-        took = ", ".join(str(getattr(leaf, "shape", type(leaf).__name__)) for leaf in inputs)
         raise ValueError(
-            f"{type(host).__name__} cannot be traced on example= ({took}): {type(error).__name__}: {error}"
+            f"{type(host).__name__} cannot be traced on example= ({linen.shapes_text(inputs)}): "
+            f"{type(error).__name__}: {error}"
         ) from error
     return seen
 
