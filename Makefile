@@ -21,16 +21,22 @@ help: ## say what there is
 demo: $(VENV)/.demo ## grow a network on handwritten digits (under 3 minutes after installation)
 	@$(BIN)/esper-jax train --task digits
 
-# The newer code generator of jaxlib 0.10 takes most of the suite's time, to compile what then runs for microseconds: all
-# tests together use the older one (jaxlib 0.12 has no such option), but for those whose bits it does not keep.
-DEFAULT_CODE := tests/tolaria/test_loop.py
+# Compilers take most of the suite's time, for programs that then run for microseconds. All tests together are compiled
+# quickly and each program once (jaxlib 0.12 has no --xla_cpu_use_fusion_emitters), but for those that are about bits:
+# they run what users run.
+DEFAULT_CODE := tests/tolaria/test_loop.py tests/kasmina/test_isolation.py
+QUICK_CODE := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
 test: $(VENV)/.dev ## run all tests (make test ARGS="-k tasks -n 0")
 ifeq ($(strip $(ARGS)),)
-	@flags="$$XLA_FLAGS"; \
+	@compiled="$$(mktemp -d)"; trap 'rm -rf "$$compiled"' EXIT; \
+	export JAX_COMPILATION_CACHE_DIR="$$compiled"; \
+	export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1; \
+	quick="$(QUICK_CODE)"; \
 	case "$$($(BIN)/python -c 'import importlib.metadata as m; print(m.version("jaxlib"))')" in \
-		0.10.*) flags="$$flags --xla_cpu_use_fusion_emitters=false";; esac; \
-	XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEFAULT_CODE:%=--ignore=%)
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEFAULT_CODE)
+		0.10.*) quick="$$quick --xla_cpu_use_fusion_emitters=false";; esac; \
+	XLA_FLAGS="$$XLA_FLAGS $$quick" \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEFAULT_CODE:%=--ignore=%) && \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEFAULT_CODE)
 else
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 endif

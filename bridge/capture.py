@@ -21,8 +21,10 @@ from .reader import Reader, forward_names, numpy_dtype
 from .torch_attention import attention_as_one_op
 
 
-def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Graph, dict[str, Any]]:
-    """The graph of a module and its large constants, from one call's inputs.
+def capture(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, train: bool = True
+) -> tuple[Graph, dict[str, Any]]:
+    """The graph of a module and its large constants, from one call's inputs; without `train` of evaluation alone.
 
     The first dimension of every tensor as long as the first tensor's is the batch, and free.
 
@@ -34,18 +36,24 @@ def capture(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
     args, kwargs = _two_examples(args), _two_examples(dict(kwargs))
     shapes = _dynamic(module, args, kwargs)
     programs, constants, takes = [], {}, None
-    for train in (False, True):
+    for mode in (False, True) if train else (False,):
         copied = copy_of(module)
         with modes_kept(module):
-            exported = _export(copied.train(train), args, kwargs, shapes, name)
-        program, large, takes = Reader(exported, module, name, "train" if train else "evaluate").read()
+            try:
+                exported = _export(copied.train(mode), args, kwargs, shapes, name)
+            except BridgeError as error:
+                if not mode:
+                    raise
+                hint = "this is training mode alone: from_torch(..., train=False) imports evaluation"
+                raise BridgeError(f"{error} ({hint})") from error.__cause__
+        program, large, takes = Reader(exported, module, name, "train" if mode else "evaluate").read()
         programs.append(program)
         constants.update(large)
     tensors, aliases = _tensors(module, constants)
     graph = Graph(
         name=name,
         evaluate=programs[0],
-        train=programs[1],
+        train=programs[1] if train else None,
         takes=takes,
         names=forward_names(module),
         tensors=tensors,

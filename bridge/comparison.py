@@ -138,9 +138,10 @@ def _verified(
         found = _jit(lambda v, a, k: still.apply(v, *a, **k))(variables, *arrays)
         for name, want, got in _pairs(graph, wanted, found):
             checks.append(Check(f"forward: {name}", batch, _error(got, want), forward_limit))
-        checks += _step(
-            model, variables, module, given_args, given_kwargs, arrays, batch, gradient_limit, forward_limit
-        )
+        if graph.train is not None:
+            checks += _step(
+                model, variables, module, given_args, given_kwargs, arrays, batch, gradient_limit, forward_limit
+            )
     plan = plan_of(graph)
     return Report(graph.name, tuple(checks), len(plan.layers), plan.bare)
 
@@ -258,12 +259,13 @@ def torch_step(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[float, 
 
 def jax_loss(model: Imported, differentiable: Callable[[int], bool]) -> Callable[..., Any]:
     """The same loss in JAX: `(params, others, args, kwargs) -> (loss, others after)`."""
-    still = model.clone(every_unit=True)
+    still, program = model.clone(every_unit=True), model.graph.train
+    assert program is not None, "captured in training mode"
 
     def loss(params: Any, others: Any, args: Any, kwargs: Any) -> Any:
         mutable = [name for name in ("batch_stats", "buffers") if name in others]
         output, changed = still.apply({**others, "params": params}, *args, train=True, mutable=mutable, **kwargs)
-        leaves = flatten(model.graph.train.structure, output)
+        leaves = flatten(program.structure, output)
         values = [leaves[i][1] for i in sorted(leaves)]
         values = [v for v in values if v is not None]
         total = jnp.zeros((), jnp.float32)

@@ -116,7 +116,7 @@ class Graph:
 
     Attributes:
       name: the torch class.
-      evaluate, train: the two programs.
+      evaluate, train: the two programs; None where only evaluation was captured.
       takes: how the inputs nest: `(args, kwargs)` with leaf indices.
       names: the parameters of torch's `forward`, for calls by keyword.
       tensors: parameters and buffers; programs refer to them by `torch:<dotted name>`.
@@ -127,7 +127,7 @@ class Graph:
 
     name: str
     evaluate: Program
-    train: Program
+    train: Program | None
     takes: Any
     names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
@@ -146,12 +146,12 @@ class Graph:
         return isinstance(other, Graph) and self.digest == other.digest
 
     def __repr__(self) -> str:
-        nodes = f"{len(self.evaluate.nodes)} nodes, {len(self.train.nodes)} in training"
-        return f"Graph({self.name}: {nodes}, {len(self.tensors)} tensors)"
+        training = f"{len(self.train.nodes)} in training" if self.train else "none in training"
+        return f"Graph({self.name}: {len(self.evaluate.nodes)} nodes, {training}, {len(self.tensors)} tensors)"
 
-    def programs(self) -> tuple[Program, Program]:
-        """Both programs."""
-        return self.evaluate, self.train
+    def programs(self) -> tuple[Program, ...]:
+        """The program of evaluation, and that of training if there is one."""
+        return (self.evaluate, self.train) if self.train else (self.evaluate,)
 
 
 def refs_in(value: Any) -> Iterator[Ref]:
@@ -285,7 +285,8 @@ def loads(text: str, where: str = "the graph") -> Graph:
         data = json.loads(text)
         if data.pop("format") != FORMAT:
             raise BridgeError(f"{where} was saved in another format; this version reads format {FORMAT}")
-        programs = {name: _program(data.pop(name)) for name in ("evaluate", "train")}
+        train = data.pop("train")
+        programs = {"evaluate": _program(data.pop("evaluate")), "train": _program(train) if train else None}
         tensors = tuple(Tensor(t[0], tuple(t[1]), *t[2:]) for t in data.pop("tensors"))
         pairs = {name: tuple(tuple(row) for row in data.pop(name)) for name in ("aliases", "modules")}
         return Graph(**programs, tensors=tensors, names=tuple(data.pop("names")), **pairs, **data)

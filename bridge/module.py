@@ -78,7 +78,8 @@ class Imported(_Holder):
       every_unit: dropout keeps every unit (kept ones are still divided by 1 - rate): for comparisons, no other use.
 
     Raises:
-      BridgeError: for inputs of another number, dtype or shape than the captured graph holds for.
+      BridgeError: for inputs of another number, dtype or shape than the captured graph holds for, and for `train=True`
+        where only evaluation was imported.
     """
 
     every_unit: bool = False
@@ -86,6 +87,11 @@ class Imported(_Holder):
     def __call__(self, *args: Any, train: bool = False, **kwargs: Any) -> Any:
         """The outputs, nested as torch's (a ModelOutput becomes a dict)."""
         plan = plan_of(self.graph)
+        if train and self.graph.train is None:
+            raise BridgeError(
+                f"{self.graph.name} was imported for evaluation alone: call it without train=True, or import it with "
+                "from_torch(..., train=True)"
+            )
         program = plan.programs[1 if train else 0]
         inputs = _bind(self.graph, program, args, kwargs)
         run = _Run(self, program, inputs, train)

@@ -27,14 +27,14 @@ class Plan:
     Attributes:
       layers: by module path.
       places: the leaves of each torch tensor, by its name.
-      programs: evaluation and training with layers called.
+      programs: evaluation, and training if it was captured, with layers called.
       bare: the torch modules that hold parameters and are no site, with the reason.
       calls: the torch modules in whose forward each layer is called (several where they share its weights).
     """
 
     layers: dict[tuple[str, ...], Layer]
     places: dict[str, tuple[Place, ...]]
-    programs: tuple[Program, Program]
+    programs: tuple[Program, ...]
     bare: tuple[tuple[str, str], ...]
     calls: dict[tuple[str, ...], tuple[str, ...]]
 
@@ -88,7 +88,7 @@ def plan_of(graph: Graph) -> Plan:
         if node.op == LAYER:
             homes.setdefault(tuple(node.args[0].split("/")), {})[node.path] = None
     calls = {path: tuple(found) for path, found in homes.items()}
-    return Plan(chosen, places, programs, tuple(_bare_modules(graph, chosen, refused)), calls)  # type: ignore[arg-type]
+    return Plan(chosen, places, programs, tuple(_bare_modules(graph, chosen, refused)), calls)
 
 
 def _bare_place(tensor: Tensor) -> Place:

@@ -48,7 +48,7 @@ class Import(tuple[Imported, dict[str, Any]]):
         return f"Import({self.model!r}; {'verified' if self.report.checks else 'not verified'}; print(_.report))"
 
 
-def from_torch(module: Any, example_inputs: Any, *, verify: bool = True) -> Import:
+def from_torch(module: Any, example_inputs: Any, *, verify: bool = True, train: bool = True) -> Import:
     """A torch module as a Flax model whose parameters sit at torch's module paths and whose layers are sites.
 
     The module is captured in evaluation and in training mode with torch.export, from the example's shapes; the first
@@ -69,6 +69,8 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True) -> Impo
         shapes that the model will see. Constants among them (None, booleans, numbers) stay fixed.
       verify: compare forward, gradients and buffers after a training step with torch, on the example and on a batch
         two larger, and refuse the import where they differ. Dropout keeps every unit in both for that.
+      train: whether the model can be called with `train=True`. Without, only evaluation is captured and its outputs
+        compared: about half the time, and a way in for modules whose forward cannot be captured in training mode.
 
     Returns:
       `(model, variables)`, a pair with the further attribute `report`.
@@ -80,7 +82,7 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True) -> Impo
     if not isinstance(module, torch.nn.Module):
         raise BridgeError(f"from_torch takes a torch.nn.Module, got {type(module).__name__}")
     args, kwargs = _inputs(example_inputs)
-    graph, constants = capture(module, args, kwargs)
+    graph, constants = capture(module, args, kwargs, train=train)
     _check(graph)
     remember(graph)
     variables = to_variables(graph, values_of(graph, module, constants))

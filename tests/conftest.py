@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+gc.set_threshold(200_000, 50, 1000)  # traces and graphs are millions of objects, and few of them garbage
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -103,6 +103,44 @@ def test_any_batch_is_taken_and_one_of_another_size_than_the_graph_holds_for_is_
     assert given.model.apply(given.variables, jnp.ones((1, 1, 14, 14))).shape == (1, 10)
 
 
+class DropsLayers(torch.nn.Module):
+    """Its training forward depends on a drawn value; its evaluation does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.training and torch.rand(()) < 0.5:
+            return x
+        return self.second(x).tanh()
+
+
+def test_a_module_that_is_only_evaluated_needs_no_training_forward(tmp_path):
+    module, x = DropsLayers(), torch.randn(4, 3)
+    with pytest.raises(
+        BridgeError, match=r"depend on the values of a tensor.*from_torch\(\.\.\., train=False\) imports"
+    ):
+        esper_jax.from_torch(module, x)
+    found = model, variables = esper_jax.from_torch(module, x, train=False)
+    assert module.training, "it is as it was"
+    assert {check.what.split(":")[0] for check in found.report.checks} == {"forward"} and found.report.worst(
+        "forward"
+    ) < 1e-5
+    assert "none in training" in repr(model.graph)
+    with pytest.raises(BridgeError, match=r"DropsLayers was imported for evaluation alone.*train=True"):
+        model.apply(variables, jnp.ones((2, 3)), train=True)
+    model.save(tmp_path, variables)
+    again, loaded = esper_jax.load_imported(tmp_path)
+    assert again.graph == model.graph and again.graph.train is None
+    wanted = module.eval()(torch.ones(2, 3)).detach().numpy()
+    assert np.allclose(again.apply(loaded, jnp.ones((2, 3))), wanted, atol=1e-6)
+    morph = esper_jax.morph(variables, model=model, example=jnp.ones((2, 3)))
+    back = esper_jax.to_torch(morph, module)
+    assert all(torch.equal(value, back.state_dict()[key]) for key, value in module.state_dict().items())
+
+
 def test_an_example_of_one_row_gives_a_free_batch():
     model, variables = esper_jax.from_torch(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.randn(1, 3))
     assert model.apply(variables, jnp.ones((7, 3))).shape == (7, 2)

@@ -100,7 +100,7 @@ def test_its_gradient_is_torchs(name):
             found = flat(op.fn(first, *ours(rest), **{k: ours(v) for k, v in kwargs.items()}, **more))[0]
             return jnp.sum(found.astype(jnp.float32) * numpy_of(weights))
 
-        got = jax.grad(loss)(ours(args[0]))
+        got = jax.jit(jax.grad(loss))(ours(args[0]))
         np.testing.assert_allclose(np.asarray(got), want.numpy(force=True), rtol=1e-4, atol=1e-4, err_msg=name)
 
 

@@ -86,7 +86,7 @@ def test_the_grown_model_computes_the_same_in_torch_and_back_again_in_jax(given)
     assert len([k for k in sent.state_dict() if k.endswith("esper_seeds.0.alpha")]) == len(morph.spec.plants)
     close(outputs_of(sent, given.args, given.kwargs), want, 1e-5)
     example = given.kwargs or given.args
-    model, variables = esper_jax.from_torch(sent, example, verify=False)
+    model, variables = esper_jax.from_torch(sent, example, verify=False, train=False)
     close(given.flat(quick(lambda v: model.apply(v, **given.arrays))(variables)), want, 1e-5)
 
 
