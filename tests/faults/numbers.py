@@ -293,6 +293,7 @@ def size_of(*things: Any) -> int:
 def soak(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
     """Seeds germinate and are pruned over and over: nothing grows but the run's history, memory neither."""
     found, soaked = Found(), Soaked()
+    gc.freeze()  # what the process held before is none of this run's: to look through it each time takes seconds
     made = growing.trainer(
         folder,
         controller=Cycler(),
@@ -301,7 +302,10 @@ def soak(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Foun
         checkpoint_every=10 + trials // 8,
         keep=2,
     )
-    _, history = fit(made, 10 * trials + 1)
+    try:
+        _, history = fit(made, 10 * trials + 1)
+    finally:
+        gc.unfreeze()
     rows = soaked.rows[4:]  # what is made once is there by then
     found.expect(len(soaked.rows) >= trials, f"{len(soaked.rows)} germinations in {trials} cycles")
     kept = size_of(history.records, history.events, made.bus.read(count=1 << 30)) / 2**20
