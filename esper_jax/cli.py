@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import pathlib
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .experiment import run
+from .experiment import BASELINE, run
 from .kasmina.summary import blueprints
 from .nissa import read_events
 from .nissa.clean import clean
@@ -60,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
     with warnings.catch_warnings():
         warnings.showwarning = _note
-        _do(command)
+        _do(command, sys.argv[1:] if arguments is None else arguments)
 
 
-def _do(command: Any) -> None:
+def _do(command: Any, given: Sequence[str]) -> None:
     if isinstance(command, Train):
-        _train(command)
+        _train(command, given)
     elif isinstance(command, Tasks):
         for name, build in TASKS.items():
             print(f"{name:12} {(build.__doc__ or '').strip().splitlines()[0]}")
@@ -95,13 +96,24 @@ def _run(command: Any) -> None:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
 
 
-def _train(options: Train) -> None:
+def _named(arguments: Sequence[str]) -> frozenset[str]:
+    """The options that a command line names, as fields."""
+    flags = (text[2:].partition("=")[0].replace("-", "_") for text in arguments if text.startswith("--"))
+    return frozenset(flag.removeprefix("no_") for flag in flags)
+
+
+def _run_of(directory: pathlib.Path | None) -> pathlib.Path | None:
+    """The run that can be resumed: the host that trains alone, to compare with, is part of one."""
+    return directory.parent if directory is not None and directory.name == BASELINE else directory
+
+
+def _train(options: Train, given: Sequence[str]) -> None:
     try:
         if options.resume is not None:
-            options = resumed(options)
+            options = resumed(options, _named(given))
         outcome = run(options)
     except TrainingInterrupted as interrupted:
-        where = interrupted.directory or options.run_dir or "RUN_DIRECTORY"
+        where = _run_of(interrupted.directory) or options.run_dir or "RUN_DIRECTORY"
         _say(f"\n{interrupted}\nresume with: esper-jax train --resume {where}")
         sys.exit(128 + interrupted.signal)
     except TrainingDiverged as diverged:
@@ -128,8 +140,9 @@ def _end_report(diverged: TrainingDiverged) -> str:
     if diverged.directory is not None:
         told = [e for e in read_events(diverged.directory / "events.jsonl") if e.kind == "rollback"]
         lines += [f"  epoch {e.epoch}, back to step {e.data['to_step']}: {clean(e.data['reason'])}" for e in told]
-        lines.append(f"run directory: {diverged.directory}")
-        lines.append(f"allow more with: esper-jax train --resume {diverged.directory} --max-rollbacks N")
+        where = _run_of(diverged.directory)
+        lines.append(f"run directory: {where}")
+        lines.append(f"allow more with: esper-jax train --resume {where} --max-rollbacks N")
     return "\n".join(lines)
 
 

@@ -25,6 +25,8 @@ from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
 from .tolaria import History, Tolaria, TrainState, growable, peers
 
+BASELINE = "host_alone"
+"""The folder of a run in which its host trains alone, to compare with."""
 LEAST_REST = 10
 """Epochs of a trial beside training and blending: starting, holding until the contribution is sure, a ramp down."""
 
@@ -184,8 +186,8 @@ def _host_alone(
     options: Train, task: Task, run_dir: pathlib.Path, epochs: int, variables: dict[str, Any]
 ) -> tuple[list[Any], History]:
     quiet = dataclasses.replace(options, quiet=True)
-    _, trainer = _trainer(quiet, task, run_dir / "host_alone", epochs, grow=False)
-    trainer.checkpoint_dir = _empty(run_dir / "host_alone")
+    _, trainer = _trainer(quiet, task, run_dir / BASELINE, epochs, grow=False)
+    trainer.checkpoint_dir = _empty(run_dir / BASELINE)
     started = time.perf_counter()
     state = trainer.init(variables, key=jax.random.key(options.seed))
     state, history = trainer.fit(state, task.train, task.validation, epochs=epochs)
@@ -219,7 +221,7 @@ def _draw(
 
         title = f"{task.name}: growing network, seed {options.seed}"
         events = run_dir / "events.jsonl"
-        host_events = None if host is None else run_dir / "host_alone" / "events.jsonl"
+        host_events = None if host is None else run_dir / BASELINE / "events.jsonl"
         return pathlib.Path(training_figure(events, run_dir / "figure.png", host_events=host_events, title=title))
     except ImportError as error:
         say(f"no figure: {error}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import types
 import typing
+from collections.abc import Collection
 from typing import Any, Literal
 
 from .kasmina import get_blueprint
@@ -111,8 +113,10 @@ class Train:
             raise ValueError(f"--max-rollbacks must be 0 or more, got {self.max_rollbacks}")
         if not self.distributed and any(v is not None for v in (self.coordinator, self.processes, self.process)):
             raise ValueError("--coordinator, --processes and --process need --distributed")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate must be above 0, got {self.learning_rate}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate must be above 0 and finite, got {self.learning_rate}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for name in self.blueprints:
             get_blueprint(name)
 
@@ -178,8 +182,10 @@ JOB = ("distributed", "coordinator", "processes", "process")
 """Options that a resume gives anew in any case: it may go on with other processes."""
 
 
-def resumed(options: Train) -> Train:
+def resumed(options: Train, named: Collection[str] = ()) -> Train:
     """The options of the run that `options` resumes, with those of `REPLACEABLE` that `options` itself gives.
+
+    Those are the ones that differ from their default, and those `named`: a default may be said too.
 
     Raises:
       FileNotFoundError: there is no run, in one sentence.
@@ -187,7 +193,7 @@ def resumed(options: Train) -> Train:
     assert options.resume is not None
     defaults = Train()
     given = {name: getattr(options, name) for name in REPLACEABLE}
-    given = {name: value for name, value in given.items() if value != getattr(defaults, name)}
+    given = {name: value for name, value in given.items() if name in named or value != getattr(defaults, name)}
     job = {name: getattr(options, name) for name in JOB}
     return dataclasses.replace(read_config(options.resume), **given, **job)
 

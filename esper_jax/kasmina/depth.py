@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from .blueprints import DENSE
 from .graft import graft
@@ -177,7 +178,11 @@ def _ends(
         chosen = tuple(site.path for site in inside if admits(site.path, site.kind))
         if not chosen:
             raise ValueError(f"zero={zero!r} admits none of the stack's layers: {', '.join(s.path for s in inside)}")
-        if model is not None and example is not None and not _passes(morph, stacks, chosen, model, example, kwargs):
+        if (
+            model is not None
+            and example is not None
+            and not _trial(morph, stacks, inside, model, example, kwargs)(chosen)
+        ):
             raise ValueError(f"with {', '.join(chosen)} at zero an added layer is not the identity")
         return chosen
     if model is None or example is None or any(place.layers < 2 for place in stacks):
@@ -185,58 +190,65 @@ def _ends(
             "stack() in identity order needs zero=, or model= and example= to find the layers by trying (in a stack of "
             "two layers or more)"
         )
-    chosen = tuple(site.path for site in inside)
-    if not _passes(morph, stacks, chosen, model, example, kwargs):
+    chosen, passes = tuple(site.path for site in inside), _trial(morph, stacks, inside, model, example, kwargs)
+    if not passes(chosen):
         raise ValueError(
             "an added layer cannot be the identity: even with every dense layer and convolution of the stack at zero "
             "it changes its input. Are its layers residual? Orders copy and g_stack need no identity"
         )
     for path in tuple(chosen):  # as few zeros as possible, so that an added layer can learn
         fewer = tuple(other for other in chosen if other != path)
-        if fewer and _passes(morph, stacks, fewer, model, example, kwargs):
+        if fewer and passes(fewer):
             chosen = fewer
     return chosen
 
 
-def _passes(
-    morph: Morph, stacks: tuple[Stack, ...], zeroed: tuple[str, ...], model: Any, example: Any, kwargs: Any
-) -> bool:
-    """Whether a layer with those parts at zero passes its input on.
+def _trial(
+    morph: Morph, stacks: tuple[Stack, ...], inside: list[Site], model: Any, example: Any, kwargs: Any
+) -> Callable[[tuple[str, ...]], bool]:
+    """A function of paths inside the stacks: whether a layer with those parts at zero passes its input on.
 
     The depth of the model is its own, so the old depth has to tell: the first layer's parameters are put into the first
-    place and into the last, with layers that have zeros in all others. Only the identity makes no difference.
+    place and into the last, with layers that have zeros in all others. Only the identity makes no difference. One
+    program serves all trials.
     """
     forward = graft(model)
     inputs = example if isinstance(example, tuple) else (example,)
     options = {**forward.mode(False), **kwargs}
+    homes = {(place.path, s.path): place for place in stacks for s in inside if _under(s.path, place.path)}
 
-    def run(last: bool) -> Any:
-        params = morph.params["host"]
+    @jax.jit
+    def run(params: Any, kept: Mapping[tuple[str, str], Array]) -> Any:
         for place in stacks:
-            at = place.layers - 1 if last else 0
-
             first = functools.partial(_first_row, place)
             params = change_at(params, split_path(place.path), functools.partial(jax.tree.map, first))
-            for path in zeroed:
-                if _under(path, place.path):
-                    only = functools.partial(_one_row, place, at)
-                    params = change_at(params, split_path(path), functools.partial(jax.tree.map, only))
+        for at, rows in kept.items():
+            only = functools.partial(_rows_kept, homes[at], rows)
+            params = change_at(params, split_path(at[1]), functools.partial(jax.tree.map, only))
         bare = Morph(morph.with_params({"host": params, "seeds": {}}).host, {}, {}, Spec(morph.spec.sites, 1))
-        return forward(bare, *inputs, **options)
+        return jax.tree.leaves(forward(bare, *inputs, **options))
 
-    run = jax.jit(run, static_argnums=0)
-    close = lambda a, b: np.allclose(np.float64(a), np.float64(b), rtol=TIGHT, atol=TIGHT)  # noqa: E731
-    return all(close(a, b) for a, b in zip(jax.tree.leaves(run(False)), jax.tree.leaves(run(True)), strict=True))
+    def passes(zeroed: tuple[str, ...]) -> bool:
+        outputs = []
+        for last in (False, True):
+            kept = {
+                at: (np.arange(place.layers) == (place.layers - 1 if last else 0)) | (at[1] not in zeroed)
+                for at, place in homes.items()
+            }
+            outputs.append([np.float64(leaf) for leaf in run(morph.params["host"], kept)])
+        return all(np.allclose(a, b, rtol=TIGHT, atol=TIGHT) for a, b in zip(*outputs, strict=True))
+
+    return passes
 
 
 def _first_row(place: Stack, leaf: Any) -> Any:
     return jnp.take(leaf, jnp.zeros(place.layers, int), axis=place.axis)
 
 
-def _one_row(place: Stack, at: int, leaf: Any) -> Any:
+def _rows_kept(place: Stack, rows: Array, leaf: Any) -> Any:
     shape = [1] * leaf.ndim
     shape[place.axis] = place.layers
-    return jnp.where((jnp.arange(place.layers) == at).reshape(shape), leaf, 0)
+    return jnp.where(rows.reshape(shape), leaf, 0)
 
 
 def _instead(new: Any, old: Any) -> Any:

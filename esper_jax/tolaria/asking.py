@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
-from ..protocol import Controller
+from ..protocol import Controller, Decision
 
 
 class ControllerError(RuntimeError):
@@ -63,4 +64,9 @@ def _answer(controller: Controller, state: Any, report: Any, feedback: Any) -> t
     except Exception as error:
         text = f"the controller raised {type(error).__name__}: {error}; nothing is decided at this tick"
         raise ControllerError(text) from error
+    if not isinstance(decisions, Sequence) or not all(isinstance(one, Decision) for one in decisions):
+        raise ControllerError(
+            f"the controller gave {repr(decisions)[:120]} where a sequence of Decision is expected; nothing is decided "
+            "at this tick"
+        )
     return decisions, after

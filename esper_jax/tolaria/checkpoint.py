@@ -80,9 +80,10 @@ class Checkpoints:
     any number may read it.
 
     Args:
-      directory: where the steps live; created if absent.
+      directory: where the steps live.
       keep: how many of the newest steps to keep, at least 1.
       keep_best: how many of the highest-scored steps to keep besides.
+      create: make the directory if it is absent; False for who only reads.
 
     Raises:
       ValueError: `keep` below 1 or `keep_best` below 0.
@@ -96,7 +97,9 @@ class Checkpoints:
     (10, {'epoch': 1}, [1.0, 1.0, 1.0])
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, keep_best: int = 1) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep: int = 3, keep_best: int = 1, create: bool = True
+    ) -> None:
         if keep < 1 or keep_best < 0:
             raise ValueError(
                 f"keep must be at least 1 and keep_best at least 0, got keep={keep}, keep_best={keep_best}"
@@ -107,7 +110,8 @@ class Checkpoints:
         self._damaged: set[int] = set()  # found by a restore of this object: retention does not count on them
         self._closed = False
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            if create:
+                self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"cannot use {self.directory} for checkpoints ({error}): name a writable one"

@@ -68,7 +68,7 @@ def told(value: T) -> T:
     """What the first process holds, on every process: anything JSON keeps, or where alone the value itself."""
     if alone():
         return value
-    text = json.dumps(value).encode() if first() else b""
+    text = json.dumps(value, default=lambda x: x.tolist()).encode() if first() else b""  # numpy's numbers are plain
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     letters = np.frombuffer(text.ljust(size, b"\0")[:size], np.uint8)
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(letters))))  # type: ignore[no-any-return]
@@ -152,10 +152,13 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     given = (coordinator, processes, process)
     if any(value is None for value in given) and any(value is not None for value in given):
         raise ValueError("--coordinator, --processes and --process belong together; give all three or none")
+    if processes is not None and processes < 1:
+        raise ValueError(f"--processes must be 1 or more, got {processes}")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ValueError(f"--process must be from 0 to {processes - 1} (of {processes} processes), got {process}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise ValueError(f"--coordinator must be host:port, got {coordinator!r}")
+    host, _, port = (coordinator or "localhost:1").rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise ValueError(f"--coordinator must be host:port with a port from 1 to 65535, got {coordinator!r}")
     try:
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=60

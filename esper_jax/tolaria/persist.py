@@ -91,7 +91,7 @@ def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None,
       CheckpointError: no checkpoint, or none that is whole.
     """
     place("directory", directory)
-    with Checkpoints(pathlib.Path(directory) / FOLDER) as checkpoints:
+    with Checkpoints(pathlib.Path(directory) / FOLDER, create=False) as checkpoints:
         found = checkpoints.read(step)
     _known(found.meta, urza)
     template = morph_template(found.meta)

@@ -328,7 +328,7 @@ class Tolaria:
             raise ValueError("restore() needs a directory: give one, or Tolaria(checkpoint_dir=...)")
         if not where.is_dir():
             raise CheckpointError(f"there is no directory {where} to restore from")
-        with Checkpoints(where / persist.FOLDER, keep=self.keep) as checkpoints:
+        with Checkpoints(where / persist.FOLDER, keep=self.keep, create=False) as checkpoints:
             state, session = persist.restore(
                 checkpoints, self.tx, self._first_control, step, self._ticker.library, self.layout
             )

@@ -307,7 +307,7 @@ def soak(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Foun
     finally:
         gc.unfreeze()
     rows = soaked.rows[4:]  # what is made once is there by then
-    found.expect(len(soaked.rows) >= trials, f"{len(soaked.rows)} germinations in {trials} cycles")
+    found.expect(len(soaked.rows) >= max(trials, 14), f"{len(soaked.rows)} germinations in {trials} cycles")
     kept = size_of(history.records, history.events, made.bus.read(count=1 << 30)) / 2**20
     # A save may be under way, with its files; each leaks 0.5 KiB a leaf in tensorstore (0.1.86, `Spec.to_json`), and
     # sizes of small objects are those without what the allocator rounds up.

@@ -25,6 +25,6 @@ SCENARIOS: dict[str, tuple[Callable[..., Found], int, int]] = {
     "broken_blueprints": (broken_blueprints, 1, 1),
     "bus": (bus, 12, 4),
     "tampered": (tampered, 10_000, 3),
-    "soak": (soak, 300, 6),
+    "soak": (soak, 300, 16),
 }
 """By name: the scenario, its trials in full, and in short."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_jax import cli
+from esper_jax.experiment import BASELINE
 from esper_jax.options import CONFIG, Train, read_config, write_config
 from esper_jax.tasks import get_task
 
@@ -120,6 +121,9 @@ def test_options_of_devices_and_rollbacks_are_checked_before_anything_is_written
         (("localhost:1", 2, None), "belong together"),
         (("localhost:1", 2, 2), "must be from 0 to 1"),
         (("localhost", 2, 0), "must be host:port"),
+        ((":99", 2, 0), "must be host:port"),
+        (("localhost:99999", 2, 0), "from 1 to 65535"),
+        (("localhost:1", 0, 0), "--processes must be 1 or more"),
         ((None, None, None), "could not join a job"),
     ],
 )
@@ -157,3 +161,65 @@ def test_a_run_that_keeps_diverging_ends_with_a_report_and_status_1(tmp_path, mo
         f"run directory: {tmp_path}",
         f"allow more with: esper-jax train --resume {tmp_path} --max-rollbacks N",
     ]
+
+
+def test_a_run_that_ends_while_its_host_trains_alone_is_resumed_as_a_whole(tmp_path, monkeypatch, capsys):
+    """The command that is printed names the run, not the folder of the comparison in it."""
+    from esper_jax.tolaria import TrainingDiverged, TrainingInterrupted
+
+    (tmp_path / "run" / BASELINE).mkdir(parents=True)
+    (tmp_path / "run" / BASELINE / "events.jsonl").write_text("")
+    diverged = TrainingDiverged("training was rolled back 11 times")
+    diverged.directory = tmp_path / "run" / BASELINE
+    for error in (TrainingInterrupted("stopped", None, tmp_path / "run" / BASELINE, 15), diverged):
+        monkeypatch.setattr(cli, "run", lambda options, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(SystemExit):
+            cli.main(["train"])
+        said = capsys.readouterr().err
+        assert f"--resume {tmp_path / 'run'}" in said and BASELINE not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "rollbacks"), [((), 3), (("--max-rollbacks", "10"), 10), (("--max-rollbacks=5",), 5)]
+)
+def test_a_resume_takes_what_is_said_even_where_it_is_the_default(tmp_path, monkeypatch, given, rollbacks):
+    write_config(Train(run_dir=tmp_path / "run", max_rollbacks=3), tmp_path / "run")
+    seen = []
+
+    def stop(options: Train) -> None:
+        seen.append(options)
+        raise Passed
+
+    monkeypatch.setattr(cli, "run", stop)
+    with pytest.raises(Passed):
+        cli.main(["train", "--resume", str(tmp_path / "run"), *given])
+    assert Train().max_rollbacks == 10 and seen[0].max_rollbacks == rollbacks
+
+
+@pytest.mark.parametrize(
+    "given",
+    [("--seed", "9" * 20), ("--seed", "-1"), ("--learning-rate", "inf"), ("--learning-rate", "nan")],
+)
+def test_numbers_that_nothing_can_be_trained_with_are_refused(given, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *given])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and given[0] in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("junk", [None, [None], "prune", [{"action": "prune"}], 3])
+def test_a_controller_that_gives_no_decisions_decides_nothing(junk):
+    """The run goes on as if nobody had been asked, and a warning says what came."""
+    from tests.tolaria import growing
+
+    class Junk:
+        def init(self, spec, key):
+            return 0
+
+        def decide(self, state, report, feedback):
+            return junk, state
+
+    made = growing.trainer(None, controller=Junk())
+    _, history = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
+    told = [event.message for event in history.events if event.kind == "warning"]
+    assert len(told) == 2 and all(f"gave {junk!r} where a sequence of Decision is expected" in text for text in told)

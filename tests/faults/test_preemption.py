@@ -135,7 +135,7 @@ def test_the_command_line_ends_with_143_in_time_and_prints_how_to_go_on(tmp_path
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 143 and time.monotonic() - began < 30
+    assert process.returncode == 143 and time.monotonic() - began < 10
     assert f"resume with: esper-jax train --resume {tmp_path / 'run'}" in said
 
 

@@ -54,9 +54,10 @@ def test_identity_order_computes_what_the_shallow_host_did(axis):
     variables, morph = made(model)
     deepened = esper_jax.stack(morph, model=model, example=X)
     assert deepened.zeroed == ("blocks/MultiHeadDotProductAttention_0/out", "blocks/down")
-    deeper = esper_jax.graft(model.clone(depth=4))
-    np.testing.assert_allclose(deeper(deepened.morph, X), model.apply(variables, X), rtol=1e-5, atol=1e-6)
-    grads = jax.grad(lambda p: jnp.sum(jnp.sin(deeper(deepened.morph.with_params(p), X))))(deepened.morph.params)
+    deeper = jax.jit(esper_jax.graft(model.clone(depth=4)))
+    np.testing.assert_allclose(deeper(deepened.morph, X), jax.jit(model.apply)(variables, X), rtol=1e-5, atol=1e-6)
+    wave = lambda params: jnp.sum(jnp.sin(deeper(deepened.morph.with_params(params), X)))  # noqa: E731
+    grads = jax.jit(jax.grad(wave))(deepened.morph.params)
     down = jnp.moveaxis(grads["host"]["blocks"]["down"]["kernel"], axis, 0)
     assert all(bool(jnp.any(row)) for row in down)
     assert {site.layers for site in deepened.morph.spec.sites} == {0, 4}

@@ -114,5 +114,8 @@ def test_restoring_from_nothing_or_without_a_directory_says_what_to_do(tmp_path:
     with pytest.raises(CheckpointError, match="no directory"):
         growing.trainer(None).restore(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="no checkpoint in .*empty"):
         growing.trainer(None).restore(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="no checkpoint in .*nowhere"):
+        restore_morph(tmp_path / "nowhere")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"], "who only looks leaves nothing behind"
