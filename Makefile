@@ -22,9 +22,9 @@ demo: $(VENV)/.demo ## grow a network on handwritten digits (under 3 minutes aft
 	@$(BIN)/esper-jax train --task digits
 
 # Compilers take most of the suite's time, for programs that then run for microseconds. All tests together are compiled
-# quickly and each program once (jaxlib 0.12 has no --xla_cpu_use_fusion_emitters), but for those that are about bits:
-# they run what users run.
-DEFAULT_CODE := tests/tolaria/test_loop.py tests/kasmina/test_isolation.py
+# quickly and each program once (jaxlib 0.12 has no --xla_cpu_use_fusion_emitters); then those that are about bits run
+# what users run: a loop's, which no other code keeps, and isolation's on the MLP.
+DEFAULT_CODE := tests/tolaria/test_loop.py
 QUICK_CODE := --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1
 test: $(VENV)/.dev ## run all tests (make test ARGS="-k tasks -n 0")
 ifeq ($(strip $(ARGS)),)
@@ -36,7 +36,7 @@ ifeq ($(strip $(ARGS)),)
 		0.10.*) quick="$$quick --xla_cpu_use_fusion_emitters=false";; esac; \
 	XLA_FLAGS="$$XLA_FLAGS $$quick" \
 		$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEFAULT_CODE:%=--ignore=%) && \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEFAULT_CODE)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(DEFAULT_CODE) tests/kasmina/test_isolation.py -k "test_loop or mlp"
 else
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 endif
