@@ -13,7 +13,7 @@ BENCH_PLATFORM ?= cpu
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gromo clean
+.PHONY: help demo test quick-code lint bench gromo clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
@@ -40,6 +40,9 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 endif
+
+quick-code:
+	@echo "$(QUICK_CODE)"
 
 lint: $(VENV)/.dev ## check style and types
 	@$(BIN)/ruff check .

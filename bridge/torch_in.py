@@ -70,7 +70,7 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True, train: 
       verify: compare forward, gradients and buffers after a training step with torch, on the example and on a batch
         two larger, and refuse the import where they differ. Dropout keeps every unit in both for that.
       train: whether the model can be called with `train=True`. Without, only evaluation is captured and its outputs
-        compared: about half the time, and a way in for modules whose forward cannot be captured in training mode.
+        compared: one capture, and a way in for modules whose forward cannot be captured in training mode.
 
     Returns:
       `(model, variables)`, a pair with the further attribute `report`.

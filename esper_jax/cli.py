@@ -16,7 +16,7 @@ from .kasmina.summary import blueprints
 from .nissa import read_events
 from .nissa.clean import clean
 from .oona import OonaError
-from .options import Train, resumed
+from .options import CONFIG, Train, resumed
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted, peers
 from .urza import UrzaError
@@ -104,7 +104,9 @@ def _named(arguments: Sequence[str]) -> frozenset[str]:
 
 def _run_of(directory: pathlib.Path | None) -> pathlib.Path | None:
     """The run that can be resumed: the host that trains alone, to compare with, is part of one."""
-    return directory.parent if directory is not None and directory.name == BASELINE else directory
+    if directory is not None and directory.name == BASELINE and (directory.parent / CONFIG).exists():
+        return directory.parent
+    return directory
 
 
 def _train(options: Train, given: Sequence[str]) -> None:

@@ -173,24 +173,22 @@ def _ends(
 ) -> tuple[str, ...]:
     """The layers to be zero in added ones: those that `zero` admits, or as few as make an added layer the identity."""
     inside = [s for s in morph.spec.sites if any(_under(s.path, p.path) for p in stacks) and _is_map(s)]
+    tried = model is not None and example is not None
+    passes = _trial(morph, stacks, inside, model, example, kwargs) if tried else None
     if zero is not None:
         admits = matcher(zero)
         chosen = tuple(site.path for site in inside if admits(site.path, site.kind))
         if not chosen:
             raise ValueError(f"zero={zero!r} admits none of the stack's layers: {', '.join(s.path for s in inside)}")
-        if (
-            model is not None
-            and example is not None
-            and not _trial(morph, stacks, inside, model, example, kwargs)(chosen)
-        ):
+        if passes is not None and not passes(chosen):
             raise ValueError(f"with {', '.join(chosen)} at zero an added layer is not the identity")
         return chosen
-    if model is None or example is None or any(place.layers < 2 for place in stacks):
+    if passes is None or any(place.layers < 2 for place in stacks):
         raise ValueError(
             "stack() in identity order needs zero=, or model= and example= to find the layers by trying (in a stack of "
             "two layers or more)"
         )
-    chosen, passes = tuple(site.path for site in inside), _trial(morph, stacks, inside, model, example, kwargs)
+    chosen = tuple(site.path for site in inside)
     if not passes(chosen):
         raise ValueError(
             "an added layer cannot be the identity: even with every dense layer and convolution of the stack at zero "

@@ -156,9 +156,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         raise ValueError(f"--processes must be 1 or more, got {processes}")
     if processes is not None and process is not None and not 0 <= process < processes:
         raise ValueError(f"--process must be from 0 to {processes - 1} (of {processes} processes), got {process}")
-    host, _, port = (coordinator or "localhost:1").rpartition(":")
-    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-        raise ValueError(f"--coordinator must be host:port with a port from 1 to 65535, got {coordinator!r}")
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+            raise ValueError(f"--coordinator must be host:port with a port from 1 to 65535, got {coordinator!r}")
     try:
         jax.distributed.initialize(
             coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=60

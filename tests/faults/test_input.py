@@ -121,6 +121,7 @@ def test_options_of_devices_and_rollbacks_are_checked_before_anything_is_written
         (("localhost:1", 2, None), "belong together"),
         (("localhost:1", 2, 2), "must be from 0 to 1"),
         (("localhost", 2, 0), "must be host:port"),
+        (("", 2, 0), "must be host:port"),
         ((":99", 2, 0), "must be host:port"),
         (("localhost:99999", 2, 0), "from 1 to 65535"),
         (("localhost:1", 0, 0), "--processes must be 1 or more"),
@@ -169,6 +170,7 @@ def test_a_run_that_ends_while_its_host_trains_alone_is_resumed_as_a_whole(tmp_p
 
     (tmp_path / "run" / BASELINE).mkdir(parents=True)
     (tmp_path / "run" / BASELINE / "events.jsonl").write_text("")
+    write_config(Train(run_dir=tmp_path / "run"), tmp_path / "run")
     diverged = TrainingDiverged("training was rolled back 11 times")
     diverged.directory = tmp_path / "run" / BASELINE
     for error in (TrainingInterrupted("stopped", None, tmp_path / "run" / BASELINE, 15), diverged):
@@ -177,6 +179,10 @@ def test_a_run_that_ends_while_its_host_trains_alone_is_resumed_as_a_whole(tmp_p
             cli.main(["train"])
         said = capsys.readouterr().err
         assert f"--resume {tmp_path / 'run'}" in said and BASELINE not in said
+    (tmp_path / "run" / CONFIG).unlink()
+    with pytest.raises(SystemExit):
+        cli.main(["train"])
+    assert f"--resume {tmp_path / 'run' / BASELINE}" in capsys.readouterr().err, "a run that is merely called so"
 
 
 @pytest.mark.parametrize(
