@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import socket
+import warnings
 from typing import IO, Any
 
 
@@ -16,25 +17,33 @@ def hold(file: pathlib.Path, what: str) -> IO[Any]:
       file: the lock; it is made where there is none, and holds the pid and host of who has it.
       what: what is held, and what to do if another has it; for the message.
 
+    Where the platform or the file system has no locks, nothing is held, and a warning says so.
+
     Raises:
       BlockingIOError: another has it; the message names its process and host. OSError: no such file can be made.
     """
     held = open(file, "a+")  # noqa: SIM115 - it is the lock
     try:
         import fcntl
-    except ImportError:  # no such locks on this platform
-        return held
+    except ImportError:
+        return _unlocked(held, file, "this platform has no file locks")
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         who = _holder(held)
         held.close()
         raise BlockingIOError(f"{file.parent} is in use by {who}: {what}") from None
-    except OSError:  # a file system without locks
-        return held
+    except OSError as error:
+        return _unlocked(held, file, f"its file system gives no locks ({error.strerror or error})")
     held.truncate(0)
     held.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
     held.flush()
+    return held
+
+
+def _unlocked(held: IO[Any], file: pathlib.Path, why: str) -> IO[Any]:
+    text = f"{file.parent} is not kept from a second process, since {why}: start no other there yourself"
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
     return held
 
 

@@ -296,7 +296,7 @@ class Checkpoints:
         manifest, arrays, skipped = self._newest(step, load)
         is_function = callable(template) and jax.tree_util.all_leaves([template])
         wanted = template(manifest.meta) if is_function else template
-        where = f"step {manifest.step} in {self.directory}"
+        where = f"step {manifest.step} in {self.directory}{manifests.written_by_others(manifest)}"
         tree = leaves.unflatten(wanted, manifest.leaves, arrays, where)
         return Restored(manifest.step, tree, manifest.meta, skipped)
 

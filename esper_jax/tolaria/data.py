@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from .peers import InStep, alone
 from .sharding import Layout
 
 Data = Any
-Check = Callable[..., None]
+Check = Callable[..., Any]
 
 
 class Batches:
@@ -23,11 +24,13 @@ class Batches:
 
     `data` is a pair of arrays or a mapping of arrays with one leading axis (shuffled anew each epoch by the run's key,
     a last partial batch left out), a function `epoch -> iterable of batches`, or a re-iterable of batches in its own
-    order (a list, a grain or torch loader). `check(name, batch, epoch=, index=, values=)` raises for a bad batch.
+    order (a list, a grain or torch loader). `check(name, batch, epoch=, index=, values=, like=)` raises for a bad
+    batch, and gives what the next one is to be like.
     """
 
     def __init__(self, data: Data, batch_size: int, key: jax.Array, check: Check | None = None) -> None:
         self.arrays, self.check, self.checked = as_arrays(data), check, False
+        self.like: Any = None
         self.data, self.batch_size, self.key = data, batch_size, key
         if self.arrays is not None:
             self.size = rows(self.arrays)
@@ -46,7 +49,8 @@ class Batches:
             source = self.data(epoch) if callable(self.data) else self.data
             for index, batch in enumerate(itertools.islice(iter(source), start, None), start):
                 if self.check is not None:
-                    self.check("training", batch, epoch=epoch, index=index, values=not self.checked)
+                    new = not self.checked
+                    self.like = self.check("training", batch, epoch=epoch, index=index, values=new, like=self.like)
                 yield batch
             self.checked = True
             return
@@ -71,16 +75,17 @@ def validation_batches(
 ) -> Iterator[tuple[Any, int]]:
     """All batches of validation data in order with their sizes, on the layout's mesh; the last one may be smaller.
 
-    `check(name, batch, index=)` raises for a bad batch of an iterable.
+    `check(name, batch, index=, like=)` is as for `Batches`.
     """
     if isinstance(data, Held):
         yield from data.batches
         return
     arrays = as_arrays(data)
     if arrays is None:
-        for index, batch in enumerate(data(0) if callable(data) else data):
+        like = None
+        for index, batch in enumerate(_in_step(iter(data(0) if callable(data) else data))):
             if check is not None:
-                check("validation", batch, index=index)
+                like = check("validation", batch, index=index, like=like)
             batch = batch if layout is None else layout.join_batch(batch)
             yield batch, rows(batch)
         return
@@ -91,6 +96,38 @@ def validation_batches(
         part = slice(begin, min(begin + batch_size, size))
         batch = jax.tree.map(lambda array, part=part: array[part], arrays)
         yield batch if layout is None else layout.put_batch(batch), part.stop - begin
+
+
+def _in_step(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches; ValueError where another process's are not as many or of other shapes, before they are joined."""
+    if alone():
+        yield from batches
+        return
+    step = InStep()
+    for index in itertools.count():
+        batch = next(batches, None)
+        form = None if batch is None else form_of(batch)
+        step.say(form)
+        if not step.agreed():
+            raise out_of_step(f"batch {index} of the validation data", form)
+        if batch is None:
+            return
+        yield batch
+
+
+def form_of(batch: Any) -> Any:
+    """A batch's structure, and the shapes and dtypes of its arrays."""
+    leaves, structure = jax.tree.flatten(batch)
+    return structure, [(np.shape(leaf), str(getattr(leaf, "dtype", ""))) for leaf in leaves]
+
+
+def out_of_step(where: str, form: Any) -> ValueError:
+    """The error of a process whose next batch is of this form (None: it has no more), and not as another process's."""
+    here = "no further one" if form is None else " ".join(f"{dtype}{list(shape)}" for shape, dtype in form[1])
+    return ValueError(
+        f"the processes' shares differ at {where}: this process has {here}; every process must give as many batches as "
+        "the others, in the same shapes"
+    )
 
 
 class Held:

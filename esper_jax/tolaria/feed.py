@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Int
 
 from ..kasmina.morph import Morph
-from .data import Batches, nbytes
+from .data import Batches, form_of, nbytes, out_of_step
 from .dispatch import Dispatch
-from .peers import put
+from .peers import InStep, alone, put
 from .sharding import Layout
 from .step import Calls
 
@@ -63,7 +63,7 @@ class Feed:
             first = next(stream, None)
             if first is not None:
                 self._settle(morph, first)
-            return Streamed(self, start, itertools.chain(() if first is None else (first,), stream))
+            return Streamed(self, epoch, start, itertools.chain(() if first is None else (first,), stream))
         n = self.batches.batch_size
         self._settle(
             morph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), self.arrays)
@@ -130,21 +130,37 @@ class Gathered(Resident):
 
 
 class Streamed(Epoch):
-    """Batches of an iterable. One of another shape than the one before it starts a group of its own."""
+    """Batches of an iterable. One of another shape than the one before it starts a group of its own.
 
-    def __init__(self, feed: Feed, position: int, source: Iterator[Any]) -> None:
+    Where several processes read iterables of their own, a group is read ahead, so that they can tell each other what
+    comes before they meet in a step for it: one that has no more would leave the others there for ever.
+    """
+
+    def __init__(self, feed: Feed, epoch: int, position: int, source: Iterator[Any]) -> None:
         super().__init__(feed, position)
-        self.source = source
+        self.epoch, self.source = epoch, source
         self.ahead: list[Any] = []
+        self.step = InStep()
+        if not alone():
+            self.step.say(self._next())
 
     def _left(self) -> int:
+        count, form = self._next()
+        if not self.step.agreed():
+            raise out_of_step(f"batch {self.position} of epoch {self.epoch} of the training data", form)
+        return count
+
+    def _next(self) -> tuple[int, Any]:
+        """How many batches of one form come next, at most as many as a call takes, and that form."""
         while len(self.ahead) < self.feed.places and (batch := next(self.source, None)) is not None:
             self.ahead.append(batch)
-        alike = itertools.takewhile(lambda batch: _form(batch) == _form(self.ahead[0]), self.ahead)
-        return sum(1 for _ in alike)
+        form = form_of(self.ahead[0]) if self.ahead else None
+        return sum(1 for _ in itertools.takewhile(lambda batch: form_of(batch) == form, self.ahead)), form
 
     def _stacked(self, places: int, count: int) -> Chunk:
         taken, self.ahead = self.ahead[:count], self.ahead[count:]
+        if not alone():
+            self.step.say(self._next())
         padded = taken + taken[-1:] * (places - count)
         layout = self.feed.layout
         if layout is None and all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(padded)):
@@ -172,8 +188,3 @@ def stacked(batches: list[Any]) -> Any:
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     dtype = leaf.dtype if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else np.asarray(leaf).dtype
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(dtype))
-
-
-def _form(batch: Any) -> Any:
-    leaves, structure = jax.tree.flatten(batch)
-    return structure, [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]

@@ -22,14 +22,24 @@ def check_arrays(name: str, arrays: Any, classes: int | None) -> None:
       classes: how many classes integer targets may name; None leaves them alone.
 
     Raises:
-      ValueError: NaN or infinity among floating values, a label out of range, or a dtype that is no number.
+      ValueError: NaN or infinity among floating values, a label out of range or no whole number where `classes` is
+      given (probabilities, with an axis of that size, may be), or a dtype that is no number.
     """
     if found := fault(arrays, classes):
         raise ValueError(f"the {name} data: {found}; mend the data, or give check_data=False")
 
 
-def check_batch(name: str, batch: Any, classes: int | None, epoch: int, index: int, *, values: bool) -> None:
-    """Check one batch of an iterable: as `check_arrays`, and that it is not empty or ragged.
+def check_batch(
+    name: str,
+    batch: Any,
+    classes: int | None,
+    epoch: int,
+    index: int,
+    *,
+    values: bool,
+    like: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Check one batch of an iterable: as `check_arrays`, and that it is not empty, ragged or of other dtypes.
 
     Args:
       name: as for `check_arrays`.
@@ -38,6 +48,10 @@ def check_batch(name: str, batch: Any, classes: int | None, epoch: int, index: i
       epoch: when it came, for messages.
       index: where in the epoch, for messages.
       values: look at the values too, where they are on the host.
+      like: what an earlier batch gave; arrays of other dtypes would have the train step compiled anew.
+
+    Returns:
+      The dtype of each of its arrays, as JAX takes it.
 
     Raises:
       ValueError: naming the batch.
@@ -52,10 +66,23 @@ def check_batch(name: str, batch: Any, classes: int | None, epoch: int, index: i
         found = "its arrays have different numbers of examples, " + ", ".join(str(np.shape(leaf)) for leaf in leaves)
     else:
         there = values and not any(isinstance(leaf, jax.Array) for leaf in leaves)
-        found = fault(batch, classes) if there else _wrong_kind(_named(batch))
-    if found:
-        where = f"batch {index} of epoch {epoch} of the {name} data"
-        raise ValueError(f"{where}: {found}; mend the data, or give check_data=False")
+        named = _named(batch)
+        found = fault(batch, classes) if there else _wrong_kind(named)
+        if not found:
+            dtypes = {key: _dtype(leaf) for key, leaf in named.items()}
+            if like is None or dtypes == like:
+                return dtypes
+            found = f"its arrays are {_listed(dtypes)}, and those of earlier batches {_listed(like)}"
+    where = f"batch {index} of epoch {epoch} of the {name} data"
+    raise ValueError(f"{where}: {found}; mend the data, or give check_data=False")
+
+
+def _dtype(leaf: Any) -> str:
+    return leaf.dtype.name if is_key(leaf) else jax.dtypes.canonicalize_dtype(leaf.dtype).name  # type: ignore[no-any-return]
+
+
+def _listed(dtypes: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {dtype}" for key, dtype in dtypes.items())
 
 
 def fault(batch: Any, classes: int | None) -> str:
@@ -69,7 +96,14 @@ def fault(batch: Any, classes: int | None) -> str:
             first = tuple(int(i) for i in bad[0])
             return f"{name} hold {np.asarray(leaf)[first]} at {list(first)} ({len(bad)} such values)"
     targets = named.get("targets")
-    if classes is not None and targets is not None and jnp.issubdtype(targets.dtype, jnp.integer) and targets.size:
+    if classes is None or targets is None or not targets.size:
+        return ""
+    if jnp.issubdtype(targets.dtype, jnp.inexact) and targets.shape[-1:] != (classes,):
+        return (
+            f"targets are {targets.dtype.name}{list(targets.shape)}, and with classes={classes} they must be integers, "
+            f"or probabilities with a last axis of {classes}"
+        )
+    if jnp.issubdtype(targets.dtype, jnp.integer):
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= classes:
             wrong = low if low < 0 else high

@@ -83,6 +83,16 @@ def versions() -> dict[str, str]:
     return _versions.versions("esper_jax", "jax", "orbax-checkpoint")
 
 
+def written_by_others(manifest: Manifest) -> str:
+    """Which versions wrote a step, where they are not those of this process: " (written by ...; here are ...)"."""
+    here = versions()
+    other = sorted(
+        name for name in here.keys() | manifest.versions.keys() if manifest.versions.get(name) != here.get(name)
+    )
+    named = lambda known: ", ".join(f"{name} {known.get(name, 'unknown')}" for name in other)  # noqa: E731
+    return f" (written by {named(manifest.versions)}; here are {named(here)})" if other else ""
+
+
 def sizes(directory: pathlib.Path) -> dict[str, int]:
     """Bytes of each file below a step's directory, the manifest excepted."""
     files = (path for path in directory.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import json
 import zlib
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -25,6 +26,8 @@ LAG = 2
 """Votes that may be under way: what one finds is known when the next but one is cast."""
 HEARTBEAT = 20
 """Seconds after which a process that is not heard of counts as lost, and the others end."""
+JOINING = 300
+"""Seconds for which a process waits for the others when a job begins: pods and nodes start one after another."""
 SAMPLE = 1 << 20
 """Bytes of each array by which processes tell whether they were given the same data."""
 
@@ -118,24 +121,53 @@ def put(leaf: Any, sharding: Sharding | None) -> Any:
     return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
 
 
+class _Said:
+    """Numbers that processes say, reduced over all of them; nobody waits for what comes of it before asking."""
+
+    def __init__(self, reduce: Callable[[jax.Array], Any]) -> None:
+        mesh = Mesh(np.asarray(jax.devices()), ("device",), axis_types=(AxisType.Auto,))
+        self._each = NamedSharding(mesh, PartitionSpec("device"))
+        self._reduce = jax.jit(reduce, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self, mine: int) -> Any:
+        mine_everywhere = np.full(jax.local_device_count(), mine, np.int32)
+        return self._reduce(jax.make_array_from_process_local_data(self._each, mine_everywhere))
+
+
 class Vote:
     """The largest number that any process says, without waiting for it: an answer comes `LAG` votes later."""
 
     def __init__(self) -> None:
-        if alone():
-            return
-        mesh = Mesh(np.asarray(jax.devices()), ("device",), axis_types=(AxisType.Auto,))
-        self._each = NamedSharding(mesh, PartitionSpec("device"))
-        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        if not alone():
+            self._largest = _Said(jnp.max)
         self._cast: collections.deque[jax.Array] = collections.deque()
 
     def __call__(self, mine: int) -> int:
         """Cast this process's vote; the largest one of `LAG` votes ago. Where alone, the answer is the vote itself."""
         if alone():
             return mine
-        flags = np.full(jax.local_device_count(), mine, np.int32)
-        self._cast.append(self._any(jax.make_array_from_process_local_data(self._each, flags)))
+        self._cast.append(self._largest(mine))
         return int(self._cast.popleft()) if len(self._cast) > LAG else 0
+
+
+class InStep:
+    """That all processes come with the same, where each reads data of its own: said ahead, asked when it matters."""
+
+    def __init__(self) -> None:
+        self._ends = None if alone() else _Said(lambda said: (jnp.min(said), jnp.max(said)))
+        self._said: Any = None
+
+    def say(self, what: Any) -> None:
+        """What this process is to come with next, by its `repr`."""
+        if self._ends is not None:
+            self._said = self._ends(zlib.crc32(repr(what).encode()) >> 1)
+
+    def agreed(self) -> bool:
+        """Whether all of them said the same the last time; where alone, or nothing was said, they did."""
+        if self._said is None:
+            return True
+        low, high = jax.device_get(self._said)
+        return bool(low == high)
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
@@ -162,7 +194,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             raise ValueError(f"--coordinator must be host:port with a port from 1 to 65535, got {coordinator!r}")
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=60
+            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=JOINING
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"this process could not join a job: {' '.join(str(error).split())[:300]}") from None

@@ -68,7 +68,8 @@ class Tolaria:
       patience: stop after so many ticks without a new best score; None never does.
       classes: number of classes, for the governor's collapse rule and the check of labels.
       check_data: look through the data for NaN, labels out of range, and batches that are empty or ragged: arrays once,
-        batches of an iterable by their values in the first epoch and by their shapes in all.
+        batches of an iterable by their values in the first epoch and by their shapes and dtypes in all. Values of
+        batches that are on the device already are not fetched; the train step skips and counts those that are NaN.
       controller_deadline: seconds that the controller may take to decide; None waits. One that is late, or raises,
         decides nothing at that tick, and a warning says so.
       where, slots, planted, blend: as for `morph`, when `init` is given variables.
@@ -279,10 +280,7 @@ class Tolaria:
                 patience=self.patience,
             )
             for name, data in (("training", train), ("validation", validation)):
-                arrays = as_arrays(data)
-                same_data(name, arrays)
-                if self._check is not None and arrays is not None:
-                    check_arrays(name, arrays, self._ticker.classes)
+                same_data(name, self._look_through(name, data))
             validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
             batches = Batches(train, self.batch_size, state.key, self._check)
             feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)
@@ -303,10 +301,22 @@ class Tolaria:
             sink(events.run_ended(*now, outcome=outcome, score=session.best_score, seconds=took))
         return final, History(session.records, log.events)
 
+    def _look_through(self, name: str, data: Data) -> Any:
+        """The data as arrays, looked through (see `check_data`); None where it is an iterable."""
+        arrays = as_arrays(data)
+        if self._check is not None and arrays is not None:
+            check_arrays(name, arrays, self._ticker.classes)
+        return arrays
+
     def evaluate(self, state: TrainState | Morph, data: Data) -> dict[str, float]:
-        """Mean loss and score (in points) on data: `{"loss": ..., "score": ...}`."""
+        """Mean loss and score (in points) on data: `{"loss": ..., "score": ...}`.
+
+        Raises:
+          ValueError: data that cannot be evaluated (see `check_data`).
+        """
         if not isinstance(state, TrainState | Morph):
             raise TypeError(f"evaluate() needs a TrainState or a Morph, got {type(state).__name__}")
+        self._look_through("validation", data)
         loss, score = self._evaluator(state.morph if isinstance(state, TrainState) else state, data)
         return {"loss": loss, "score": score}
 

@@ -26,6 +26,10 @@ BAD = {
     "device nan": ((jnp.asarray(changed(X, (7, 1), np.nan)), jnp.asarray(Y)), r"inputs hold nan at \[7, 1\]"),
     "label": ((X, changed(Y, 3, 2)), r"the target at \[3\] is 2, and with classes=2 it must be 0 to 1"),
     "negative label": ((X, changed(Y, 3, -1)), r"the target at \[3\] is -1"),
+    "label that is no whole number": (
+        (X, Y.astype(np.float32)),
+        r"targets are float32\[256\], and with classes=2 they must be integers, or probabilities with a last axis of 2",
+    ),
     "object": ((X.astype(object), Y), "inputs are of dtype object, and must be numbers"),
     "text": ((X, Y.astype(str)), r"targets are of dtype <U\d+, and must be numbers"),
     "mapping": ({"image": changed(X, (0, 0), np.nan), "label": Y}, r"inputs hold nan at \[0, 0\]"),
@@ -46,6 +50,7 @@ def test_arrays_are_looked_through_once_and_refused_before_the_first_step(name):
         ((X[:4], Y[:3]), r"different numbers of examples, \(4, 3\), \(3,\)"),
         ((np.float32(1), np.int32(1)), "no examples along a first axis"),
         ((changed(X[:4], (2, 0), np.nan), Y[:4]), r"inputs hold nan at \[2, 0\]"),
+        ((X[:4], np.array(["a", "b", "c", "d"])), "targets are of dtype <U1"),
         ((X[:4], np.array([0, 1, 5, 1])), r"the target at \[2\] is 5"),
         ({"a": X[:4], "b": changed(X[:4], (1, 1), np.inf)}, r"b hold inf at \[1, 1\]"),
     ],
@@ -55,9 +60,20 @@ def test_a_bad_batch_of_an_iterable_is_named_with_its_epoch(batch, words):
         check_batch("validation", batch, 2, 1, 3, values=True)
 
 
+def test_a_batch_of_other_dtypes_than_those_before_it_is_named():
+    """It would have the train step compiled anew; the same for JAX is the same."""
+    first = check_batch("training", (X[:4], Y[:4]), 2, 0, 0, values=True)
+    assert first == {"inputs": "float32", "targets": "int32"}
+    assert check_batch("training", (X[:3].astype(np.float64), Y[:3]), 2, 0, 1, values=True, like=first) == first
+    words = "batch 2 of epoch 0 .*its arrays are inputs float16, targets int32, and those of earlier .*inputs float32"
+    with pytest.raises(ValueError, match=words):
+        check_batch("training", (X[:4].astype(np.float16), Y[:4]), 2, 0, 2, values=True, like=first)
+
+
 def test_what_is_good_passes_and_values_on_the_device_or_later_on_are_not_fetched():
     check_arrays("training", (X, Y), 2)
-    check_arrays("training", (X, Y.astype(np.float32) * 7), 2)  # a regression's targets
+    check_arrays("training", (X, Y.astype(np.float32) * 7), None)  # a regression's targets
+    check_arrays("training", (X, np.eye(2, dtype=np.float32)[Y]), 2)
     check_batch("training", (X[:4], Y[:4]), 2, 0, 0, values=True)
     bad = changed(X[:4], (0, 0), np.nan)
     check_batch("training", (bad, Y[:4]), 2, 0, 0, values=False)
@@ -74,10 +90,14 @@ def test_fit_refuses_bad_data_of_each_form_and_trains_on_it_where_asked_to():
         ((bad, Y), growing.VALIDATION, "the training data: inputs hold nan"),
         (batches, growing.VALIDATION, "batch 7 of epoch 0 of the training data: inputs hold nan"),
         ((X, Y), batches, "batch 7 of epoch 0 of the validation data"),
+        ((X, Y), [(X[:8], Y[:8]), (X[:8].astype(np.float16), Y[:8])], "batch 1 of epoch 0 of the validation data"),
+        ([(X[:8], Y[:8]), {"x": X[:8], "y": Y[:8] > 0}], growing.VALIDATION, "batch 1 of epoch 0 .*targets bool"),
         (lambda epoch: batches, growing.VALIDATION, "batch 7 of epoch 0"),
     ):
         with pytest.raises(ValueError, match=words):
             made.fit(growing.start(made), train, validation, epochs=1)
+    with pytest.raises(ValueError, match="the validation data: inputs hold nan"):
+        made.evaluate(growing.start(made), (bad, Y))
     made = growing.trainer(None, controller=None, check_data=False)
     _, history = made.fit(growing.start(made), batches, growing.VALIDATION, epochs=1)
     assert any("1 batch(es) with a non-finite loss" in event.message for event in history.of_kind("warning"))

@@ -32,6 +32,7 @@ parser.add_argument(
 )
 parser.add_argument("--fail-in-save", type=int, help="the tick in whose save the second process finds its disk full")
 parser.add_argument("--raise-in-epoch", type=int, help="the epoch whose batches the second process cannot read")
+parser.add_argument("--end-early", nargs=2, metavar=("KIND", "EPOCH"), help="data of which the second process has less")
 parser.add_argument("--resume", action="store_true")
 
 
@@ -78,6 +79,16 @@ def terminated_after(dispatches: int) -> None:
     Run.dispatch = dispatch
 
 
+def contrary(run: Any) -> Any:
+    """A controller that would have it all otherwise, for a process that is not to ask its own."""
+
+    class Contrary(run.FixedSchedule):  # type: ignore[misc,name-defined]
+        def decide(self, *_: Any) -> Any:
+            raise AssertionError("only the first process asks its controller")
+
+    return Contrary({2: [("Dense_0", "mlp", {"hidden": 3})]})
+
+
 def share(run: Any, process: int, processes: int, unreadable: int | None) -> Callable[[int], Any]:
     """`epoch -> batches` of one process's rows of each batch, in the order that one process shuffles arrays to."""
     from esper_jax.tolaria.data import Batches
@@ -93,6 +104,16 @@ def share(run: Any, process: int, processes: int, unreadable: int | None) -> Cal
     return batches
 
 
+def ended_early(run: Any, process: int, train: Any, kind: str, epoch: int) -> tuple[Any, Any]:
+    """Streams of which the second process's, of that kind, lacks the last batch in (validation: from) that epoch."""
+    x, y = run.VALIDATION
+    validation = [(x[at : at + 20], y[at : at + 20]) for at in range(0, 80, 20)]
+    if process == 1 and kind == "validation":
+        validation.pop()
+    short = process == 1 and kind == "training"
+    return (lambda now: train(now)[: -1 if short and now == epoch else None]), validation
+
+
 def main(asked: argparse.Namespace) -> dict[str, Any]:
     """Train, or go on with, the run in the folder."""
     jax.config.update("jax_num_cpu_devices", asked.devices)
@@ -105,13 +126,19 @@ def main(asked: argparse.Namespace) -> dict[str, Any]:
         killed_in_save(asked.kill_in_save)
     if asked.fail_in_save and asked.process == 1:
         failing_in_save(asked.fail_in_save)
-    made = run.trainer(asked.folder, sharding=asked.sharding)
+    made = run.trainer(
+        asked.folder, sharding=asked.sharding, **({"controller": contrary(run)} if asked.process else {})
+    )
     state = made.restore() if asked.resume else run.begin(made)
     if asked.terminate_after and asked.process == 1:
         terminated_after(asked.terminate_after)
     train = share(run, asked.process, asked.processes, asked.raise_in_epoch) if asked.streamed else run.TRAIN
+    validation = run.VALIDATION
+    if asked.end_early:
+        kind, epoch = asked.end_early
+        train, validation = ended_early(run, asked.process, train, kind, int(epoch))
     try:
-        state, history = made.fit(state, train, run.VALIDATION, epochs=run.EPOCHS)
+        state, history = made.fit(state, train, validation, epochs=run.EPOCHS)
     except TrainingInterrupted as interrupted:
         return {"interrupted": str(interrupted), "step": int(interrupted.state.step)}
     return run.told(made, state, history)

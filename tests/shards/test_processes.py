@@ -76,6 +76,19 @@ def test_shares_of_batches_a_signal_to_one_process_and_a_resume_end_where_one_pr
     assert ours[0]["stages"] == ours[1]["stages"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "epoch", "at"), [("training", 1, "batch 7 of epoch 1 of the training data"), ("validation", 0, "batch 3")]
+)
+def test_processes_whose_shares_of_the_data_differ_end_with_where_they_do(tmp_path, kind, epoch, at):
+    """Before they meet in a step that one of them has no batch for, and would wait there for ever."""
+    job = Job(tmp_path, 2, "--streamed", "--end-early", kind, str(epoch))
+    codes = [process.wait(timeout=60) for process in job.all]
+    assert all(codes), codes
+    said = [(tmp_path / f"error{n}").read_text() for n in (0, 1)]
+    assert f"ValueError: the processes' shares differ at {at}" in said[0] + said[1]
+    assert "this process has float32[" in said[0] or "this process has no further one" in said[1], said
+
+
 def test_a_process_killed_in_a_save_ends_the_other_and_fewer_processes_go_on_from_a_whole_step(found, tmp_path):
     """The first is killed when arrays are on disk and no manifest is; what is left is the step before, whole."""
     killed, other = Job(tmp_path, 2, "--kill-in-save", str(HALF)).all
