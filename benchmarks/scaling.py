@@ -83,24 +83,39 @@ class Host(nn.Module):
 def main() -> None:
     """Measure and print, or be one of the processes that are measured."""
     made = parser(__doc__ or "")
+    made.add_argument(
+        "--base",
+        type=int,
+        nargs=3,
+        metavar=("LAYERS", "SLOTS", "WIDTH"),
+        default=[8, 4, 256],
+        help="what varies from it",
+    )
     made.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32], help="depths to measure")
     made.add_argument("--slots", type=int, nargs="+", default=[4, 16], help="slots a site to measure")
     made.add_argument("--widths", type=int, nargs="+", default=[64, 256, 1024], help="widths to measure")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 4, 8], help="numbers of seeds to measure")
+    made.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, DEVICES], help="meshes to measure")
+    made.add_argument(
+        "--divided", type=int, nargs=2, metavar=("LAYERS", "WIDTH"), default=[4, 512], help="the host on these meshes"
+    )
+    made.add_argument("--rules", nargs="+", choices=("dp", "fsdp"), default=["dp", "fsdp"], help="ways to divide")
     made.add_argument("--repeats", type=int, default=3, help="times that each structure is measured, in turn")
     made.add_argument("--chips", type=int, default=512, help="size of the mesh that is estimated")
     made.add_argument("--bandwidth", type=float, default=100e9, help="bytes a second that one of its chips can send")
-    made.add_argument("--worker", nargs=3, metavar=("PORT", "PROCESSES", "PROCESS"), help="used by the script itself")
+    made.add_argument("--worker", nargs=6, help="used by the script itself")
     if "--worker" in sys.argv:
         worker(sys.argv[sys.argv.index("--worker") + 1 :])
         return
     args = begin(made)
     report = Report("scaling", __doc__ or "", args)
-    base = {"layers": 8, "slots": 4, "width": 256, "seeds": 0}
+    base = {**dict(zip(("layers", "slots", "width"), args.base, strict=True)), "seeds": 0}
+    layers, width = host = tuple(args.divided)
     cases = [base]
     cases += [{**base, "layers": n} for n in args.layers if n != base["layers"]]
     cases += [{**base, "slots": n} for n in args.slots if n != base["slots"]]
     cases += [{**base, "width": n} for n in args.widths if n != base["width"]]
-    cases += [{**base, "seeds": n} for n in (1, 4, 8)]
+    cases += [{**base, "seeds": n} for n in args.seeds]
     found = [[structure(**case) for case in cases] for _ in range(args.repeats)]
     rows = [together(list(same)) for same in zip(*found, strict=True)]
     report.table(
@@ -111,10 +126,10 @@ def main() -> None:
         "caches. save: a whole checkpoint, written and synced. decision: one call of Tamiyo, the best of 20. Every "
         "layer is a site. Times: the median (least to most) of --repeats rounds through all rows.",
     )
-    rows = [spread(rule, n) for rule in ("dp", "fsdp") for n in (1, 2, 4, DEVICES)]
-    rows += [processes(rule) for rule in ("dp", "fsdp")]
+    rows = [spread(rule, n, host) for rule in args.rules for n in args.devices]
+    rows += [processes(rule, host) for rule in args.rules]
     report.table(
-        f"Devices and processes: 4 layers of 512, a batch of 256, on {os.cpu_count()} cores",
+        f"Devices and processes: {layers} layers of {width}, a batch of 256, on {os.cpu_count()} cores",
         SPREAD,
         rows,
         "Virtual devices share the cores, so their steps say what dividing costs and nothing of what it gains. sent: "
@@ -124,9 +139,9 @@ def main() -> None:
         "whole where other platforms scatter the sums, which sends half.",
     )
     chips, rows = args.chips, []
-    for rule in ("dp", "fsdp"):
+    for rule in args.rules:
         for grown in (False, True):
-            found = results(lowered(rule, DEVICES, grown).as_text())
+            found = results(lowered(rule, DEVICES, host, grown=grown).as_text())
             there = sent(on(found, DEVICES, chips), chips)
             rows.append(
                 {
@@ -223,26 +238,26 @@ def step_on(layout: Layout, model: Any, tx: Any) -> Any:
     return jax.jit(step, donate_argnums=0)
 
 
-def laid_out(rule: str, devices: int, grown: bool) -> tuple[Any, ...]:
+def laid_out(rule: str, devices: int, host: tuple[int, int], *, grown: bool) -> tuple[Any, ...]:
     """The jitted step on so many devices, and its arguments in their places."""
     layout = Layout(Mesh(np.asarray(jax.devices()[:devices]), ("data",)), rule)
-    model, tx, state, batch = start(4, 512, 4, 4 if grown else 0, batch=256)
+    model, tx, state, batch = start(*host, 4, host[0] if grown else 0, batch=256)
     return step_on(layout, model, tx), layout.place(state), layout.put_batch(batch)
 
 
-def lowered(rule: str, devices: int, grown: bool) -> Any:
+def lowered(rule: str, devices: int, host: tuple[int, int], *, grown: bool) -> Any:
     """The compiled step."""
-    step, state, batch = laid_out(rule, devices, grown)
+    step, state, batch = laid_out(rule, devices, host, grown=grown)
     return step.lower(state, batch).compile()
 
 
-def spread(rule: str, devices: int) -> dict[str, Any]:
+def spread(rule: str, devices: int, host: tuple[int, int]) -> dict[str, Any]:
     """One row of the second table."""
-    step, state, batch = laid_out(rule, devices, False)
+    step, state, batch = laid_out(rule, devices, host, grown=False)
     began = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     took = time.perf_counter() - began
-    found, grown = results(compiled.as_text()), results(lowered(rule, devices, True).as_text())
+    found, grown = results(compiled.as_text()), results(lowered(rule, devices, host, grown=True).as_text())
     held = sum(
         shard.data.nbytes
         for leaf in jax.tree.leaves((state.morph.params, state.opt_state))
@@ -267,11 +282,11 @@ def spread(rule: str, devices: int) -> dict[str, Any]:
     }
 
 
-def processes(rule: str) -> dict[str, Any]:
+def processes(rule: str, host: tuple[int, int]) -> dict[str, Any]:
     """The row of two processes with half of the devices each."""
-    half = f"--xla_force_host_platform_device_count={DEVICES // 2}"
-    environment = {**os.environ, "XLA_FLAGS": half, "JAX_PLATFORMS": "cpu", "SCALING_RULE": rule}
-    command = [sys.executable, __file__, "--worker", str(free_port()), "2"]
+    half = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // 2}"
+    environment = {**os.environ, "XLA_FLAGS": half, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, "--worker", rule, *map(str, host), str(free_port()), "2"]
     with tempfile.TemporaryFile("w+") as said:
         jobs = [
             subprocess.Popen([*command, str(n)], env=environment, stdout=said if n == 0 else subprocess.DEVNULL)
@@ -287,9 +302,9 @@ def processes(rule: str) -> dict[str, Any]:
 
 def worker(given: list[str]) -> None:
     """One of two processes: the row, as JSON."""
-    port, count, process = given[:3]
+    rule, layers, width, port, count, process = given
     peers.join(f"127.0.0.1:{port}", int(count), int(process))
-    print(json.dumps(spread(os.environ["SCALING_RULE"], len(jax.devices()))), flush=True)
+    print(json.dumps(spread(rule, len(jax.devices()), (int(layers), int(width)))), flush=True)
 
 
 def formula(found: dict[str, tuple[int, int]], chips: int) -> str:

@@ -9,6 +9,7 @@ import sys
 import tyro
 
 from . import nissa
+from ._checks import seconds
 from .nissa.watch import LogSource, Source, watch
 from .oona import BusSource
 
@@ -30,8 +31,7 @@ class Watch:
         Raises:
           ValueError, ImportError, OSError, OonaError: what is wrong, in a sentence.
         """
-        if not self.interval > 0:
-            raise ValueError(f"--interval must be above 0, got {self.interval}")
+        seconds("--interval", self.interval)
         try:
             source: Source = BusSource(self.source) if "://" in self.source else LogSource(self.source)
             picture = watch(source, once=self.once, interval=self.interval)

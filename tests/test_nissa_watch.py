@@ -201,7 +201,7 @@ def test_the_command_prints_one_picture_or_says_what_is_missing(tmp_path, capsys
     assert "finished" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["watch", str(tmp_path / "run"), "--interval", "0"])
-    assert "--interval must be above 0" in capsys.readouterr().err
+    assert "--interval must be a finite number of seconds above 0" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_schema(capsys):

@@ -131,6 +131,8 @@ def _attribute(name: str) -> Any:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"controller {name!r} cannot be loaded: {error}") from None
+    except Exception as error:  # the module's own code, or what is no name of a module
+        raise ValueError(f"controller {name!r} cannot be loaded: {type(error).__name__}: {error}") from None
     return found
 
 
@@ -156,7 +158,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         listener.close()
         raise ValueError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}") from None
     return listener
@@ -168,8 +170,8 @@ def read_token(path: pathlib.Path | None) -> str | None:
         return os.environ.get(TOKEN)
     try:
         return path.read_text().strip()
-    except OSError as error:
-        raise ValueError(f"the token file {path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"the token file {path} cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--platform", "cpu", "--scale", "0.05", "--rounds", "3", "--budget", "0.2"]
 RUNS = {
     "dormant": "--models mlp --batch 2",
+    "scaling": "--base 1 2 8 --layers 1 --slots 2 --widths 8 --seeds 1 --divided 1 64 --devices 2 --rules fsdp --repeats 1",
     "growth_stall": "--models digits --ways lean --repeats 1 --steps 20 --patience 5 --gromo nowhere",
 }
 
@@ -33,9 +35,11 @@ def test_a_script_measures_and_writes_finite_figures(name: str, tmp_path: pathli
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["benchmark"] == name and found["tables"]
     for table in found["tables"]:
-        keys = [key for key, _, form in table["columns"] if form == "time"]
-        assert table["rows"] and any(row.get(key) is not None for row in table["rows"] for key in keys)
-        assert all(row[key] > 0 for row in table["rows"] for key in keys if row.get(key) is not None and key != "extra")
+        keys = [key for key, _, form in table["columns"] if form in ("time", "times") and key != "extra"]
+        times = np.concatenate(
+            [np.ravel(row[key]) for row in table["rows"] for key in keys if row.get(key) is not None]
+        )
+        assert times.size and (times > 0).all()
     CHECKS[name](found)
 
 
@@ -53,7 +57,29 @@ def growth_stall(found: dict[str, Any]) -> None:
     assert "make gromo" in found["notes"][-1]
 
 
-CHECKS = {"dormant": dormant, "growth_stall": growth_stall}
+def scaling(found: dict[str, Any]) -> None:
+    """A seed adds to parameters and checkpoint; two devices send, two processes too, and 512 chips are estimated."""
+    one, spread, large = (table["rows"] for table in found["tables"])
+    assert [row["seeds"] for row in one] == [0, 1]
+    assert one[1]["parameters"] - one[0]["parameters"] == 2 * 8 * 8
+    assert one[1]["bytes"] - one[0]["bytes"] > 3 * 4 * 2 * 8 * 8  # with both moments of Adam
+    assert [(row["devices"], row["processes"]) for row in spread] == [(2, 1), (8, 2)]
+    assert all(0 < row["sent"] < row["grown"] for row in spread) and spread[1]["held"] < spread[0]["held"]
+    assert [row["chips"] for row in large] == [512, 512] and large[0]["time"] == large[0]["sent"] / 100e9
+
+
+CHECKS = {"scaling": scaling, "dormant": dormant, "growth_stall": growth_stall}
+
+
+@pytest.mark.slow
+def test_the_page_of_faults_tells_what_was_done_and_seen(tmp_path: pathlib.Path) -> None:
+    where = ["--page", str(tmp_path / "page.md"), "--json", str(tmp_path / "out.json")]
+    done = run("faults", "--only", "donated", "--short", *where)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["scenario"] == "donated" and row["trials"] == 10 and row["failures"] == []
+    page = (tmp_path / "page.md").read_text()
+    assert f"| donated | {row['about']} | 10 | 0 |" in page and "- **donated**: the state as it was (10)" in page
 
 
 @pytest.mark.slow

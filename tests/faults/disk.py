@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 
 from esper_jax import CheckpointError
 from esper_jax.nissa import course, read_events
-from esper_jax.tolaria.checkpoint import Checkpoints
+from esper_jax.tolaria.checkpoint import _SAVING, Checkpoints
 from esper_jax.tolaria.saving import Saver
 from tests.faults.found import Found, bits, fit
 from tests.tolaria import growing
@@ -54,8 +55,7 @@ def killed(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Fo
                 break
             process.kill()
             process.wait()
-            last = list(read_events(log))
-            found.note(f"after {last[-1].kind}" if last else "before the first event")
+            found.note(_moment(directory))
         if _victim(directory, cache).wait() != 0:
             found.failures.append(f"run {run} cannot go on")
             continue
@@ -63,6 +63,16 @@ def killed(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Fo
         told = course(read_events(directory / "events.jsonl"))
         found.expect(told == course(read_events(whole / "events.jsonl")), f"run {run} tells another course of events")
     return found
+
+
+def _moment(directory: pathlib.Path) -> str:
+    """What a run's newest seed was at when it was killed, and whether a save was under way."""
+    events = list(read_events(directory / "events.jsonl"))
+    stages = [e.data["after"] for e in events if e.kind == "stage"]
+    awaited = [e.kind for e in events if e.kind in ("swap", "germinated")][-1:] == ["germinated"]
+    life = "waiting for its program" if awaited else stages[-1].lower() if stages else "not yet germinated"
+    saving = directory / "checkpoints" / _SAVING
+    return f"{life}, in a save" if saving.is_dir() and any(saving.iterdir()) else life
 
 
 def _victim(directory: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen[bytes]:
@@ -129,9 +139,10 @@ def all_damaged(folder: pathlib.Path, random: np.random.Generator, trials: int) 
             growing.trainer(folder).restore()
         found.failures.append("a damaged directory was restored")
     except CheckpointError as error:
-        lines = [f"step {path.name}:" in str(error) for path in steps]
-        found.expect(len(steps) == 3 and all(lines), f"not every step is named: {error}")
-        found.note("one error naming all steps")
+        why = [rf"step {path.name}: .*(bytes, saved with|cannot be read|crc32)" for path in steps]
+        told = [re.search(reason, str(error)) for reason in why]
+        found.expect(len(steps) == 3 and all(told), f"not every step is named with a reason: {error}")
+        found.note("one error naming all steps and why")
     return found
 
 

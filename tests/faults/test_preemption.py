@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,9 @@ import time
 import chex
 import pytest
 
-from esper_jax import CheckpointError, TrainingInterrupted
+from esper_jax import CheckpointError, TrainingInterrupted, cli
 from esper_jax.nissa import read_events
+from esper_jax.tolaria.directory import held
 from tests.tolaria import growing
 from tests.tolaria.test_resume import bits
 
@@ -91,6 +93,18 @@ def test_a_second_run_in_a_directory_is_refused_with_the_holder(tmp_path):
     again.fit(again.restore(), growing.TRAIN, growing.VALIDATION, epochs=3)
 
 
+def test_where_there_are_no_locks_a_run_says_that_nothing_keeps_others_out(tmp_path, monkeypatch):
+    """A network's file system may have none: the run goes on, and it is for the user to see to it."""
+    import fcntl
+
+    def none(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(RuntimeWarning, match="is not kept from a second process, .*No locks available"), held(tmp_path):
+        pass
+
+
 def test_a_save_that_fails_is_an_error_event_and_the_next_one_tries_again(whole, tmp_path, monkeypatch):
     """Training goes on with the same bits; the event names the step."""
     from esper_jax.tolaria import checkpoint
@@ -123,8 +137,8 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path, where):
 
 
 @pytest.mark.slow
-def test_the_command_line_ends_with_143_in_time_and_prints_how_to_go_on(tmp_path):
-    """SIGTERM to `esper-jax train`; the printed command resumes the run."""
+def test_the_command_line_ends_with_143_in_time_and_prints_how_to_go_on(tmp_path, capsys):
+    """SIGTERM to `esper-jax train`; the printed command resumes the run. A second one is refused while it trains."""
     command = [sys.executable, "-m", "esper_jax", "train", "--task", "digits", "--epochs", "60", "--no-baseline"]
     command += ["--run-dir", str(tmp_path / "run"), "--quiet", "--no-figure"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -132,6 +146,10 @@ def test_the_command_line_ends_with_143_in_time_and_prints_how_to_go_on(tmp_path
     while not (log.exists() and log.read_text().count('"epoch"') > 20):
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["train", "--resume", str(tmp_path / "run"), "--quiet"])
+    holder = f"in use by process {process.pid} on {socket.gethostname()}: one run writes to a directory"
+    assert refused.value.code == 2 and holder in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     _, said = process.communicate(timeout=60)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from esper_jax import Tolaria
+from esper_jax import Tolaria, germinate, morph
 from esper_jax.tolaria.sharding import Layout
 from tests.shards import run
 
@@ -99,6 +99,20 @@ def test_a_layout_that_cannot_be_says_which_parameter_and_why(found, name, words
 def test_wrong_options_are_refused_when_the_trainer_is_made(options, error, words):
     with pytest.raises(error, match=words):
         Tolaria(run.Net(), run.LOSS, run.optax.sgd(0.1), **options)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "divided"), [("host", {"slot_0", "slot_1"}), ("auto", {"slot_1"}), ("replicated", set())]
+)
+def test_seeds_are_divided_as_asked(seeds, divided):
+    """A lora of 256 elements an array is an adapter that "auto" keeps whole, an mlp of 8,192 is not."""
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    grown = morph(run.Net().init(jax.random.key(0), run.TRAIN[0][:1]))
+    grown = germinate(grown, "Dense_1", "lora", key=jax.random.key(1), rank=4)
+    grown = germinate(grown, "Dense_1", "mlp", key=jax.random.key(2), hidden=128)
+    places = Layout(mesh, "fsdp", seeds).shardings(grown).seeds
+    found = {path[1].key for path, one in jax.tree_util.tree_leaves_with_path(places) if str(one.spec) != WHOLE}
+    assert found == divided
 
 
 def test_a_layout_says_what_it_is():

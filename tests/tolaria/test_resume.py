@@ -62,8 +62,11 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(whole, tmp_path: pat
     assert resumed["score"] == history["score"]
 
 
-def test_an_interrupt_in_mid_epoch_saves_and_the_resumed_run_ends_the_same(whole, tmp_path: pathlib.Path) -> None:
-    """Ctrl-C between two steps of epoch 5; the epoch goes on with the batches it had not seen."""
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_in_mid_epoch_saves_and_the_resumed_run_ends_the_same(
+    whole, tmp_path: pathlib.Path, number: int, word: str
+) -> None:
+    """Between two steps of epoch 5; the epoch goes on with the batches it had not seen."""
     seen = 0
 
     def train(epoch: int):
@@ -73,12 +76,13 @@ def test_an_interrupt_in_mid_epoch_saves_and_the_resumed_run_ends_the_same(whole
         for batch in Batches(growing.TRAIN, 32, jax.random.key(1)).epoch(epoch):
             seen += 1
             if seen == 35:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             yield batch
 
     made = growing.trainer(tmp_path)
-    with pytest.raises(TrainingInterrupted, match="interrupted at step 35: saved step 35 .*restore"):
+    with pytest.raises(TrainingInterrupted, match=f"{word} at step 35: saved step 35 .*restore") as raised:
         made.fit(growing.start(made), train, growing.VALIDATION, epochs=growing.EPOCHS)
+    assert raised.value.signal == number
     again = growing.trainer(tmp_path)
     restored = again.restore()
     assert (int(restored.step), int(restored.epoch), int(restored.batch)) == (35, 4, 3)
