@@ -31,6 +31,7 @@ from .asking import Asking, ControllerError
 from .data import Data
 from .evaluate import Contributions, Evaluator, measured_plants
 from .governor import Governor, check
+from .leaves import one_line
 from .optim import Growable
 from .programs import Program
 from .report import NAN, Measured, changed_health, make_report, mean_loss, seed_size
@@ -225,7 +226,7 @@ class Ticker:
             decisions = [Decision(**decided) for decided in peers.told([dataclasses.asdict(one) for one in decisions])]
         for notice in getattr(self.controller, "notices", tuple)():
             sink(Event(notice.kind, *self._now, notice.message, dict(notice.data)))
-        self.candidates = self._candidates(state, report)
+        self.candidates = self._candidates(state, report, sink)
         session.pending = []
         applied: list[Decision] = []
         for index, decision in enumerate(decisions):
@@ -245,15 +246,20 @@ class Ticker:
                     session.last_growth = report.epoch
         return state, any(decision.action == "fossilize" for decision in applied)
 
-    def _candidates(self, state: TrainState, report: Report) -> tuple[Plant, ...]:
+    def _candidates(self, state: TrainState, report: Report, sink: Sink) -> tuple[Plant, ...]:
         """The seeds that the controller may grow next, likeliest first, if it says so and somebody wants to know."""
         ask = getattr(self.controller, "candidates", None)
         spec, plants = state.morph.spec, []
-        for decision in ask(state.control, report) if ask is not None and self.prefetch else ():
-            site = spec.locate(decision.site)[0]
-            free = spec.free_slots(site)
-            if free:
-                plants.append(dataclasses.replace(lean_plant(decision, spec.by_path[site]), slot=free[0]))
+        try:
+            for decision in ask(state.control, report) if ask is not None and self.prefetch else ():
+                site = spec.locate(decision.site)[0]
+                free = spec.free_slots(site)
+                if free:
+                    plants.append(dataclasses.replace(lean_plant(decision, spec.by_path[site]), slot=free[0]))
+        except Exception as error:  # the controller's own code, or what it names: only a guess is lost
+            text = f"the controller's candidates cannot be used, so nothing is compiled ahead: {one_line(error)}"
+            sink(events.warning(*self._now, text, controller=type(self.controller).__name__))
+            return ()
         return tuple(plants)
 
     def _refusal(

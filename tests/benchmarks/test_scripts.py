@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--platform", "cpu", "--scale", "0.05", "--rounds", "3", "--budget", "0.2"]
 RUNS = {
     "dormant": "--models mlp --batch 2",
-    "scaling": "--base 1 2 8 --layers 1 --slots 2 --widths 8 --seeds 1 --divided 1 64 --devices 2 --rules fsdp --repeats 1",
+    "scaling": "--base 1 2 8 --layers 1 --slots 2 --widths 8 --seeds 1 --repeats 1 "
+    "--divided 1 64 --devices 2 --rules fsdp",
     "growth_stall": "--models digits --ways lean --repeats 1 --steps 20 --patience 5 --gromo nowhere",
 }
 

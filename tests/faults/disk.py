@@ -169,7 +169,11 @@ def disk_full(folder: pathlib.Path, random: np.random.Generator, trials: int) ->
 
         def write(self: Saver, tick: int, *rest: Any, real: Any = real) -> Any:
             with full_disk(int(random.integers(0, 4000))) if tick == 2 else contextlib.nullcontext():
-                return real(self, tick, *rest)
+                saved = real(self, tick, *rest)
+            if tick == 2:  # at once, before a later save could mend it
+                with Checkpoints(self.store.directory) as afresh:
+                    found.expect(self.store.latest() == afresh.latest() == 8, f"latest: {self.store.latest()}")
+            return saved
 
         Saver._write = write
         try:

@@ -199,31 +199,37 @@ def rogue_controllers(folder: pathlib.Path, random: np.random.Generator, trials:
 
 
 def broken_blueprints(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
-    """A blueprint that raises when traced, only when compiled, or has the wrong shape: told, the host as if alone."""
+    """A blueprint that raises when traced, only in the step, in XLA, or is misshapen: told, the host as if alone."""
     found = Found()
 
     def init(key: Any, site: Any) -> Any:
-        return {"w": jnp.zeros((site.in_features, site.out_features))}
+        return {"w": jnp.zeros((site.out_features, site.out_features))}
 
     def traced(params: Any, u: Any) -> Any:
         raise RuntimeError("cannot be traced")
 
-    def compiled(params: Any, u: Any) -> Any:
+    def stepped(params: Any, u: Any) -> Any:
         if u.shape[0] not in (1, 2):  # the batches of a program, and not the example that a germination looks at
-            raise RuntimeError("cannot be compiled")
+            raise RuntimeError("cannot be traced in a step")
         return u @ params["w"]
+
+    def compiled(params: Any, u: Any) -> Any:
+        """Traced and lowered by JAX; XLA then finds no code for it."""
+        there = jax.ffi.ffi_call("esper_jax_no_such_code", jax.ShapeDtypeStruct(u.shape, u.dtype))
+        return there(jax.lax.stop_gradient(u)) @ params["w"]
 
     def shaped(params: Any, u: Any) -> Any:
         return jnp.concatenate([u @ params["w"]] * 2, -1)
 
     alone = bits(fit(growing.trainer(None, controller=None), 5)[0].morph.host)
-    for name, apply in (("traced", traced), ("compiled", compiled), ("shaped", shaped)):
+    for name, apply in (("traced", traced), ("stepped", stepped), ("compiled", compiled), ("shaped", shaped)):
         register_blueprint(f"broken_{name}", init=init, apply=apply)
         plan = {1: [("Dense_0", f"broken_{name}", {})]}
         state, history = fit(growing.trainer(None, controller=FixedSchedule(plan, gates=GATES)), 5)
         found.expect(bits(state.morph.host) == alone, f"{name}: the host trained otherwise")
-        told = [e.message for e in history.events if e.kind in ("decision", "compile_failed") and "broken" in e.message]
-        found.expect(any("cannot be" in text or "shape" in text for text in told), f"{name}: {told}")
+        told = [f"{e.message} {e.data}" for e in history.events if e.kind in ("decision", "compile_failed")]
+        why = {"compiled": "esper_jax_no_such_code", "shaped": "gives shape (2, 8)"}.get(name, "cannot be traced")
+        found.expect(any(why in text for text in told), f"{name}: {told}")
         found.expect(not state.morph.spec.plants, f"{name}: it is still planted")
         found.note(f"{name}: told, the host as if alone")
     return found

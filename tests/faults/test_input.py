@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper_jax import cli
+from esper_jax import Decision, cli
 from esper_jax.experiment import BASELINE
 from esper_jax.options import CONFIG, Train, read_config, write_config
 from esper_jax.tasks import get_task
@@ -229,3 +229,28 @@ def test_a_controller_that_gives_no_decisions_decides_nothing(junk):
     _, history = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
     told = [event.message for event in history.events if event.kind == "warning"]
     assert len(told) == 2 and all(f"gave {junk!r} where a sequence of Decision is expected" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    "junk", [ValueError("no idea"), None, [None], [Decision("germinate", "nowhere", None, "lora")]]
+)
+def test_candidates_that_make_no_sense_cost_a_guess_and_nothing_else(junk):
+    """They are only asked for to compile ahead."""
+    from tests.tolaria import growing
+
+    class Guessing:
+        def init(self, spec, key):
+            return 0
+
+        def decide(self, state, report, feedback):
+            return (), state
+
+        def candidates(self, state, report):
+            if isinstance(junk, Exception):
+                raise junk
+            return junk
+
+    made = growing.trainer(None, controller=Guessing(), prefetch=1)
+    _, history = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=1)
+    (told,) = [event.message for event in history.events if event.kind == "warning"]
+    assert "the controller's candidates cannot be used, so nothing is compiled ahead" in told

@@ -15,7 +15,7 @@ import time
 import chex
 import pytest
 
-from esper_jax import CheckpointError, TrainingInterrupted, cli
+from esper_jax import CheckpointError, cli
 from esper_jax.nissa import read_events
 from esper_jax.tolaria.directory import held
 from tests.tolaria import growing
@@ -42,18 +42,6 @@ class Raiser:
 def whole():
     made = growing.trainer(None)
     return made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=6)[0]
-
-
-def test_sigterm_saves_and_the_resumed_run_ends_the_same(whole, tmp_path):
-    """As Ctrl-C does; the exception says which it was."""
-    made = growing.trainer(tmp_path, sinks=(Raiser(signal.SIGTERM, 4),))
-    with pytest.raises(TrainingInterrupted, match="terminated at step .*saved step") as raised:
-        made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=6)
-    assert raised.value.signal == signal.SIGTERM
-    again = growing.trainer(tmp_path)
-    state, _ = again.fit(again.restore(), growing.TRAIN, growing.VALIDATION, epochs=6)
-    chex.assert_trees_all_equal(bits(state.morph), bits(whole.morph))
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_handler_of_ones_own_keeps_its_sigterm(tmp_path):

@@ -43,9 +43,13 @@ class Host(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "resident", [pytest.param(False, id="lean"), pytest.param(True, id="planted", marks=pytest.mark.slow)]
+    ("kind", "resident"),
+    [pytest.param(kind, False, id=f"{kind}-lean") for kind in LAYERS]
+    + [
+        pytest.param(kind, True, id=f"{kind}-planted", marks=pytest.mark.slow)
+        for kind in ("dense", "conv", "embed", "attention", "layer_norm")
+    ],
 )
-@pytest.mark.parametrize("kind", LAYERS)
 def test_every_blueprint_that_fits_is_born_silent_and_learns(kind, resident):
     """At alpha 1 a fresh seed changes nothing; in TRAINING it has a gradient and the host its own, to the bit."""
     layer, x = LAYERS[kind]

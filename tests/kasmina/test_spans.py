@@ -1,5 +1,7 @@
 """Spans: new hidden units between two layers, scored, grown, and folded into a wider model."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -123,7 +125,11 @@ def test_folded_units_take_their_moments_along():
     tx = esper_jax.growable(optax.adam(1e-2))
     step = jax.jit(lambda g, s, m: tx.step(g, s, m))
     forward = esper_jax.graft(model)
-    loss = lambda f, m: jax.grad(lambda p: LOSS(f(m.with_params(p), X), Y).mean())(m.params)  # noqa: E731
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(forward, morph):
+        return jax.grad(lambda p: LOSS(forward(morph.with_params(p), X), Y).mean())(morph.params)
+
     state = tx.init(morph)
     for _ in range(3):
         params, state = step(loss(forward, morph), state, morph)

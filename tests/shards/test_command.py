@@ -84,5 +84,5 @@ def test_sigterm_to_one_process_of_a_command_ends_both_and_the_printed_command_g
     assert {"GERMINATED", "TRAINING", "BLENDING"} <= {event.data["after"] for event in events if event.kind == "stage"}
     rows = {row["model"]: row for row in json.loads((run / "summary.json").read_text())}
     assert rows["grown"]["parameters"] > rows["host alone"]["parameters"]
-    assert min(row["test"] for row in rows.values()) > 80
+    assert min(row["test"] for row in rows.values()) > 60
     assert [event.message for event in events if event.kind in ("error", "warning")] == []

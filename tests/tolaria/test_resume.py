@@ -83,6 +83,7 @@ def test_a_signal_in_mid_epoch_saves_and_the_resumed_run_ends_the_same(
     with pytest.raises(TrainingInterrupted, match=f"{word} at step 35: saved step 35 .*restore") as raised:
         made.fit(growing.start(made), train, growing.VALIDATION, epochs=growing.EPOCHS)
     assert raised.value.signal == number
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "the handlers are as before"
     again = growing.trainer(tmp_path)
     restored = again.restore()
     assert (int(restored.step), int(restored.epoch), int(restored.batch)) == (35, 4, 3)

@@ -157,7 +157,7 @@ class Seq2Seq(nn.Module):
         self.source, self.target = nn.Embedding(11, 8), nn.Embedding(11, 8)
         encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.1, "gelu", batch_first=True, norm_first=True)
         decoder = nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(encoder, 2, nn.LayerNorm(8), enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(encoder, 1, nn.LayerNorm(8), enable_nested_tensor=False)
         self.decoder = nn.TransformerDecoder(decoder, 1)
         self.head = nn.Linear(8, 11)
 
