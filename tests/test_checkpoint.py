@@ -568,3 +568,22 @@ def test_the_part_of_a_process_that_is_gone_or_failed_is_not_waited_for(tmp_path
         together.collect(tmp_path, ())
     (tmp_path / "stored.1.json").write_text("{}")
     assert together.collect(tmp_path, (), {1, 2}.__contains__) == ()
+
+
+def test_a_step_of_other_versions_that_does_not_fit_says_which_wrote_it(tmp_path, monkeypatch):
+    """Only those that differ, and only where something does not fit."""
+    from esper_jax.tolaria import manifest
+
+    here = manifest.versions()
+    with Checkpoints(tmp_path) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(manifest, "versions", lambda: {**here, "jax": "0.4.1"})
+            store.save(1, {"a": jnp.ones(2)}, {})
+        store.save(2, {"a": jnp.ones(2)}, {})
+        written = rf"step 1 in .* \(written by jax 0\.4\.1; here are jax {here['jax']}\) does not fit"
+        with pytest.raises(StructureMismatch, match=written):
+            store.restore({"a": jnp.ones(3)}, step=1)
+        with pytest.raises(StructureMismatch) as raised:
+            store.restore({"a": jnp.ones(3)}, step=2)
+        assert "written by" not in str(raised.value)
+        assert store.restore({"a": jnp.ones(2)}, step=1).step == 1

@@ -23,7 +23,7 @@ from tests.shards.conftest import ENVIRONMENT, ROOT
 pytestmark = pytest.mark.slow
 EPOCHS = 26
 FIRST = ["--task", "digits", "--epochs", str(EPOCHS), "--controller", "fixed", "--training-ticks", "2", "--tempo", "2"]
-FIRST += ["--sharding", "fsdp", "--batch-size", "128", "--no-figure"]
+FIRST += ["--sharding", "dp", "--batch-size", "128", "--no-figure"]
 
 
 def started(folder: pathlib.Path, *options: str, slurm: bool = False) -> list[subprocess.Popen[bytes]]:

@@ -106,11 +106,11 @@ def test_a_process_killed_in_a_save_ends_the_other_and_fewer_processes_go_on_fro
 
 
 def test_all_processes_end_when_one_is_lost(tmp_path):
-    """Of three: nobody waits for ever in a step that it never joins; the sentence says what to do, the log has it too.
+    """Of four: nobody waits for ever in a step that it never joins; the sentence says what to do, the log has it too.
 
     Parameters are whole on both ("dp"), so the first process alone saves.
     """
-    first, second, *others = Job(tmp_path, 3, "--sharding", "dp", "--devices", "1").all
+    first, second, *others = Job(tmp_path, 4, "--sharding", "dp", "--devices", "1").all
     log = tmp_path / "run" / "events.jsonl"
     while not (log.exists() and log.read_text().count('"kind": "checkpoint"') >= 3):
         assert first.poll() is None
@@ -118,11 +118,11 @@ def test_all_processes_end_when_one_is_lost(tmp_path):
     second.kill()
     second.wait()
     began = time.monotonic()
-    codes = {n: process.wait(timeout=120) for n, process in ((0, first), (2, others[0]))}
+    codes = {n: process.wait(timeout=120) for n, process in ((0, first), (2, others[0]), (3, others[1]))}
     assert time.monotonic() - began < 60
     said = f"so no further step can be made and this process ends too (exit status {LOST}); "
     said += f"go on with fit(restore(), ...) or with: esper-jax train --resume {tmp_path / 'run'}"
-    gone = ["process 1 of 3 was lost", *(f"process {n} of 3 was lost" for n in codes if aborted(codes[n], tmp_path, n))]
+    gone = ["process 1 of 4 was lost", *(f"process {n} of 4 was lost" for n in codes if aborted(codes[n], tmp_path, n))]
     spoke = [n for n in codes if not aborted(codes[n], tmp_path, n)]
     for n in spoke:
         assert codes[n] == LOST
