@@ -19,11 +19,11 @@ def check_arrays(name: str, arrays: Any, classes: int | None) -> None:
     Args:
       name: "training" or "validation", for messages.
       arrays: the arrays, examples along their first axis.
-      classes: how many classes integer targets may name; None leaves them alone.
+      classes: how many classes targets may name; None leaves them alone.
 
     Raises:
-      ValueError: NaN or infinity among floating values, a label out of range or no whole number where `classes` is
-      given (probabilities, with an axis of that size, may be), or a dtype that is no number.
+      ValueError: NaN or infinity among floating values, a label out of range (floating ones too, unless they have one
+      number for each class along their last axis), or a dtype that is no number.
     """
     if found := fault(arrays, classes):
         raise ValueError(f"the {name} data: {found}; mend the data, or give check_data=False")
@@ -96,19 +96,15 @@ def fault(batch: Any, classes: int | None) -> str:
             first = tuple(int(i) for i in bad[0])
             return f"{name} hold {np.asarray(leaf)[first]} at {list(first)} ({len(bad)} such values)"
     targets = named.get("targets")
-    if classes is None or targets is None or not targets.size:
+    if classes is None or targets is None or not targets.size or not jnp.issubdtype(targets.dtype, jnp.number):
         return ""
-    if jnp.issubdtype(targets.dtype, jnp.inexact) and targets.shape[-1:] != (classes,):
-        return (
-            f"targets are {targets.dtype.name}{list(targets.shape)}, and with classes={classes} they must be integers, "
-            f"or probabilities with a last axis of {classes}"
-        )
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= classes:
-            wrong = low if low < 0 else high
-            first = tuple(int(i) for i in np.argwhere(np.asarray(targets) == wrong)[0])
-            return f"the target at {list(first)} is {wrong}, and with classes={classes} it must be 0 to {classes - 1}"
+    if jnp.issubdtype(targets.dtype, jnp.inexact) and targets.shape[-1:] == (classes,):
+        return ""  # one number for each class
+    low, high = targets.min().item(), targets.max().item()
+    if low < 0 or high > classes - 1:
+        wrong = low if low < 0 else high
+        first = tuple(int(i) for i in np.argwhere(np.asarray(targets) == wrong)[0])
+        return f"the target at {list(first)} is {wrong}, and with classes={classes} it must be 0 to {classes - 1}"
     return ""
 
 

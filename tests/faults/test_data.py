@@ -26,9 +26,9 @@ BAD = {
     "device nan": ((jnp.asarray(changed(X, (7, 1), np.nan)), jnp.asarray(Y)), r"inputs hold nan at \[7, 1\]"),
     "label": ((X, changed(Y, 3, 2)), r"the target at \[3\] is 2, and with classes=2 it must be 0 to 1"),
     "negative label": ((X, changed(Y, 3, -1)), r"the target at \[3\] is -1"),
-    "label that is no whole number": (
-        (X, Y.astype(np.float32)),
-        r"targets are float32\[256\], and with classes=2 they must be integers, or probabilities with a last axis of 2",
+    "floating label": (
+        (X, changed(Y.astype(np.float32), 3, 7.5)),
+        r"the target at \[3\] is 7.5, and with classes=2 it",
     ),
     "object": ((X.astype(object), Y), "inputs are of dtype object, and must be numbers"),
     "text": ((X, Y.astype(str)), r"targets are of dtype <U\d+, and must be numbers"),
@@ -73,7 +73,9 @@ def test_a_batch_of_other_dtypes_than_those_before_it_is_named():
 def test_what_is_good_passes_and_values_on_the_device_or_later_on_are_not_fetched():
     check_arrays("training", (X, Y), 2)
     check_arrays("training", (X, Y.astype(np.float32) * 7), None)  # a regression's targets
-    check_arrays("training", (X, np.eye(2, dtype=np.float32)[Y]), 2)
+    check_arrays("training", (X, Y.astype(np.float32)), 2)  # as a binary cross-entropy takes them
+    check_arrays("training", (X, Y[:, None] * 0.8 + 0.1), 2)
+    check_arrays("training", (X, 9 * np.eye(2, dtype=np.float32)[Y]), 2)  # another model's logits
     check_batch("training", (X[:4], Y[:4]), 2, 0, 0, values=True)
     bad = changed(X[:4], (0, 0), np.nan)
     check_batch("training", (bad, Y[:4]), 2, 0, 0, values=False)
