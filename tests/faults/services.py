@@ -43,7 +43,8 @@ def bus(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found
     """The bus's server absent, killed, paused or full: each event arrives once, and the run is as if alone."""
     found = Found()
     state, history = fit(growing.trainer(None), EPOCHS)
-    expected, told, alone = bits(state.morph), course(history.events), slowest(history)
+    expected, told = bits(state.morph), course(history.events)
+    usual, alone = float(np.median(history["seconds"])), slowest(history)
     for trial in range(trials):
         case = CASES[trial % len(CASES)]
         with RedisServer() as server:
@@ -51,7 +52,10 @@ def bus(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found
             state, history = fit(made, EPOCHS)
             found.expect(bits(state.morph) == expected, f"{case}: the run trained otherwise")
             found.expect(course(history.events) == told, f"{case}: another course of events")
-            found.expect(slowest(history) < alone + 2.0, f"{case}: an epoch took {slowest(history):.1f} s")
+            took = float(np.median(history["seconds"]))
+            found.expect(took < usual + 1.0, f"{case}: epochs took {took:.1f} s, alone {usual:.1f} s")
+            # the slowest waits for a program, which takes as long as the machine lets it
+            found.expect(slowest(history) < alone + 10.0, f"{case}: an epoch took {slowest(history):.1f} s")
             if case == "absent":
                 found.expect(made.bus.delivered == 0 < len(made.bus.ids()), f"{case}: nothing waits on disk")
             else:
