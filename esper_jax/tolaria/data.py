@@ -103,20 +103,23 @@ def _in_step(batches: Iterator[Any]) -> Iterator[Any]:
     if alone():
         yield from batches
         return
-    step = InStep()
+    step, batch = InStep(), next(batches, None)
+    step.say(form_of(batch))
     for index in itertools.count():
-        batch = next(batches, None)
-        form = None if batch is None else form_of(batch)
-        step.say(form)
         if not step.agreed():
-            raise out_of_step(f"batch {index} of the validation data", form)
+            raise out_of_step(f"batch {index} of the validation data", form_of(batch))
         if batch is None:
             return
+        ahead = next(batches, None)
+        step.say(form_of(ahead))  # a batch ahead, so that asking waits for no evaluation
         yield batch
+        batch = ahead
 
 
 def form_of(batch: Any) -> Any:
-    """A batch's structure, and the shapes and dtypes of its arrays."""
+    """A batch's structure, and the shapes and dtypes of its arrays; None where there is no batch."""
+    if batch is None:
+        return None
     leaves, structure = jax.tree.flatten(batch)
     return structure, [(np.shape(leaf), str(getattr(leaf, "dtype", ""))) for leaf in leaves]
 

@@ -154,7 +154,7 @@ class Streamed(Epoch):
         """How many batches of one form come next, at most as many as a call takes, and that form."""
         while len(self.ahead) < self.feed.places and (batch := next(self.source, None)) is not None:
             self.ahead.append(batch)
-        form = form_of(self.ahead[0]) if self.ahead else None
+        form = form_of(next(iter(self.ahead), None))
         return sum(1 for _ in itertools.takewhile(lambda batch: form_of(batch) == form, self.ahead)), form
 
     def _stacked(self, places: int, count: int) -> Chunk:

@@ -25,7 +25,7 @@ def check_arrays(name: str, arrays: Any, classes: int | None) -> None:
       ValueError: NaN or infinity among floating values, a label out of range (floating ones too, unless they have one
       number for each class along their last axis), or a dtype that is no number.
     """
-    if found := fault(arrays, classes):
+    if found := _fault(_named(arrays), classes):
         raise ValueError(f"the {name} data: {found}; mend the data, or give check_data=False")
 
 
@@ -67,7 +67,7 @@ def check_batch(
     else:
         there = values and not any(isinstance(leaf, jax.Array) for leaf in leaves)
         named = _named(batch)
-        found = fault(batch, classes) if there else _wrong_kind(named)
+        found = _fault(named, classes) if there else _wrong_kind(named)
         if not found:
             dtypes = {key: _dtype(leaf) for key, leaf in named.items()}
             if like is None or dtypes == like:
@@ -85,9 +85,8 @@ def _listed(dtypes: Mapping[str, str]) -> str:
     return ", ".join(f"{key} {dtype}" for key, dtype in dtypes.items())
 
 
-def fault(batch: Any, classes: int | None) -> str:
-    """What is wrong with the values of a batch or data set; "" where nothing is."""
-    named = _named(batch)
+def _fault(named: Mapping[str, Any], classes: int | None) -> str:
+    """What is wrong with the values of a batch or data set, by name; "" where nothing is."""
     if found := _wrong_kind(named):
         return found
     for name, leaf in named.items():
@@ -98,7 +97,7 @@ def fault(batch: Any, classes: int | None) -> str:
     targets = named.get("targets")
     if classes is None or targets is None or not targets.size or not jnp.issubdtype(targets.dtype, jnp.number):
         return ""
-    if jnp.issubdtype(targets.dtype, jnp.inexact) and targets.shape[-1:] == (classes,):
+    if jnp.issubdtype(targets.dtype, jnp.inexact) and targets.ndim > 1 and targets.shape[-1] == classes:
         return ""  # one number for each class
     low, high = targets.min().item(), targets.max().item()
     if low < 0 or high > classes - 1:

@@ -8,6 +8,7 @@ here costs anything.
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import zlib
 from collections.abc import Callable
@@ -134,19 +135,27 @@ class _Said:
         return self._reduce(jax.make_array_from_process_local_data(self._each, mine_everywhere))
 
 
+@functools.cache
+def _said(reduce: Callable[[jax.Array], Any]) -> _Said:
+    """One for each reduction: its program is compiled once in a process."""
+    return _Said(reduce)
+
+
+def _ends(said: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.min(said), jnp.max(said)
+
+
 class Vote:
     """The largest number that any process says, without waiting for it: an answer comes `LAG` votes later."""
 
     def __init__(self) -> None:
-        if not alone():
-            self._largest = _Said(jnp.max)
         self._cast: collections.deque[jax.Array] = collections.deque()
 
     def __call__(self, mine: int) -> int:
         """Cast this process's vote; the largest one of `LAG` votes ago. Where alone, the answer is the vote itself."""
         if alone():
             return mine
-        self._cast.append(self._largest(mine))
+        self._cast.append(_said(jnp.max)(mine))
         return int(self._cast.popleft()) if len(self._cast) > LAG else 0
 
 
@@ -154,13 +163,12 @@ class InStep:
     """That all processes come with the same, where each reads data of its own: said ahead, asked when it matters."""
 
     def __init__(self) -> None:
-        self._ends = None if alone() else _Said(lambda said: (jnp.min(said), jnp.max(said)))
         self._said: Any = None
 
     def say(self, what: Any) -> None:
         """What this process is to come with next, by its `repr`."""
-        if self._ends is not None:
-            self._said = self._ends(zlib.crc32(repr(what).encode()) >> 1)
+        if not alone():
+            self._said = _said(_ends)(zlib.crc32(repr(what).encode()) >> 1)
 
     def agreed(self) -> bool:
         """Whether all of them said the same the last time; where alone, or nothing was said, they did."""

@@ -280,7 +280,9 @@ class Tolaria:
                 patience=self.patience,
             )
             for name, data in (("training", train), ("validation", validation)):
-                same_data(name, self._look_through(name, data))
+                arrays = as_arrays(data)
+                same_data(name, arrays)  # first: what follows may raise on one process alone
+                self._look_through(name, arrays)
             validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
             batches = Batches(train, self.batch_size, state.key, self._check)
             feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)
@@ -301,12 +303,10 @@ class Tolaria:
             sink(events.run_ended(*now, outcome=outcome, score=session.best_score, seconds=took))
         return final, History(session.records, log.events)
 
-    def _look_through(self, name: str, data: Data) -> Any:
-        """The data as arrays, looked through (see `check_data`); None where it is an iterable."""
-        arrays = as_arrays(data)
+    def _look_through(self, name: str, arrays: Any) -> None:
+        """Look through data that is arrays (see `check_data`); None is an iterable."""
         if self._check is not None and arrays is not None:
             check_arrays(name, arrays, self._ticker.classes)
-        return arrays
 
     def evaluate(self, state: TrainState | Morph, data: Data) -> dict[str, float]:
         """Mean loss and score (in points) on data: `{"loss": ..., "score": ...}`.
@@ -316,7 +316,7 @@ class Tolaria:
         """
         if not isinstance(state, TrainState | Morph):
             raise TypeError(f"evaluate() needs a TrainState or a Morph, got {type(state).__name__}")
-        self._look_through("validation", data)
+        self._look_through("validation", as_arrays(data))
         loss, score = self._evaluator(state.morph if isinstance(state, TrainState) else state, data)
         return {"loss": loss, "score": score}
 

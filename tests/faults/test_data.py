@@ -51,6 +51,7 @@ def test_arrays_are_looked_through_once_and_refused_before_the_first_step(name):
         ((np.float32(1), np.int32(1)), "no examples along a first axis"),
         ((changed(X[:4], (2, 0), np.nan), Y[:4]), r"inputs hold nan at \[2, 0\]"),
         ((X[:4], np.array(["a", "b", "c", "d"])), "targets are of dtype <U1"),
+        ((X[:2], np.array([0.0, 5.0])), r"the target at \[1\] is 5.0"),  # as many labels as classes
         ((X[:4], np.array([0, 1, 5, 1])), r"the target at \[2\] is 5"),
         ({"a": X[:4], "b": changed(X[:4], (1, 1), np.inf)}, r"b hold inf at \[1, 1\]"),
     ],
