@@ -8,12 +8,29 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
+def spawn(
+    folder: pathlib.Path, commands: Sequence[Sequence[str]], **each: Sequence[str]
+) -> list[subprocess.Popen[bytes]]:
+    """A process for each command; what they say goes to files (out0, error0, ...), so that none waits for a reader.
+
+    `each` are environment variables, with a value for each process.
+    """
+    folder.mkdir(exist_ok=True)
+    processes = []
+    for n, command in enumerate(commands):
+        environment = {**ENVIRONMENT, **{name: values[n] for name, values in each.items()}}
+        with open(folder / f"out{n}", "wb") as out, open(folder / f"error{n}", "wb") as error:
+            processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=error))
+    return processes
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import pytest
 
 from esper_jax.nissa import read_events
 from tests.servers import free_port
-from tests.shards.conftest import ENVIRONMENT, ROOT
+from tests.shards.conftest import spawn
 
 pytestmark = pytest.mark.slow
 EPOCHS = 26
@@ -27,33 +27,24 @@ FIRST += ["--sharding", "dp", "--batch-size", "128", "--no-figure"]
 
 
 def started(folder: pathlib.Path, *options: str, slurm: bool = False) -> list[subprocess.Popen[bytes]]:
-    """The command in two processes; what they say goes to files."""
+    """The command in two processes."""
     command = [sys.executable, "-m", "esper_jax", "train", *options, "--distributed", "--quiet"]
-    where = f"127.0.0.1:{free_port()}"
-    given = variables() if slurm else {}
-    folder.mkdir()
-    processes = []
-    for n in range(2):
-        said = [] if slurm else ["--coordinator", where, "--processes", "2", "--process", str(n)]
-        own = {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} if slurm else {}
-        with open(folder / f"out{n}", "wb") as out, open(folder / f"error{n}", "wb") as error:
-            environment = {**ENVIRONMENT, **given, **own}
-            processes.append(subprocess.Popen([*command, *said], env=environment, cwd=ROOT, stdout=out, stderr=error))
-    return processes
+    if slurm:
+        return spawn(folder, [command] * 2, **variables())
+    job = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
+    return spawn(folder, [[*command, *job, str(n)] for n in range(2)])
 
 
-def variables() -> dict[str, str]:
-    """What SLURM sets in every task of a step of two on this machine; JAX takes its port from the job's number."""
+def variables() -> dict[str, list[str]]:
+    """What SLURM sets in both tasks of a step on this machine; JAX takes its port from the job's number."""
     for job in range(1, 4096):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", 61440 + job))
-            told = {
-                "SLURM_JOB_ID": job,
-                "SLURM_STEP_NODELIST": "127.0.0.1",
-                "SLURM_NTASKS": 2,
-                "SLURM_STEP_NUM_NODES": 1,
+            same = {"JOB_ID": str(job), "STEP_NODELIST": "127.0.0.1", "NTASKS": "2", "STEP_NUM_NODES": "1"}
+            own = {"PROCID": ["0", "1"], "LOCALID": ["0", "1"]}
+            return {
+                f"SLURM_{name}": values for name, values in [*((k, [v] * 2) for k, v in same.items()), *own.items()]
             }
-            return {name: str(value) for name, value in told.items()}
     raise AssertionError("no port is free")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 from typing import Any
@@ -16,23 +15,19 @@ import pytest
 from esper_jax.nissa import read_events
 from esper_jax.tolaria.lifeline import LOST
 from tests.servers import free_port
-from tests.shards.conftest import ENVIRONMENT, ROOT
+from tests.shards.conftest import spawn
 from tests.shards.run import HALF
 
 pytestmark = pytest.mark.slow
 
 
 class Job:
-    """The processes of one job on this machine; what they say goes to files, so that none waits for a reader."""
+    """The processes of one job on this machine."""
 
     def __init__(self, folder: pathlib.Path, processes: int, *options: str) -> None:
         command = [sys.executable, "-m", "tests.shards.pair", str(free_port()), str(processes)]
-        self.folder, self.all = folder, []
-        folder.mkdir(exist_ok=True)
-        for process in range(processes):
-            with open(folder / f"out{process}", "w") as out, open(folder / f"error{process}", "w") as error:
-                arguments = [*command, str(process), str(folder / "run"), *options]
-                self.all.append(subprocess.Popen(arguments, env=ENVIRONMENT, cwd=ROOT, stdout=out, stderr=error))
+        self.folder = folder
+        self.all = spawn(folder, [[*command, str(n), str(folder / "run"), *options] for n in range(processes)])
 
     def said(self) -> list[dict[str, Any]]:
         """What each process says at its end; all of them ended well."""
