@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
+import xml.etree.ElementTree
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +22,7 @@ from common.machine import describe, machine, versions
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.faults.scenarios import SCENARIOS  # noqa: E402
+from tests.faults.scenarios import SCENARIOS, TESTS  # noqa: E402
 
 PAGE = ROOT / "benchmarks" / "FAULTS.md"
 INTRODUCTION = """# What a run survives
@@ -26,7 +30,7 @@ INTRODUCTION = """# What a run survives
 Written by `python benchmarks/faults.py`; the same scenarios run in a short form with every test run
 (`tests/faults/test_scenarios.py`). A failure is anything that a scenario did not expect: other bits, silence where
 something had to be told, a wrong step. More of the bus and of libraries of seeds is tested in `tests/oona` and
-`tests/urza`, several devices and processes in `tests/shards`, signals and second writers in `tests/faults`.
+`tests/urza`.
 """
 
 
@@ -38,6 +42,7 @@ def main() -> None:
     made.add_argument("--seed", type=int, default=0, help="of the moments, bits and files that are drawn")
     made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the results there as JSON")
     made.add_argument("--page", type=pathlib.Path, default=PAGE, metavar="PATH", help="the page to write")
+    made.add_argument("--no-tests", action="store_true", help="leave out what tests show, one case at a time")
     args = made.parse_args()
     rows: list[dict[str, Any]] = []
     where = machine()
@@ -62,12 +67,32 @@ def main() -> None:
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": where, "versions": versions(), "rows": rows}, indent=1) + "\n")
-    args.page.write_text(page(rows, describe(where), seed=args.seed))
+    shown = [] if args.no_tests else [tested(about, tests) for about, tests in TESTS.items()]
+    args.page.write_text(page(rows, shown, describe(where), seed=args.seed))
     print(f"wrote {args.page}")
-    sys.exit(1 if any(row["failures"] for row in rows) else 0)
+    sys.exit(1 if any(row["failures"] for row in [*rows, *shown]) else 0)
 
 
-def page(rows: list[dict[str, Any]], where: str, *, seed: int) -> str:
+def tested(about: str, tests: Sequence[str]) -> dict[str, Any]:
+    """Run tests; how many passed, and which did not."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        report = pathlib.Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "--no-header", f"--junitxml={report}", *tests]
+        said = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "REQUIRE_REDIS": "1"}, capture_output=True, text=True
+        )
+        cases = list(xml.etree.ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    ended = {case: {child.tag for child in case} & {"failure", "error", "skipped"} for case in cases}
+    failures = [f"{case.get('name')}: {', '.join(how)}" for case, how in ended.items() if how]
+    if said.returncode and not failures:
+        failures = [said.stdout[-500:]]
+    row = {"about": about, "tests": tests, "passed": sum(not how for how in ended.values()), "failures": failures}
+    print(f"{about} {row['passed']} passed, {len(failures)} not", flush=True)
+    return {**row, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def page(rows: list[dict[str, Any]], shown: list[dict[str, Any]], where: str, *, seed: int) -> str:
     """The results as Markdown."""
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = [INTRODUCTION, f"{datetime.date.today()}, seed {seed}, on {where}; {named}.\n"]
@@ -76,10 +101,16 @@ def page(rows: list[dict[str, Any]], where: str, *, seed: int) -> str:
         f"| {row['scenario']} | {row['about']} | {row['trials']} | {len(row['failures'])} | {row['seconds']:.0f} |"
         for row in rows
     ]
+    if shown:
+        text += ["\n## Tried case by case\n", "| what | tests | passed | not | seconds |", "|---|---|---|---|---|"]
+    for row in shown:
+        named = ", ".join(f"`{test.removeprefix('tests/').partition('::')[0]}`" for test in row["tests"])
+        text.append(f"| {row['about']} | {named} | {row['passed']} | {len(row['failures'])} | {row['seconds']:.0f} |")
     text.append("\n## What happened, how often\n")
     for row in rows:
         text.append(f"- **{row['scenario']}**: " + "; ".join(f"{what} ({n})" for what, n in row["seen"].items()))
         text += [f"  - FAILED: {failure}" for failure in row["failures"]]
+    text += [f"- FAILED: {failure}" for row in shown for failure in row["failures"]]
     return "\n".join(text) + "\n"
 
 

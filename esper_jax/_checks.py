@@ -4,30 +4,62 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+INT32 = 2**31 - 1
+"""The largest count that the arrays of a state hold."""
 
-def whole(name: str, value: Any, least: int) -> None:
-    """ValueError unless `value` is a whole number (no bool) of `least` or more."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}")
+
+def finite(value: Any) -> bool:
+    """Whether `value` is a number that a float holds: no bool, no array, no NaN and not infinite."""
+    real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    try:
+        return real and math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
+
+
+def whole(name: str, value: Any, least: int | None, most: int | None = None) -> None:
+    """ValueError unless `value` is a whole number (no bool) of `least` or more and `most` or less, where they are."""
+    known = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not known or (least is not None and value < least):
+        rule = "" if least is None else f" of {least} or more"
+        raise ValueError(f"{name} must be a whole number{rule}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be {most} or less, got {value!r}")
+
+
+def real(name: str, value: Any, *, least: float | None = None, most: float = math.inf, below: float = math.inf) -> None:
+    """ValueError unless `value` is a finite number (no bool) of `least` or more, `most` or less, and below `below`."""
+    known = finite(value)
+    if known and (least is None or value >= least) and value <= most and value < below:
+        return
+    if most < math.inf:
+        rule = f"between {least} and {most}"
+    elif below < math.inf:
+        rule = f"{least} or more and below {below}"
+    elif least is None:
+        rule = "a finite number"
+    else:
+        rule = f"{least} or more" if known else f"a finite number of {least} or more"
+    raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
 def seconds(name: str, value: Any, *, zero: bool = False) -> None:
     """ValueError unless `value` is a finite number (no bool) above 0, or also 0."""
-    good = not isinstance(value, bool) and isinstance(value, int | float | np.number) and math.isfinite(value)
-    if not good or value < 0 or (value == 0 and not zero):
+    if not finite(value) or value < 0 or (value == 0 and not zero):
         rule = ", 0 or more" if zero else " above 0"
         raise ValueError(f"{name} must be a finite number of seconds{rule}, got {value!r}")
 
 
 def number(name: str, value: Any) -> None:
-    """TypeError unless `value` is a number, or one array or tracer of them."""
+    """TypeError unless `value` is a number (no bool, but NaN will do), or an array or tracer of a single one."""
     dtype = getattr(value, "dtype", None)
-    real = isinstance(value, int | float) if dtype is None else getattr(dtype, "kind", "f") in "iufbV"
-    if not real or getattr(value, "ndim", None):
+    real = isinstance(value, int | float) if dtype is None else getattr(dtype, "kind", "f") in "iufV"
+    if not real or isinstance(value, bool | type) or getattr(value, "ndim", None):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
@@ -35,6 +67,19 @@ def one_of(name: str, value: Any, kind: type, example: str) -> None:
     """TypeError unless `value` is an object of that class; `example` is what would do."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__} such as {example}, got {value!r}")
+
+
+def function(name: str, value: Any, example: str) -> None:
+    """TypeError unless `value` can be called and is no class; `example` is what would do."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be a function such as {example}, got {value!r}")
+
+
+def words(name: str, value: Any, example: str) -> tuple[str, ...]:
+    """A sequence of strings as a tuple; TypeError unless `value` is one, and no string itself."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(one, str) for one in value):
+        raise TypeError(f"{name} must be a sequence of strings such as {example}, got {value!r}")
+    return tuple(value)
 
 
 def place(name: str, value: Any) -> None:

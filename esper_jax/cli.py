@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .experiment import BASELINE, run
+from .experiment import BASELINE, Interrupted, run
 from .kasmina.summary import blueprints
 from .nissa import read_events
 from .nissa.clean import clean
@@ -19,6 +19,7 @@ from .oona import OonaError
 from .options import CONFIG, Train, resumed
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted, peers
+from .tolaria.run import leave
 from .urza import UrzaError
 from .urza import cli as urza
 
@@ -114,14 +115,26 @@ def _train(options: Train, given: Sequence[str]) -> None:
         if options.resume is not None:
             options = resumed(options, _named(given))
         outcome = run(options)
-    except TrainingInterrupted as interrupted:
-        where = _run_of(interrupted.directory) or options.run_dir or "RUN_DIRECTORY"
-        _say(f"\n{interrupted}\nresume with: esper-jax train --resume {where}")
-        sys.exit(128 + interrupted.signal)
+    except (TrainingInterrupted, Interrupted) as interrupted:
+        where = _run_of(interrupted.directory)
+        again = where is not None and (where / CONFIG).exists()
+        _say(
+            f"\n{interrupted}\n" + (f"resume with: esper-jax train --resume {where}" if again else "nothing was begun")
+        )
+        leave(128 + interrupted.signal)
     except TrainingDiverged as diverged:
         _say(_end_report(diverged))
         sys.exit(1)
-    except (ValueError, KeyError, TypeError, ImportError, OSError, CheckpointError, OonaError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        ImportError,
+        OSError,
+        CheckpointError,
+        OonaError,
+        peers.FailedElsewhere,
+    ) as error:
         _fail(str(error.args[0]) if isinstance(error, KeyError) else str(error))
     if not peers.first():
         return

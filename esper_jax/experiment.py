@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +26,8 @@ from .protocol import Controller
 from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
 from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
-from .tolaria import History, Tolaria, TrainState, growable, peers
+from .tolaria import History, Tolaria, TrainingInterrupted, TrainState, growable, peers, persist
+from .tolaria.run import Terminated, terminated
 
 BASELINE = "host_alone"
 """The folder of a run in which its host trains alone, to compare with."""
@@ -45,6 +49,17 @@ class Outcome:
         return nissa.table(self.rows, HEADERS)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM before or after training: nothing was under way that could be saved.
+
+    `directory` is the run's; `signal` what came.
+    """
+
+    def __init__(self, message: str, directory: pathlib.Path, signal: int) -> None:
+        super().__init__(message)
+        self.directory, self.signal = directory, signal
+
+
 HEADERS = ("model", "parameters", "FLOPs", "validation", "test", "seconds")
 
 
@@ -53,23 +68,32 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
 
     Raises:
       ValueError, KeyError, ImportError: a wrong value, in one sentence, before anything is written.
-      TrainingInterrupted: on Ctrl-C, after a checkpoint was saved.
+      TrainingInterrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved; Interrupted: before or after training.
     """
     options.check()
     if options.distributed:
         peers.join(options.coordinator, options.processes, options.process)
         say = say if peers.first() else _unsaid
-    task = get_task(options.task)
     given = options.run_dir if options.run_dir is not None else _fresh_directory(f"{options.task}-{options.seed}")
     run_dir = pathlib.Path(peers.told(str(given)))
+    with _interruptions(run_dir):
+        outcome = _run(options, run_dir, say)
+        peers.told(True)  # none leaves before the first has written all
+    return outcome
+
+
+def _run(options: Train, run_dir: pathlib.Path, say: Callable[[str], None]) -> Outcome:
+    task = get_task(options.task)
     epochs = options.epochs or task.epochs
-    variables, trainer = _trainer(options, task, run_dir, epochs, grow=True, **_telemetry(options, run_dir))
-    if options.resume is not None:
-        state = trainer.restore()
-        done = _seconds_so_far(run_dir)
-    else:
-        state, done = trainer.init(variables, key=jax.random.key(options.seed)), 0.0
-        write_config(options, run_dir)
+    begun = peers.told(options.resume is not None and persist.begun(run_dir))
+    with peers.agreed():
+        variables, trainer = _trainer(options, task, run_dir, epochs, grow=True, **_telemetry(options, run_dir))
+        state = trainer.restore() if begun else trainer.init(variables, key=jax.random.key(options.seed))
+        done = _seconds_so_far(run_dir) if begun else 0.0
+        if options.resume is None:
+            write_config(options, run_dir)
+        elif not begun:
+            say(f"no step of the run in {run_dir} was saved, so it begins anew")
     say(f"{task.name}: {task.description}\n{state.morph!r}\nrun directory: {run_dir}")
     started = time.perf_counter()
     try:
@@ -95,6 +119,26 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
     if peers.first():
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return Outcome(rows, run_dir, figure, state.morph)
+
+
+@contextlib.contextmanager
+def _interruptions(run_dir: pathlib.Path) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM outside of `fit`, which has its own way, raise `Interrupted`."""
+    free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    mine = free and threading.current_thread() is threading.main_thread()
+    if mine:
+        signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    except TrainingInterrupted:
+        raise
+    except KeyboardInterrupt as stopped:
+        number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
+        by = "terminated" if number == signal.SIGTERM else "interrupted"
+        raise Interrupted(f"{by} while no step was under way", run_dir, number) from None
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_controller(options: Train, task: Task, sites: Sequence[str], epochs: int) -> Controller | None:

@@ -44,7 +44,7 @@ LEASHED = ("add", "gate")
 
 def check_blend(blend: str) -> str:
     """`blend` itself if it is known; ValueError otherwise."""
-    if blend not in BLENDS:
+    if not isinstance(blend, str) or blend not in BLENDS:
         raise ValueError(f"unknown blend {blend!r}; choose one of {', '.join(BLENDS)}")
     return blend
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._checks import INT32, flag, real, whole
 from .stages import Stage
 from .state import SeedState
 
@@ -48,10 +49,12 @@ class Gates:
     min_contribution: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.min_training_ticks < 0:
-            raise ValueError(f"min_training_ticks must be 0 or more, got {self.min_training_ticks}")
-        if not 0 <= self.min_health <= 1:
-            raise ValueError(f"min_health must be between 0 and 1, got {self.min_health}")
+        flag("strict", self.strict)
+        whole("min_training_ticks", self.min_training_ticks, 0, INT32)
+        real("min_health", self.min_health, least=0, most=1)
+        for name in ("min_health", "max_exploding", "min_improvement", "min_ratio", "min_contribution"):
+            real(name, getattr(self, name))
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 def g1(state: SeedState, ready: Bool[Array, " S"], finite: Bool[Array, " S"]) -> Verdict:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from .._checks import number
+from .._checks import flag, number
 from . import lifecycle
 from ._pytree import check_key
 from .blend import check_blend
@@ -17,7 +18,7 @@ from .blueprints import DENSE, get_blueprint, make_plant, seed_init
 from .morph import Morph, with_spec
 from .operate import NAN, Layers, answer, beside, chosen, concrete, find_site
 from .refusals import taken
-from .scores import unit_params
+from .scores import Score, unit_params
 from .spec import Plant, Site, freeze_config
 from .stages import Stage
 from .state import SeedState
@@ -71,9 +72,9 @@ def germinate(
       once more (call `growable(...).grow(opt_state, morph)` first, or they do so twice).
 
     Raises:
-      KeyError: unknown site or blueprint. TypeError: unknown config key, no key, or config beside a stored seed.
-      ValueError: the slot is taken or does not exist, no slot is free, or the blueprint or the stored parameters do
-      not fit the site.
+      KeyError: unknown site or blueprint. TypeError: unknown config key, no key, config beside a stored seed, or an
+      argument of another kind than the above. ValueError: the slot is taken or does not exist, no slot is free, or the
+      blueprint or the stored parameters do not fit the site.
     """
     source = ""
     if span is not None:
@@ -88,13 +89,17 @@ def germinate(
         name, blueprint, config, blend, params = _unpack(blueprint, place, config, blend, params)
     get_blueprint(blueprint).full_config(config)
     number("score", score)
+    flag("with_ok", with_ok)
+    if scores is not None and not _are_scores(scores):
+        raise TypeError(f"scores must be what growth_scores gave, got {scores!r}")
     if key is not None:
         check_key(key)
     if blend is not None:
         check_blend(blend)
     if key is None and params is None:
         raise TypeError(f"germinate() at {site!r} needs key= for fresh parameters, or params= for stored ones")
-    if slot is not None and (isinstance(slot, bool) or not 0 <= slot < morph.spec.slots):
+    known = isinstance(slot, int | np.integer) and not isinstance(slot, bool)
+    if slot is not None and not (known and 0 <= slot < morph.spec.slots):
         raise ValueError(f"site {site!r} has slots 0 to {morph.spec.slots - 1}, got slot {slot!r}")
     resident = _dormant_plant(morph, site, source, blueprint, slot, layer, blend, config)
     if resident is not None:
@@ -103,9 +108,8 @@ def germinate(
         free = morph.spec.free_slots(site)
         if slot is None and not free or slot is not None and slot not in free:
             raise ValueError(taken(morph, site, blueprint, slot))
-        plant = make_plant(
-            place, free[0] if slot is None else slot, blueprint, config, blend or "add", resident=False, source=source
-        )
+        at = free[0] if slot is None else int(slot)
+        plant = make_plant(place, at, blueprint, config, blend or "add", resident=False, source=source)
         grown = with_spec(morph, morph.spec.with_plant(plant))
     old, life, now = grown.seeds[site][plant.key], grown.state[site], jnp.asarray(score, jnp.float32)
     mask = chosen(grown, site, plant.slot, layer)
@@ -153,9 +157,13 @@ def _placed(
     return placed, state, jnp.all(moved | ~mask)
 
 
+def _are_scores(scores: Any) -> bool:
+    return isinstance(scores, Mapping) and all(isinstance(score, Score) for score in scores.values())
+
+
 def _ends(morph: Morph, site: str | None, span: Any) -> tuple[str, str]:
     """The target and the source of a span, checked."""
-    if site is not None or isinstance(span, str) or len(span) != 2:
+    if site is not None or isinstance(span, str) or not isinstance(span, Sequence) or len(span) != 2:
         raise TypeError(
             f"germinate(span=) takes a pair of sites in the place of site, got site={site!r}, span={span!r}"
         )

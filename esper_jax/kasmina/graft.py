@@ -112,7 +112,7 @@ def graft(apply: Any, *, updates: bool = False) -> Graft:
       others pass through. With empty slots it traces to the host's own jaxpr.
 
     Raises:
-      TypeError: `apply` cannot be called.
+      TypeError: `apply` cannot be called, or is a class.
     """
     if isinstance(apply, Graft):
         return apply
@@ -125,8 +125,9 @@ def graft(apply: Any, *, updates: bool = False) -> Graft:
     model = linen.model_of(apply)
     if model is apply:
         apply = model.apply
-    if not callable(apply):
-        raise TypeError(f"graft() needs a Flax module or its apply function, got {type(apply).__name__}")
+    if not callable(apply) or isinstance(apply, type):
+        got = f"the class {apply.__name__}" if isinstance(apply, type) else type(apply).__name__
+        raise TypeError(f"graft() needs a Flax module or its apply function, got {got}")
     return Graft(apply, model)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from .._checks import INT32, one_of, whole
 from . import gates as _gates
 from ._pytree import Struct, pytree
 from .gates import Gates
@@ -35,10 +36,10 @@ class Lifecycle:
     reset_ticks: int = 1
 
     def __post_init__(self) -> None:
+        one_of("gates", self.gates, Gates, "Gates()")
         curve_code(self.curve)
         for name in ("tempo", "pruned_ticks", "embargo_ticks", "reset_ticks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 tick or more, got {getattr(self, name)}")
+            whole(name, getattr(self, name), 1, INT32)
 
 
 @pytree

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import INT32, one_of, whole
 from . import linen, modules
 from ._pytree import Struct, pytree, static
 from .blend import check_blend
-from .blueprints import get_blueprint, make_plant, registered, seed_shapes
-from .sites import Where, find_sites
+from .blueprints import UnknownBlueprintError, get_blueprint, make_plant, registered, seed_shapes
+from .sites import Where, find_sites, matcher
 from .spec import Plant, Site, Spec
 from .state import SeedState, blends, stages_text
 
@@ -101,15 +102,17 @@ def morph(
       The `Morph`. Empty slots add nothing to it: its forward pass is the host's own program.
 
     Raises:
-      TypeError: `params` is no parameter tree. ValueError: no site found, too many blueprints for the slots, or a
-      blueprint that fits nowhere. KeyError: an unknown blueprint.
+      TypeError: `params` is no parameter tree, or an argument of another kind than the above. ValueError: no site
+      found, too many blueprints for the slots, or a blueprint that fits nowhere. KeyError: an unknown blueprint.
 
     >>> m = morph({"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}})
     >>> [site.path for site in m.spec.sites]
     ['Dense_0']
     """
-    if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
-        raise ValueError(f"slots must be a whole number of 1 or more, got {slots!r}")
+    wanted, blend = check_options(where, slots, planted, blend)
+    if call_kwargs and model is None and example is None:
+        name = next(iter(call_kwargs))
+        raise TypeError(f"morph() has no argument {name!r}, and keywords of the traced call go with example=")
     form, given = None, params
     if (nnx := nnx_adapter(params)) is not None:
         params, form = nnx.take(params)
@@ -127,13 +130,13 @@ def morph(
         sites = linen.trace_sites(linen_model, variables, example, where, call_kwargs)
     else:
         sites = find_sites(variables["params"], variables.get("batch_stats", {}), where)
-    spec = Spec(sites, max([slots, *(given.bank.state.stage.shape[-1] for given in embedded.values())]))
+    spec = Spec(sites, max([int(slots), *(given.bank.state.stage.shape[-1] for given in embedded.values())]))
     if left_out := [path for path in embedded if path not in spec.by_path]:
         raise ValueError(
             f"{', '.join(left_out)} carry seeds of their own, which where={where!r} would drop; let it admit them"
         )
     plants = [plant for given in embedded.values() for plant in given.bank.plants]
-    for plant in plants or _ahead(spec, planted, check_blend(blend)):
+    for plant in plants or _ahead(spec, wanted, blend):
         spec = spec.with_plant(plant)
     result = with_spec(Morph(host, {}, {}, Spec(spec.sites, spec.slots), form), spec)
     return result.replace(**modules.give_seeds(result, embedded)) if embedded else result
@@ -225,16 +228,35 @@ def _like(host: Any, changes: Mapping[str, Any]) -> Any:
     return type(host)({**host, **changes})
 
 
-def _ahead(spec: Spec, planted: Any, blend: str) -> list[Plant]:
-    """The resident plants that `planted=` asks for."""
+def check_options(where: Any, slots: Any, planted: Any, blend: Any) -> tuple[dict[str, Mapping[str, Any]], str]:
+    """What `planted` and `blend` ask for, where these can be options of `morph`; its errors, naming one, otherwise."""
+    whole("slots", slots, 1, INT32)
+    matcher(where)
+    return _wanted(planted), check_blend(blend)
+
+
+def _wanted(planted: Any) -> dict[str, Mapping[str, Any]]:
+    """What `planted=` asks for, as `{name: config}`; TypeError or KeyError, naming it, for what no blueprint is."""
     if planted is None:
-        return []
-    if isinstance(planted, str):
-        planted = {planted: {}}
-    elif not isinstance(planted, Mapping):
-        planted = {name: {} for name in planted}
+        return {}
+    several = not isinstance(planted, str) and isinstance(planted, Iterable)
+    names = tuple(planted) if several else (planted,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"planted must be a blueprint's name, a list of names, or {{name: config}}, got {planted!r}")
+    wanted = {name: planted[name] if isinstance(planted, Mapping) else {} for name in names}
+    for name, config in wanted.items():
+        one_of(f"planted[{name!r}]", config, Mapping, '{"rank": 4}')
+        try:
+            get_blueprint(name)
+        except UnknownBlueprintError as error:
+            raise UnknownBlueprintError(f"planted: {error}") from None
+    return wanted
+
+
+def _ahead(spec: Spec, wanted: Mapping[str, Mapping[str, Any]], blend: str) -> list[Plant]:
+    """The resident plants that are asked for at every site they fit."""
     plants: list[Plant] = []
-    for name, config in planted.items():
+    for name, config in wanted.items():
         blueprint = get_blueprint(name)
         fitting = [site for site in spec.sites if blueprint.fits(site)]
         if not fitting:

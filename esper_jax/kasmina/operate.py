@@ -6,7 +6,7 @@ With concrete arrays an illegal call raises and changes nothing. Under a trace i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from .._checks import number, one_of
+from .._checks import INT32, flag, number, one_of, whole
 from . import lifecycle
 from .lifecycle import Moved
 from .morph import Morph, check_morph, with_spec
@@ -76,6 +76,8 @@ def set_alpha(
     Raises:
       KeyError: unknown site. ValueError: empty slot, wrong stage, a ramp under way, or a value out of range.
     """
+    number("alpha", alpha)
+    whole("steps", steps, 1, INT32)
     ramp = lambda s, m: lifecycle.start_ramp(s, m, alpha, steps, curve)  # noqa: E731
     return _apply(morph, site, slot, layer, ramp, with_ok, "set_alpha")
 
@@ -96,6 +98,7 @@ def prune(
       KeyError: unknown site. ValueError: empty slot, or a stage that cannot be pruned (FOSSILIZED is for good).
     """
     number("score", score)
+    whole("steps", steps, 0, INT32)
 
     def move(state: SeedState, mask: jax.Array) -> Moved:
         if steps > 0:
@@ -178,6 +181,7 @@ def unload(morph: Morph, site: str, slot: int = 0, *, layer: Layers = None, with
     Raises:
       KeyError: unknown site. ValueError: the slot is empty, or its stage does not allow it; a lean seed under a trace.
     """
+    flag("with_ok", with_ok)
     state = planted_state(morph, site, slot)
     plant = morph.spec.plant(site, slot)
     assert plant is not None
@@ -220,10 +224,18 @@ def chosen(morph: Morph, site: str, slot: int, layer: Layers) -> Bool[Array, "..
         if layer is not None:
             raise ValueError(f"site {site!r} is one layer, not a stack of them; leave out layer={layer!r}")
         return at_slot
-    wanted = range(place.layers) if layer is None else (layer,) if isinstance(layer, int) else tuple(layer)
-    if wrong := [n for n in wanted if isinstance(n, bool) or not 0 <= n < place.layers]:
+    wanted = range(place.layers) if layer is None else _named(layer)
+    known = lambda n: isinstance(n, int | np.integer) and not isinstance(n, bool)  # noqa: E731
+    if wrong := [n for n in wanted if not known(n) or not 0 <= n < place.layers]:
         raise ValueError(f"site {site!r} has layers 0 to {place.layers - 1}, got layer {wrong[0]!r}")
     return jnp.isin(jnp.arange(place.layers), jnp.asarray(tuple(wanted), jnp.int32))[:, None] & at_slot
+
+
+def _named(layer: Any) -> tuple[Any, ...]:
+    """The layers that `layer=` names, each as it was given."""
+    layer = layer.tolist() if hasattr(layer, "tolist") else layer
+    several = isinstance(layer, Collection) and not isinstance(layer, str | bytes | Mapping)
+    return tuple(layer) if several else (layer,)
 
 
 def _seeded(morph: Morph, site: str, slot: int, layer: Layers) -> Any:
@@ -244,6 +256,7 @@ def _apply(
     with_ok: bool,
     call: str,
 ) -> Any:
+    flag("with_ok", with_ok)
     state = planted_state(morph, site, slot)
     mask = _seeded(morph, site, slot, layer)
     moved, made = move(state, mask)
@@ -271,7 +284,7 @@ def answer(morph: Morph, ok: jax.Array, with_ok: bool) -> Any:
 def find_site(morph: Morph, site: str) -> Site:
     """The site of that path; a KeyError that lists them otherwise."""
     check_morph(morph, "this call")
-    if site not in morph.spec.by_path:
+    if not isinstance(site, str) or site not in morph.spec.by_path:
         known = ", ".join(morph.spec.by_path)
         raise UnknownSiteError(f"unknown site {site!r}; this morph has: {known}")
     return morph.spec.by_path[site]
@@ -287,6 +300,7 @@ class UnknownSiteError(KeyError):
 def planted_state(morph: Morph, site: str, slot: int) -> SeedState:
     """The state of a site where that slot is planted; KeyError for another site, ValueError for an empty slot."""
     find_site(morph, site)
+    whole("slot", slot, 0)
     if morph.spec.plant(site, slot) is None:
         have = ", ".join(f"{p.slot} ({p.blueprint})" for p in morph.spec.planted_at.get(site, ())) or "none"
         raise ValueError(f"slot {slot!r} of site {site!r} is empty; planted slots: {have}")

@@ -192,9 +192,10 @@ def matcher(where: Where) -> Callable[[str, str], bool]:
         except re.error as error:
             raise ValueError(f"where={where!r} is no regular expression: {error}") from None
         return lambda path, kind: pattern.search(path) is not None
-    if callable(where):
+    if callable(where) and not isinstance(where, type):
         return where
-    raise TypeError(f"where must be a regex or a predicate on path and kind, got {type(where).__name__}")
+    got = f"the class {where.__name__}" if isinstance(where, type) else type(where).__name__
+    raise TypeError(f"where must be a regex or a predicate on path and kind, got {got}")
 
 
 def _attention(path: tuple[str, ...], node: Mapping[str, Any]) -> Site | None:

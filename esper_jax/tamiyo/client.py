@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .._checks import flag, seconds, whole
+from .._checks import flag, one_of, seconds, whole
 from ..kasmina.spec import Spec
 from ..protocol import Decision, Feedback, Notice, Report
 from ..recovery import Breaker
@@ -71,6 +71,7 @@ class TamiyoClient:
             raise ImportError(
                 f'TamiyoClient needs the package {error.name}, which is not installed: pip install "esper_jax[service]"'
             ) from error
+        one_of("url", url, str, '"http://host:port"')
         counts = {"attempts": attempts, "max_bytes": max_bytes, "max_parameters": max_parameters, "failures": failures}
         for name, count in counts.items():
             whole(name, count, 1)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from .._checks import INT32, one_of, real, whole
 from ..kasmina._pytree import Struct, pytree
 from ..kasmina.blueprints import get_blueprint
 from ..kasmina.spec import Spec
@@ -102,8 +103,14 @@ class Tamiyo(Keeper):
         positive(self, "plateau", "stable_ticks", "max_live", whole=True)
         positive(self, "max_penalty")
         for name in ("min_epoch", "after_prune", "min_delta", "cooldown", "penalty", "refusal_ticks"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
+            real(name, getattr(self, name), least=0)
+        for name in ("min_epoch", "after_prune", "cooldown"):
+            whole(name, getattr(self, name), 0)
+        whole("refusal_ticks", self.refusal_ticks, 0, INT32)
+        if self.last_epoch is not None:
+            whole("last_epoch", self.last_epoch, None)
+        for name in ("stable_low", "stable_high"):
+            real(name, getattr(self, name))
         if not self.stable_low < self.stable_high:
             raise ValueError(f"stable_low={self.stable_low} must be below stable_high={self.stable_high}")
 
@@ -252,14 +259,20 @@ class Tamiyo(Keeper):
 
 
 def check_names(blueprints: Any, configs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Blueprint names as a tuple. ValueError: none, one twice, a config for another. KeyError: an unknown one."""
-    names = (blueprints,) if isinstance(blueprints, str) else tuple(blueprints)
+    """Blueprint names as a tuple. ValueError: none, one twice, a config for another. KeyError: an unknown one.
+
+    TypeError: configs that are no mappings.
+    """
+    several = not isinstance(blueprints, str) and isinstance(blueprints, Iterable)
+    names = tuple(blueprints) if several else (blueprints,)
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError(f"blueprints must be one or more different names, got {blueprints!r}")
+    one_of("configs", configs, Mapping, '{"lora": {"rank": 4}}')
     if extra := [name for name in configs if name not in names]:
         raise ValueError(f"configs has {extra[0]!r}, which is not among the blueprints {', '.join(names)}")
     for name in names:
         get_blueprint(name)
+        one_of(f"configs[{name!r}]", configs.get(name, {}), Mapping, '{"rank": 4}')
     return names
 
 

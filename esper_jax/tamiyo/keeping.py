@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import finite, one_of, real
 from ..kasmina._pytree import Struct, pytree
 from ..kasmina.gates import PASSED, REASONS, Gates, g5_code
 from ..kasmina.ramp import TEMPOS
@@ -89,16 +90,16 @@ class Keeper:
     resolution: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.keep not in ("contribution", "always"):
+        if not isinstance(self.keep, str) or self.keep not in ("contribution", "always"):
             raise ValueError(f"keep must be 'contribution' or 'always', got {self.keep!r}")
-        if self.tempo not in TEMPOS:
+        one_of("gates", self.gates, Gates, "Gates()")
+        if not isinstance(self.tempo, int | np.integer) or self.tempo not in TEMPOS:
             raise ValueError(f"tempo must be one of {', '.join(map(str, TEMPOS))} ticks, got {self.tempo!r}")
         positive(self, "min_stage", "min_holding", "max_holding", "patience", whole=True)
         positive(self, "max_fall", "resolution")
         if self.max_holding < self.min_holding:
             raise ValueError(f"max_holding must be min_holding={self.min_holding} or more, got {self.max_holding}")
-        if not self.dependency >= 0:
-            raise ValueError(f"dependency must be 0 points or more, got {self.dependency!r}")
+        real("dependency", self.dependency, least=0)
 
     def watch(self, spec: Spec) -> Watch:
         """The memory before the first report."""
@@ -262,8 +263,7 @@ def positive(config: Any, *names: str, whole: bool = False) -> None:
     """Raise ValueError, naming the field, unless all are finite numbers above 0 (whole ones if `whole`)."""
     for name in names:
         value = getattr(config, name)
-        kinds: Any = int | np.integer if whole else int | float | np.integer | np.floating
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or value <= 0:
+        if not finite(value) or value <= 0 or (whole and not isinstance(value, int | np.integer)):
             raise ValueError(f"{name} must be a {'whole ' if whole else ''}number above 0, got {value!r}")
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .._checks import real, whole
 from ..kasmina._pytree import Struct, pytree
 from ..kasmina.blueprints import get_blueprint
 from ..kasmina.spec import Spec
@@ -65,6 +66,8 @@ class FixedSchedule(Keeper):
         for epoch, entries in self.plan.items():
             if isinstance(epoch, bool) or not isinstance(epoch, int | np.integer) or epoch < 0:
                 raise ValueError(f"an epoch of the plan must be a whole number of 0 or more, got {epoch!r}")
+            if not isinstance(entries, Iterable):
+                raise ValueError(f"epoch {epoch} of the plan must be [(site, blueprint, config), ...], got {entries!r}")
             plan[int(epoch)] = tuple(_entry(epoch, entry) for entry in entries)
         object.__setattr__(self, "plan", plan)
 
@@ -134,10 +137,10 @@ class RandomSchedule(Keeper):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "blueprints", check_names(self.blueprints, self.configs))
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate must be a probability between 0 and 1, got {self.rate!r}")
-        if not self.min_epoch >= 0:
-            raise ValueError(f"min_epoch must be 0 or more, got {self.min_epoch!r}")
+        real("rate", self.rate, least=0, most=1)
+        whole("min_epoch", self.min_epoch, 0)
+        if self.last_epoch is not None:
+            whole("last_epoch", self.last_epoch, None)
         positive(self, "max_live", whole=True)
 
     def init(self, spec: Spec, key: Any) -> RandomState:

@@ -17,7 +17,7 @@ from ..nissa.event import Event
 from ..protocol import Decision
 from . import swap
 from .optim import Growable
-from .peers import alone, any_of
+from .peers import any_of
 from .programs import Programs
 from .session import Pending, Session
 from .sharding import Layout
@@ -103,17 +103,18 @@ class Changes:
             return self.programs.ready(swap.target_spec(self.whole(view).morph))
         return at_tick if waiting.at is None else step >= waiting.at
 
-    def make(self, view: TrainState, step: int, stop: Callable[[], bool]) -> TrainState:
+    def make(self, view: TrainState, step: int, stop: Callable[[], int]) -> tuple[TrainState, int]:
         """The state in its next program; or in the one it has, without the parked seeds, where the next one failed.
 
-        The view itself, and all waits as before, where `stop()` became true while the run waited.
+        And 0; or the number of the signal that `stop()` told of while the run waited, with the view itself, and all
+        waits as before.
         """
         state = self.whole(view)
         now = (int(state.ticks), step)
         target = swap.lean(state, self.tx)
-        outcome = self.programs.wait(target.morph.spec, stop if alone() else lambda: False)
-        if outcome is None:
-            return view
+        outcome = self.programs.wait(target.morph.spec, stop)
+        if isinstance(outcome, int):
+            return view, outcome
         outcome = dataclasses.replace(outcome, error=any_of(outcome.error))
         waiting, self.session.waiting, self.held = self.session.waiting, None, None
         assert waiting is not None
@@ -121,7 +122,7 @@ class Changes:
         self.tell(now)
         if outcome.error:
             self._failed(state, waiting, now, outcome.error)
-            return self.enter(swap.abandon(state, waiting))
+            return self.enter(swap.abandon(state, waiting)), 0
         grown = [list(place) for place in waiting.parked]
         left = [[p.site, p.slot] for p in state.morph.spec.plants if target.morph.spec.plant(p.site, p.slot) is None]
         target = self.enter(target)
@@ -139,7 +140,7 @@ class Changes:
                 swap_seconds=time.perf_counter() - began,
             )
         )
-        return target
+        return target, 0
 
     def _failed(self, state: TrainState, waiting: Waiting, now: tuple[int, int], error: str) -> None:
         """Tell that a program could not be built: to the log, and to the controller as the answer to its decision."""

@@ -65,12 +65,16 @@ class Prepared(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What `restore` returns: the step, the tree, the dict saved with it, and the newer steps passed over."""
+    """What `restore` returns: the step, the tree, the dict saved with it, and the newer steps passed over.
+
+    `where` names the step for messages: its directory, and the versions that wrote it where they are others.
+    """
 
     step: int
     tree: Any
     meta: dict[str, Any]
     skipped: tuple[Skipped, ...]
+    where: str
 
 
 class Checkpoints:
@@ -120,6 +124,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a manifest, ascending, read from the disk now."""
         return sorted(self._listing())
+
+    def found(self) -> dict[int, pathlib.Path]:
+        """Every step that lies there, damaged ones too, and where."""
+        return {**self._partial(), **self._listing()}
 
     def latest(self) -> int | None:
         """The newest step with a manifest, or None. Whether it is whole is only known once it is restored."""
@@ -287,23 +295,25 @@ class Checkpoints:
           step: the step to restore; None walks back from the newest to the newest whole one.
 
         Returns:
-          `Restored(step, tree, meta, skipped)`. Each newer step passed over is in `skipped` and was warned about.
+          `Restored(step, tree, meta, skipped, where)`. Each newer step passed over is in `skipped`, and warned of.
 
         Raises:
-          StructureMismatch: the step is whole but its leaves are not the template's; never walks back for this.
+          StructureMismatch: the step is whole but its leaves are not the template's, or the function cannot build one
+          of its meta; never walks back for this.
           CheckpointError: there is no checkpoint, the named step is damaged or absent, or every step is damaged.
         """
         manifest, arrays, skipped = self._newest(step, load)
         is_function = callable(template) and jax.tree_util.all_leaves([template])
-        wanted = template(manifest.meta) if is_function else template
-        where = f"step {manifest.step} in {self.directory}{manifests.written_by_others(manifest)}"
+        where = self._where(manifest)
+        with leaves.fitting(where):
+            wanted = template(manifest.meta) if is_function else template
         tree = leaves.unflatten(wanted, manifest.leaves, arrays, where)
-        return Restored(manifest.step, tree, manifest.meta, skipped)
+        return Restored(manifest.step, tree, manifest.meta, skipped, where)
 
     def read(self, step: int | None = None) -> Restored:
         """As `restore` without a template: the tree is `{path: numpy array}`, PRNG keys as their `key_data`."""
         manifest, arrays, skipped = self._newest(step, load)
-        return Restored(manifest.step, arrays, manifest.meta, skipped)
+        return Restored(manifest.step, arrays, manifest.meta, skipped, self._where(manifest))
 
     def restore_flat(self, step: int | None = None) -> dict[str, np.ndarray]:
         """The leaves of a step by path, verified; `read` without its step and meta."""
@@ -321,7 +331,7 @@ class Checkpoints:
     ) -> tuple[Manifest, dict[str, np.ndarray], tuple[Skipped, ...]]:
         """`load` the named step, or walk back from the newest to the first that loads."""
         named = self._check(0 if step is None else step)
-        listing = {**self._partial(), **self._listing()}
+        listing = self.found()
         if not listing:
             raise CheckpointError(
                 f"no checkpoint in {self.directory}: check the path, or start a new run, which saves there"
@@ -360,6 +370,9 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _where(self, manifest: Manifest) -> str:
+        return f"step {manifest.step} in {self.directory}{manifests.written_by_others(manifest)}"
 
     def _check(self, step: int) -> int:
         if self._closed:

@@ -7,6 +7,7 @@ with steps that were dispatched before and a second process could not have the d
 
 from __future__ import annotations
 
+import atexit
 import collections
 import contextlib
 import dataclasses
@@ -42,6 +43,8 @@ else:
 
 
 _BEGAN = time.time()
+SHORT = 1.0
+"""Seconds that a compiler has to end where nobody waits for what it builds."""
 
 
 class BuildError(RuntimeError):
@@ -98,8 +101,11 @@ class Compiler(Protocol):
         """Somebody waits (or no longer): take the cores now."""
         ...
 
-    def close(self) -> None:
-        """End; what is not built is cancelled."""
+    def close(self, *, wait: bool = True) -> None:
+        """End; what is not built is cancelled. Without `wait` only the interpreter's exit waits for what is under way.
+
+        See `under_way`.
+        """
         ...
 
 
@@ -129,6 +135,14 @@ def build_here(job: Job) -> Built:
     except Exception as error:
         raise BuildError(f"{job.name}: {type(error).__name__}: {error}") from error
     return Built(compiled, traced - began, time.perf_counter() - traced, "thread")
+
+
+_abandoned: list[threading.Thread] = []
+
+
+def under_way() -> bool:
+    """Whether a program is still being built that nobody waits for: the interpreter's exit takes as long as that."""
+    return any(thread.is_alive() for thread in _abandoned)
 
 
 Asked = tuple[Job, Future[Built], dict[str, Any]]
@@ -172,7 +186,7 @@ class _Queued:
     def hurry(self, on: bool) -> None:
         """Nothing to do in a thread."""
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """See `Compiler`."""
         with self._more:
             self._closed = True
@@ -181,8 +195,12 @@ class _Queued:
             self._asked.clear()
             self._guessed.clear()
             self._more.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()  # a compilation under way at the interpreter's exit would abort it
+        if self._thread is None or self._thread is threading.current_thread():
+            return
+        self._thread.join(None if wait else SHORT)
+        if self._thread.is_alive():
+            _abandoned.append(self._thread)
+            atexit.register(self._thread.join)  # a compilation under way at the interpreter's exit would abort it
 
     def _serve(self) -> None:
         while True:
@@ -260,14 +278,14 @@ class ProcessCompiler(_Queued):
         if self._process is not None:
             _set_idle(self._process.pid, not on)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """See `Compiler`."""
         self._closed = True
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
-        super().close()
+        super().close(wait=wait)
         if process is not None:
             for stream in (process.stdin, process.stdout, self._errors):
                 if stream is not None:

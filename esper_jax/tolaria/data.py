@@ -107,7 +107,7 @@ def _in_step(batches: Iterator[Any]) -> Iterator[Any]:
     step.say(form_of(batch))
     for index in itertools.count():
         if not step.agreed():
-            raise out_of_step(f"batch {index} of the validation data", form_of(batch))
+            raise out_of_step(f"batch {index} of the validation data", form_of(batch), 0 if batch is None else 1)
         if batch is None:
             return
         ahead = next(batches, None)
@@ -124,12 +124,13 @@ def form_of(batch: Any) -> Any:
     return structure, [(np.shape(leaf), str(getattr(leaf, "dtype", ""))) for leaf in leaves]
 
 
-def out_of_step(where: str, form: Any) -> ValueError:
-    """The error of a process whose next batch is of this form (None: it has no more), and not as another process's."""
+def out_of_step(where: str, form: Any, count: int) -> ValueError:
+    """The error of a process whose next `count` batches are of this form (None: it has no more), not as another's."""
     here = "no further one" if form is None else " ".join(f"{dtype}{list(shape)}" for shape, dtype in form[1])
+    several = f" in the next {count} batches" if count > 1 else ""
     return ValueError(
-        f"the processes' shares differ at {where}: this process has {here}; every process must give as many batches as "
-        "the others, in the same shapes"
+        f"the processes' shares differ at {where}: this process has {here}{several}; every process must give as many "
+        "batches as the others, in the same shapes"
     )
 
 

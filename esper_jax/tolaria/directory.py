@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from .._holding import hold
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, Checkpoints
 
 LOCK = "run.lock"
 """What tells in a run directory that a process trains there."""
@@ -23,6 +23,16 @@ def held(directory: pathlib.Path) -> Iterator[None]:
         raise CheckpointError(str(error)) from None
     with lock:
         yield
+
+
+def check_ahead(checkpoints: Checkpoints, step: int) -> None:
+    """CheckpointError where the directory holds a run that is further than this step."""
+    later = [one for one in checkpoints.steps() if one > step and not checkpoints.is_damaged(one)]
+    if later:
+        raise CheckpointError(
+            f"{checkpoints.directory.parent} already holds a run up to step {later[-1]}, and this state is at step "
+            f"{step}; go on with restore(), or choose another checkpoint_dir"
+        )
 
 
 def run_name(directory: pathlib.Path | None) -> str:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from .._checks import whole
 from ..kasmina.morph import Morph
 from .data import nbytes
 from .optim import Growable
@@ -43,8 +44,8 @@ class Dispatch:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"dispatch must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if self.steps is not None and (isinstance(self.steps, bool) or self.steps < 1):
-            raise ValueError(f"steps_per_dispatch must be a whole number of 1 or more, got {self.steps!r}")
+        if self.steps is not None:
+            whole("steps_per_dispatch", self.steps, 1)
         if self.mode == "loop" and self.steps not in (None, 1):
             raise ValueError(f"dispatch='loop' makes one step a call; got steps_per_dispatch={self.steps}")
 

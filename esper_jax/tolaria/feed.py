@@ -147,7 +147,9 @@ class Streamed(Epoch):
     def _left(self) -> int:
         count, form = self._next()
         if not self.step.agreed():
-            raise out_of_step(f"batch {self.position} of epoch {self.epoch} of the training data", form)
+            several = f"batches {self.position} to {self.position + self.feed.places - 1}"
+            these = several if self.feed.places > 1 else f"batch {self.position}"
+            raise out_of_step(f"{these} of epoch {self.epoch} of the training data", form, count)
         return count
 
     def _next(self) -> tuple[int, Any]:

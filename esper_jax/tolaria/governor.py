@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import INT32, real, whole
 from ..kasmina._pytree import Struct, pytree
 
 
@@ -51,16 +52,12 @@ class Governor:
 
     def __post_init__(self) -> None:
         for name in ("window", "min_samples", "strikes", "snapshot_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}")
+            whole(name, getattr(self, name), 1, INT32)
         if self.min_samples > self.window:
             raise ValueError(f"min_samples={self.min_samples} cannot exceed window={self.window}")
         for name in ("sigmas", "collapse_history", "collapse_band"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
-        if not 1 <= self.factor < math.inf:
-            raise ValueError(f"factor must be 1 or more, got {self.factor!r}")
+            real(name, getattr(self, name), least=0)
+        real("factor", self.factor, least=1)
 
     def init(self) -> GovernorState:
         """The state before the first check, of a run that took its first snapshot at the start."""

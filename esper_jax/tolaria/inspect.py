@@ -23,7 +23,7 @@ def check_arrays(name: str, arrays: Any, classes: int | None) -> None:
 
     Raises:
       ValueError: NaN or infinity among floating values, a label out of range (floating ones too, unless they have one
-      number for each class along their last axis), or a dtype that is no number.
+      number for each class along their last axis; of two classes they may be -1 and 1), or a dtype that is no number.
     """
     if found := _fault(_named(arrays), classes):
         raise ValueError(f"the {name} data: {found}; mend the data, or give check_data=False")
@@ -48,10 +48,10 @@ def check_batch(
       epoch: when it came, for messages.
       index: where in the epoch, for messages.
       values: look at the values too, where they are on the host.
-      like: what an earlier batch gave; arrays of other dtypes would have the train step compiled anew.
+      like: what earlier batches gave; arrays of other dtypes would have the train step compiled anew.
 
     Returns:
-      The dtype of each of its arrays, as JAX takes it.
+      The dtype of each array that was met so far, as JAX takes it.
 
     Raises:
       ValueError: naming the batch.
@@ -69,10 +69,10 @@ def check_batch(
         named = _named(batch)
         found = _fault(named, classes) if there else _wrong_kind(named)
         if not found:
-            dtypes = {key: _dtype(leaf) for key, leaf in named.items()}
-            if like is None or dtypes == like:
-                return dtypes
-            found = f"its arrays are {_listed(dtypes)}, and those of earlier batches {_listed(like)}"
+            dtypes, before = {key: _dtype(leaf) for key, leaf in named.items()}, dict(like or {})
+            if all(before.get(key, dtype) == dtype for key, dtype in dtypes.items()):
+                return before | dtypes
+            found = f"its arrays are {_listed(dtypes)}, and those of earlier batches {_listed(before)}"
     where = f"batch {index} of epoch {epoch} of the {name} data"
     raise ValueError(f"{where}: {found}; mend the data, or give check_data=False")
 
@@ -97,13 +97,15 @@ def _fault(named: Mapping[str, Any], classes: int | None) -> str:
     targets = named.get("targets")
     if classes is None or targets is None or not targets.size or not jnp.issubdtype(targets.dtype, jnp.number):
         return ""
-    if jnp.issubdtype(targets.dtype, jnp.inexact) and targets.ndim > 1 and targets.shape[-1] == classes:
+    floating = jnp.issubdtype(targets.dtype, jnp.inexact)
+    if floating and targets.ndim > 1 and targets.shape[-1] == classes:
         return ""  # one number for each class
+    least = -1 if floating and classes == 2 else 0
     low, high = targets.min().item(), targets.max().item()
-    if low < 0 or high > classes - 1:
-        wrong = low if low < 0 else high
+    if low < least or high > classes - 1:
+        wrong = low if low < least else high
         first = tuple(int(i) for i in np.argwhere(np.asarray(targets) == wrong)[0])
-        return f"the target at {list(first)} is {wrong}, and with classes={classes} it must be 0 to {classes - 1}"
+        return f"the target at {list(first)} is {wrong}, and with classes={classes} it must be {least} to {classes - 1}"
     return ""
 
 

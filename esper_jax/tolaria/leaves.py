@@ -6,11 +6,12 @@ that were read back are verified against the records, and put into a template (`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -153,6 +154,21 @@ class LeafRecord:
         if checksum(array) != crc:
             raise Damaged(f"leaf {self.path}: its bytes have {checksum(array)}, saved with {crc}")
         return array
+
+
+@contextlib.contextmanager
+def fitting(where: str) -> Iterator[None]:
+    """A block that builds what a step's meta describes; StructureMismatch, naming the step, where it cannot."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        raise StructureMismatch(
+            f"{where} describes what cannot be built here ({type(error).__name__}: {' '.join(said.split())[:500]}); "
+            "restore it with what wrote it"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

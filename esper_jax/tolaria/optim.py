@@ -226,11 +226,15 @@ def growable(tx: optax.GradientTransformation, *, seeds: optax.GradientTransform
     >>> import esper_jax, optax
     >>> tx = esper_jax.growable(optax.adamw(1e-3))
     """
-    if isinstance(tx, Growable):
-        return tx
     for given, name in ((tx, "tx"), (seeds, "seeds")):
-        if (given is not None or name == "tx") and not (hasattr(given, "init") and hasattr(given, "update")):
-            raise TypeError(f"growable() needs an optax transformation for {name}, got {type(given).__name__}")
+        whole = not isinstance(given, type) and callable(getattr(given, "init", None))
+        if not (whole and callable(getattr(given, "update", None)) or given is None and name == "seeds"):
+            got = f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+            raise TypeError(f"growable() needs an optax transformation for {name}, got {got}")
+    if isinstance(tx, Growable):
+        if seeds is not None:
+            raise TypeError("growable() was given seeds= beside a growable optimizer, which has its seeds' already")
+        return tx
     return Growable(tx, tx if seeds is None else seeds)
 
 

@@ -8,10 +8,11 @@ here costs anything.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -29,6 +30,8 @@ HEARTBEAT = 20
 """Seconds after which a process that is not heard of counts as lost, and the others end."""
 JOINING = 300
 """Seconds for which a process waits for the others when a job begins: pods and nodes start one after another."""
+LEAVING = 30
+"""Seconds for which a process that ends waits for the others to do so; then they are told that it is gone."""
 SAMPLE = 1 << 20
 """Bytes of each array by which processes tell whether they were given the same data."""
 
@@ -85,6 +88,31 @@ def any_of(text: str) -> str:
     letters = np.frombuffer(text.encode()[:1000].ljust(1000, b"\0"), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(letters)).astype(np.uint8)
     return next((bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows if row.any()), "")
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """A block that may fail on some processes only, a file of the first one say: where it does, it fails on all.
+
+    Raises:
+      FailedElsewhere: on the processes where it did not fail, with what the first of the others had to say.
+    """
+    try:
+        yield
+    except Exception as error:
+        any_of(f"process {jax.process_index()}: {error or type(error).__name__}")
+        raise
+    if problem := any_of(""):
+        raise FailedElsewhere(problem)
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process of the job could not begin, so this one does not; the message is that process's."""
+
+
+def largest(mine: int) -> int:
+    """The largest number that any process says, waited for: all of them must ask."""
+    return mine if alone() else int(_said(jnp.max)(mine))
 
 
 def same_data(name: str, arrays: Any) -> None:
@@ -202,7 +230,12 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             raise ValueError(f"--coordinator must be host:port with a port from 1 to 65535, got {coordinator!r}")
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT, initialization_timeout=JOINING
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            initialization_timeout=JOINING,
+            shutdown_timeout_seconds=LEAVING,
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"this process could not join a job: {' '.join(str(error).split())[:300]}") from None

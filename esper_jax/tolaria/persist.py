@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ from ..kasmina.spec import Spec
 from ..protocol import Library
 from . import snapshot as _snapshot
 from .checkpoint import CheckpointError, Checkpoints
+from .leaves import fitting
 from .optim import Growable
 from .records import Mark, read_history
 from .session import Session
@@ -46,6 +48,13 @@ def described(state: TrainState, session: Session, history: Mark) -> tuple[Any, 
     return {"state": state, "snapshot": session.snapshot}, meta
 
 
+def begun(directory: str | os.PathLike[str]) -> bool:
+    """Whether a run directory holds a step, whole or damaged."""
+    with contextlib.suppress(OSError), Checkpoints(pathlib.Path(directory) / FOLDER, create=False) as checkpoints:
+        return bool(checkpoints.found())
+    return False
+
+
 def restore(
     checkpoints: Checkpoints,
     tx: Growable,
@@ -70,7 +79,8 @@ def restore(
         return {"state": state, "snapshot": _snapshot.template(state, meta["fossils"])}
 
     restored = checkpoints.restore(template, step=step)
-    session = Session.from_json(restored.meta["session"], restored.tree["snapshot"])
+    with fitting(restored.where):
+        session = Session.from_json(restored.meta["session"], restored.tree["snapshot"])
     if (mark := restored.meta.get("history")) is not None:
         session.records = read_history(checkpoints.directory.parent, mark) or session.records
     return restored.tree["state"], session
@@ -93,8 +103,9 @@ def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None,
     place("directory", directory)
     with Checkpoints(pathlib.Path(directory) / FOLDER, create=False) as checkpoints:
         found = checkpoints.read(step)
-    _known(found.meta, urza)
-    template = morph_template(found.meta)
+    with fitting(found.where):
+        _known(found.meta, urza)
+        template = morph_template(found.meta)
     paths, structure = jax.tree_util.tree_flatten_with_path(template)
     names = ["['state'].morph" + jax.tree_util.keystr(path) for path, _ in paths]
     missing = [name for name in names if name not in found.tree]

@@ -18,10 +18,13 @@ from ..kasmina.blueprints import get_blueprint
 from ..kasmina.morph import Morph
 from ..kasmina.spec import Spec
 from .compiler import BuildError, Built, Compiler, Job, WorkerError
+from .peers import largest
 from .sharding import Layout
 from .state import TrainState
 
 Signature = tuple[Any, Hashable]
+WAITING = 1
+"""What a process says that still waits for its programs; numbers above are those of signals (none is 1 here)."""
 
 
 class Program:
@@ -199,21 +202,22 @@ class Programs:
         """Whether all that `wait` would wait for is built (or has failed)."""
         return all(future.done() for future in self._futures(spec, late=False))
 
-    def wait(self, spec: Spec, stop: Callable[[], bool] = lambda: False) -> Outcome | None:
+    def wait(self, spec: Spec, stop: Callable[[], int] = lambda: 0) -> Outcome | int:
         """Wait until this structure's programs are built; those marked `late` are waited for when they are called.
 
-        None when `stop()` became true first.
+        Several processes wait for each other's. Where `stop()` became the number of a signal first, on any of them,
+        that number.
         """
         futures = self._futures(spec, late=False)
         began = time.perf_counter()
         hurried = not self.ready(spec)
         if hurried:
             self.compiler.hurry(True)
-        while not self.ready(spec) and not stop():
+        while (said := largest(stop() or (0 if self.ready(spec) else WAITING))) == WAITING:
             concurrent.futures.wait(futures, timeout=0.1)
-        if not self.ready(spec):
+        if said:
             self.compiler.hurry(False)
-            return None
+            return said
         built, error = [], ""
         for future in futures:
             try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 import pathlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ..nissa import events
 from . import lifeline, persist
 from .change import Changes
 from .checkpoint import Checkpoints
+from .compiler import under_way
 from .data import Data, Held
 from .feed import Feed
 from .leaves import is_spread, parted
@@ -51,6 +53,10 @@ class Stop(threading.Event):
     """Set when the run is to end between two steps; `signal` says by what."""
 
     signal: int = signal.SIGINT
+
+    def number(self) -> int:
+        """The number of the signal that came, or 0."""
+        return self.signal if self.is_set() else 0
 
 
 class Run:
@@ -133,7 +139,7 @@ class Run:
             if (chunk := batches.take(self.room())) is None:
                 return False
             self.dispatch(*chunk)
-            if number := self.vote(stop.signal if stop.is_set() else 0):
+            if number := self.vote(stop.number()):
                 self.interrupt(number)
 
     def foresee(self, feed: Feed, validation: Data) -> None:
@@ -187,9 +193,9 @@ class Run:
     def restructure(self, stop: Stop, *, at_tick: bool) -> None:
         """Let a grown or leaner program take over where that is due; Ctrl-C ends a wait for it."""
         if self.changes.due(self.state, self.made, at_tick=at_tick):
-            self.state = self.changes.make(self.state, self.made, stop.is_set)
-            if alone() and stop.is_set():
-                self.interrupt(stop.signal)
+            self.state, number = self.changes.make(self.state, self.made, stop.number)
+            if number:
+                self.interrupt(number)
 
     def save(self, *, wait: bool = False) -> bool:
         """Begin to save this very step, unless it is saved, and with `wait` see it through; whether it is (or may be).
@@ -274,11 +280,34 @@ class Run:
         raise TrainingInterrupted(f"{by} at step {step}: {how}", state, where, number)
 
 
+def leave(status: int) -> NoReturn:
+    """End the process with that status at once, also while a program that nobody waits for is still being compiled.
+
+    That cannot be interrupted and may take minutes; the interpreter's own exit would wait for it.
+    """
+    if under_way():
+        if not alone():
+            jax.distributed.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM where no step is under way."""
+
+
+def terminated(number: int, frame: Any) -> None:
+    """A handler of SIGTERM for before and after `fit`, which has its own: it raises `Terminated`."""
+    raise Terminated
+
+
 @contextlib.contextmanager
 def interrupts() -> Iterator[Stop]:
     """Ctrl-C and SIGTERM set the event, so that a step is never torn; a second Ctrl-C interrupts at once.
 
-    A SIGTERM that the program handles itself already is left to it.
+    A SIGTERM that the program handles itself already is left to it, unless by `terminated`.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -292,7 +321,7 @@ def interrupts() -> Iterator[Stop]:
         stop.signal = number
         stop.set()
 
-    taken = [n for n in before if n == signal.SIGINT or before[n] == signal.SIG_DFL]
+    taken = [n for n in before if n == signal.SIGINT or before[n] in (signal.SIG_DFL, terminated)]
     for number in taken:
         signal.signal(number, on_signal)
     try:

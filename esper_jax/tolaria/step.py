@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import jaxprs_in_params
 from jaxtyping import Array, Float
 
+from .._checks import INT32, flag, function, one_of, whole, words
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
 from ..kasmina.observe import norm_of, observed_states, squared_norms, tree_norm
@@ -71,14 +73,23 @@ class Calls:
         rngs: Sequence[str] | None = None,
         compute_dtype: Any = None,
     ) -> None:
+        function("loss", loss, "optax.softmax_cross_entropy_with_integer_labels")
+        if unpack is not None:
+            function("unpack", unpack, "lambda batch: ((inputs,), targets)")
+        for name, given in (("train_kwargs", train_kwargs), ("eval_kwargs", eval_kwargs)):
+            if given is not None:
+                one_of(name, given, Mapping, '{"train": True}')
+                words(name, list(given), '{"train": True}')
         self.forward, self.loss = forward, loss
-        self.dtype = None if compute_dtype is None else jnp.dtype(compute_dtype)
-        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
-            raise ValueError(f"compute_dtype must be a floating dtype such as jnp.bfloat16, got {self.dtype}")
+        self.dtype = None if compute_dtype is None else _floating(compute_dtype)
         self.unpack = _checked(unpack) if unpack else unpack_batch
         self.train_kwargs = dict(forward.mode(True) if train_kwargs is None else train_kwargs)
         self.eval_kwargs = dict(forward.mode(False) if eval_kwargs is None else eval_kwargs)
-        self.rngs = tuple(("dropout",) if forward.model is not None else ()) if rngs is None else tuple(rngs)
+        self.rngs = (
+            tuple(("dropout",) if forward.model is not None else ())
+            if rngs is None
+            else words("rngs", rngs, '("dropout",)')
+        )
 
     def train(self, morph: Morph, taps: Any, sample: Any, batch: Any, key: jax.Array) -> tuple[Array, dict[str, Any]]:
         """The mean loss of a batch in training mode, and the host's updated collections."""
@@ -111,6 +122,17 @@ class Calls:
         if self.dtype is not None:
             outputs = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if _is_float(leaf) else leaf, outputs)
         return jnp.mean(self.loss(outputs, targets).astype(jnp.float32))
+
+
+def _floating(dtype: Any) -> Any:
+    """The dtype; ValueError unless it is a floating one."""
+    try:
+        found = None if isinstance(dtype, jax.Array | np.ndarray) else jnp.dtype(dtype)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"compute_dtype must be a floating dtype such as jnp.bfloat16, got {found or repr(dtype)}")
+    return found
 
 
 def make_train_step(
@@ -150,10 +172,13 @@ def make_train_step(
       The step. `metrics` has float32 scalars (with a leading axis when `steps` > 1): `loss`, `grad_norm` (of the
       host), `skipped` (1 for a batch whose loss or gradient was not finite: it changed nothing), `faults`.
     """
+    whole("probe_every", probe_every, 0, INT32)
+    whole("steps", steps, 1)
+    if unroll is not None:
+        flag("unroll", unroll)
+    flag("donate", donate)
     forward, tx = graft(forward), growable(tx)
     calls = Calls(forward, loss, unpack, train_kwargs, None, rngs, compute_dtype)
-    if steps < 1 or probe_every < 0:
-        raise ValueError(f"steps must be 1 or more and probe_every 0 or more, got {steps} and {probe_every}")
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         return one_step(calls, tx, probe_every, state, batch)

@@ -76,6 +76,7 @@ class Ticker:
         self.ask = Asking(self.deadline)
         self.candidates: tuple[Plant, ...] = ()
         self._unmeasured: set[Any] = set()
+        self._complaint = ""
         self.move = Program("tick", functools.partial(_move, self.lifecycle))
 
     def __call__(self, state: TrainState, session: Session, validation: Data, sink: Sink) -> TrainState:
@@ -258,7 +259,9 @@ class Ticker:
                     plants.append(dataclasses.replace(lean_plant(decision, spec.by_path[site]), slot=free[0]))
         except Exception as error:  # the controller's own code, or what it names: only a guess is lost
             text = f"the controller's candidates cannot be used, so nothing is compiled ahead: {one_line(error)}"
-            sink(events.warning(*self._now, text, controller=type(self.controller).__name__))
+            if text != self._complaint:
+                self._complaint = text
+                sink(events.warning(*self._now, text, controller=type(self.controller).__name__))
             return ()
         return tuple(plants)
 

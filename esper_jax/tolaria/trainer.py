@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from .._checks import flag, instance, place, whole
+from .._checks import flag, function, instance, one_of, place, seconds, whole
 from ..kasmina.graft import graft
 from ..kasmina.lifecycle import Lifecycle
 from ..kasmina.linen import unboxed
-from ..kasmina.morph import Morph, morph, nnx_adapter
+from ..kasmina.morph import Morph, check_options, morph, nnx_adapter
 from ..kasmina.spec import Spec
 from ..nissa import events
 from ..nissa.background import behind_slow
@@ -39,7 +39,7 @@ from .governor import Governor
 from .inspect import check_arrays, check_batch
 from .lifeline import Lifeline
 from .optim import growable
-from .peers import alone, first, same_data
+from .peers import agreed, alone, first, same_data
 from .programs import Programs
 from .run import Run, interrupts
 from .session import History, Session
@@ -158,14 +158,30 @@ class Tolaria:
         counts = {"resident_bytes": resident_bytes, "prefetch": prefetch, "prefetch_bytes": prefetch_bytes}
         for name, value in (*counts.items(), ("max_rollbacks", max_rollbacks), ("probe_every", probe_every)):
             whole(name, value, 0)
-        if controller_deadline is not None and not controller_deadline > 0:
-            raise ValueError(f"controller_deadline must be a number of seconds above 0, got {controller_deadline!r}")
+        if classes is not None:
+            whole("classes", classes, 2)
+        if controller_deadline is not None:
+            seconds("controller_deadline", controller_deadline)
         if controller is not None:
             instance("controller", controller, "init", "decide", example="a controller such as Tamiyo()")
         if urza is not None:
             instance("urza", urza, "get", example="a library such as Urza(url)")
+        if isinstance(sinks, str) or not isinstance(sinks, Sequence):
+            raise TypeError(f"sinks must be a sequence such as [ListSink()], got {sinks!r}")
         for sink in sinks:
-            instance("a sink", sink, "emit", "close", example="one such as ListSink()")
+            instance("sinks: a sink", sink, "emit", "close", example="one such as ListSink()")
+        if score is not None:
+            function("score", score, "lambda outputs, targets: outputs.argmax(-1) == targets")
+        for name, config, kind in (
+            ("lifecycle", lifecycle, Lifecycle),
+            ("governor", governor, Governor),
+            ("limits", limits, Limits),
+        ):
+            if config is not None:
+                one_of(name, config, kind, f"{kind.__name__}()")
+        for name, path in (("checkpoint_dir", checkpoint_dir), ("compile_cache", compile_cache)):
+            if path is not None:
+                place(name, path)
         for name, given in (("oona_optional", oona_optional), ("progress", progress), ("check_data", check_data)):
             flag(name, given)
         self.forward, self.tx, self.loss = graft(model), growable(tx), loss
@@ -174,6 +190,7 @@ class Tolaria:
         self.batch_size, self.keep = batch_size, keep
         self.tick_every, self.checkpoint_every, self.patience = tick_every, checkpoint_every, patience
         self.sinks, self.progress = tuple(sinks), progress
+        check_options(where, slots, planted, blend)
         self._morph_options = {"where": where, "slots": slots, "planted": planted, "blend": blend}
         self._calls = Calls(self.forward, loss, unpack, train_kwargs, eval_kwargs, rngs, compute_dtype)
         self.layout = make_layout(sharding, mesh, seed_sharding)
@@ -245,6 +262,7 @@ class Tolaria:
           CheckpointError: a new run in a directory that holds another run's checkpoints, or that another process
           trains in now.
           OonaError: the bus that was asked for cannot be reached, before the first step.
+          FailedElsewhere: another process of the job met one of these errors, before the first step.
 
         Where another process of the job is lost, this one ends with exit status 75 and a sentence.
         """
@@ -283,6 +301,7 @@ class Tolaria:
                 arrays = as_arrays(data)
                 same_data(name, arrays)  # first: what follows may raise on one process alone
                 self._look_through(name, arrays)
+            self._evaluator.checked = False
             validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
             batches = Batches(train, self.batch_size, state.key, self._check)
             feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)
@@ -317,6 +336,7 @@ class Tolaria:
         if not isinstance(state, TrainState | Morph):
             raise TypeError(f"evaluate() needs a TrainState or a Morph, got {type(state).__name__}")
         self._look_through("validation", as_arrays(data))
+        self._evaluator.checked = False  # this data may be another
         loss, score = self._evaluator(state.morph if isinstance(state, TrainState) else state, data)
         return {"loss": loss, "score": score}
 
@@ -367,31 +387,34 @@ class Tolaria:
     def _compiler(self, host: Morph) -> Iterator[Compiler]:
         """A compiler for the time of one `fit`; its process starts at once where the network may grow."""
         compiler = make_compiler(self._compile_in, one_device=self.layout is None)
-        room = any(host.spec.free_slots(site.path) for site in host.spec.sites)
+        room, wait = any(host.spec.free_slots(site.path) for site in host.spec.sites), True
         try:
             if self.controller is not None and room and self._ticker.swap != "now":
                 compiler.start()
             yield compiler
+        except KeyboardInterrupt:
+            wait = False
+            raise
         finally:
-            compiler.close()
+            compiler.close(wait=wait)
 
     @contextlib.contextmanager
     def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:
         spools = None if self.checkpoint_dir is None else self.checkpoint_dir / "spool"
-        sinks: list[Sink] = [log, *behind_slow(self.sinks, spools), self.bus] if first() else [log]
-        if self.checkpoint_dir is not None and first():
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
-            file = JsonlSink(self.checkpoint_dir / "events.jsonl")
-            file.rewind(int(state.step))
-            sinks.append(file)
-        if self.progress and first():
-            sinks.append(Console(epochs))
-        fanout = Fanout(sinks)
-        try:
-            fanout.open()
+        with contextlib.ExitStack() as opened:
+            with agreed():
+                sinks: list[Sink] = [log, *behind_slow(self.sinks, spools), self.bus] if first() else [log]
+                if self.checkpoint_dir is not None and first():
+                    self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+                    file = JsonlSink(self.checkpoint_dir / "events.jsonl")
+                    file.rewind(int(state.step) or -1)  # nothing stays of a run that ended before it saved a step
+                    sinks.append(file)
+                if self.progress and first():
+                    sinks.append(Console(epochs))
+                fanout = Fanout(sinks)
+                opened.callback(fanout.close)
+                fanout.open()
             yield fanout.emit
-        finally:
-            fanout.close()
 
     @contextlib.contextmanager
     def _checkpoints(self, state: TrainState) -> Iterator[Checkpoints | None]:
@@ -399,15 +422,12 @@ class Tolaria:
             yield None
             return
         folder = self.checkpoint_dir / persist.FOLDER
-        lock = directory.held(self.checkpoint_dir) if first() else contextlib.nullcontext()
-        with Checkpoints(folder, keep=self.keep) as checkpoints, lock:
-            later = [step for step in checkpoints.steps() if step > int(state.step)]
-            later = [step for step in later if not checkpoints.is_damaged(step)]
-            if later:
-                raise CheckpointError(
-                    f"{self.checkpoint_dir} already holds a run up to step {later[-1]}, and this state is at step "
-                    f"{int(state.step)}; go on with restore(), or choose another checkpoint_dir"
-                )
+        with contextlib.ExitStack() as opened:
+            with agreed():
+                checkpoints = opened.enter_context(Checkpoints(folder, keep=self.keep))
+                if first():
+                    opened.enter_context(directory.held(self.checkpoint_dir))
+                    directory.check_ahead(checkpoints, int(state.step))
             yield checkpoints
 
 

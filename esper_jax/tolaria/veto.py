@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._checks import real, whole
 from ..kasmina.blend import check_blend
 from ..kasmina.blueprints import make_plant, seed_shapes
 from ..kasmina.gates import PASSED, REASONS, Gates, g5_code
@@ -37,13 +38,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("confidence", "urgency"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 0 or more and below 1, got {getattr(self, name)!r}")
-        for name in ("per_epoch", "cooldown", "max_parameters"):
-            value = getattr(self, name)
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not (whole and value >= 0 or value is None and name == "max_parameters"):
-                raise ValueError(f"{name} must be a whole number of 0 or more, got {value!r}")
+            real(name, getattr(self, name), least=0, below=1)
+        for name in ("per_epoch", "cooldown"):
+            whole(name, getattr(self, name), 0)
+        if self.max_parameters is not None:
+            whole("max_parameters", self.max_parameters, 0)
 
 
 def veto(

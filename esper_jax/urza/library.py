@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .._checks import whole
+from .._checks import one_of, place, seconds, whole, words
 from ..kasmina.blend import check_blend
 from ..kasmina.blueprints import registered
 from ..kasmina.spec import Site
@@ -75,6 +75,13 @@ class Urza:
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         needed("safetensors")
+        place("url", url)
+        whole("cache_bytes", cache_bytes, 0)
+        whole("attempts", attempts, 1)
+        seconds("wait", wait, zero=True)
+        if storage_options is not None:
+            one_of("storage_options", storage_options, Mapping, '{"anon": True}')
+            words("storage_options", list(storage_options), '{"anon": True}')
         self.store = Store(url, attempts, wait, dict(storage_options or {}))
         self._cache = Cache(cache_bytes)
 

@@ -8,6 +8,7 @@ import pathlib
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,17 +24,18 @@ from esper_jax import CheckpointError
 from esper_jax.nissa import course, read_events
 from esper_jax.tolaria.checkpoint import _SAVING, Checkpoints
 from esper_jax.tolaria.saving import Saver
-from tests.faults.found import Found, bits, fit
+from tests.faults.found import ROOT, Found, bits, fit
 from tests.tolaria import growing
-
-ROOT = pathlib.Path(__file__).parents[2]
-
 
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+AIMS = (None, ("a swap", 3000), None, ("a fossilisation", 20_000), None, ("a tick", 100_000))
+"""Where kills fall, in turn: at a random moment, or at one of the first so many calls of functions within something."""
+
+
 def killed(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
-    """Kill -9 at random moments of a growing run; it goes on each time, and ends equal to the bit."""
+    """Kill -9 at random moments, half of them in a swap, fossilisation or tick: the run goes on to the same bits."""
     found, cache = Found(), folder / "programs"
     whole = folder / "whole"
     _victim(whole, cache).wait()
@@ -43,19 +45,18 @@ def killed(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Fo
         directory = folder / f"run{run}"
         run += 1
         while found.trials < trials:
-            process = _victim(directory, cache)
-            log = directory / "events.jsonl"
-            size = log.stat().st_size if log.exists() else 0
-            while process.poll() is None and not (log.exists() and log.stat().st_size != size):
-                time.sleep(0.005)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=float(random.uniform(0, 3)))
-            if process.poll() is not None:
-                found.expect(process.returncode == 0, f"run {run} ended with {process.returncode}")
+            aim = AIMS[found.trials % len(AIMS)]
+            if aim is not None:
+                process = _victim(directory, cache, aim[0], str(random.integers(1, aim[1])))
+            else:
+                process = _victim(directory, cache)
+                _until(process, directory / "events.jsonl", float(random.uniform(0, 3)))
+                if process.poll() is None:
+                    process.kill()
+            if process.wait() == 0:  # it came to its end first
                 break
-            process.kill()
-            process.wait()
-            found.note(_moment(directory))
+            found.expect(process.returncode == -signal.SIGKILL, f"run {run} ended with {process.returncode}")
+            found.note(_moment(directory) if aim is None else f"within {aim[0]}")
         if _victim(directory, cache).wait() != 0:
             found.failures.append(f"run {run} cannot go on")
             continue
@@ -75,9 +76,18 @@ def _moment(directory: pathlib.Path) -> str:
     return f"{life}, in a save" if saving.is_dir() and any(saving.iterdir()) else life
 
 
-def _victim(directory: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen[bytes]:
-    """A process that begins the small run in that directory, or goes on with it, to its end."""
-    command = [sys.executable, "-m", "tests.faults.victim", str(directory), str(cache)]
+def _until(process: subprocess.Popen[bytes], log: pathlib.Path, seconds: float) -> None:
+    """Wait until so long after a process wrote to its log, or until its end."""
+    size = log.stat().st_size if log.exists() else 0
+    while process.poll() is None and not (log.exists() and log.stat().st_size != size):
+        time.sleep(0.005)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+
+
+def _victim(directory: pathlib.Path, cache: pathlib.Path, *within: str) -> subprocess.Popen[bytes]:
+    """A process that begins the small run in that directory, or goes on with it, to its end (see `victim`)."""
+    command = [sys.executable, "-m", "tests.faults.victim", str(directory), str(cache), *within]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, **quiet)
 

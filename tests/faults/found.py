@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
+import pathlib
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 from esper_jax import Gates
 from tests.tolaria import growing
 
+ROOT = pathlib.Path(__file__).parents[2]
 GATES = Gates(min_training_ticks=1, min_health=0.0)
 
 
@@ -28,6 +31,12 @@ class Found:
         """One more trial, which ended so."""
         self.trials += 1
         self.seen[what] += 1
+
+    @staticmethod
+    def from_json(text: str) -> Found:
+        """What another process found, whose `vars` were written."""
+        data = json.loads(text)
+        return Found(data["trials"], collections.Counter(data["seen"]), data["failures"])
 
     def expect(self, holds: bool, what: str) -> None:
         """`what` is a failure unless it holds."""

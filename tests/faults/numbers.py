@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
-import os
 import pathlib
-import resource
-import sys
-import threading
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -232,97 +224,4 @@ def broken_blueprints(folder: pathlib.Path, random: np.random.Generator, trials:
         found.expect(any(why in text for text in told), f"{name}: {told}")
         found.expect(not state.morph.spec.plants, f"{name}: it is still planted")
         found.note(f"{name}: told, the host as if alone")
-    return found
-
-
-# --- for a long time --------------------------------------------------------------------------------------------------
-
-
-class Cycler:
-    """A controller that plants a seed wherever there is none, and prunes it once it trains."""
-
-    def init(self, spec: Any, key: Any) -> Any:
-        """How many seeds it has planted."""
-        return np.int32(0)
-
-    def decide(self, state: Any, report: Any, feedback: Any) -> Any:
-        """Germinate or prune."""
-        if not report.seeds:
-            return (Decision("germinate", "Dense_0", None, "lora", {"rank": 1}, reason="nothing there"),), state + 1
-        seed = report.seeds[0]
-        if seed.stage.name == "TRAINING":
-            return (Decision("prune", seed.site, seed.slot, reason="its turn is over"),), state
-        return (), state
-
-
-class Soaked:
-    """A sink that notes, at each germination, what the process holds."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def emit(self, event: Any) -> None:
-        """One row a germination."""
-        if event.kind == "germinated":
-            gc.collect()
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of memory that was given back
-            resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            self.rows.append(
-                {
-                    "MiB": resident / 2**20,
-                    "threads": threading.active_count(),
-                    "files": len(os.listdir("/proc/self/fd")),
-                    "arrays": len(jax.live_arrays()),
-                    "programs": len(jax.extend.backend.get_backend().live_executables()),
-                }
-            )
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-def size_of(*things: Any) -> int:
-    """Bytes of dicts, lists, numbers and the like, each object once; classes and code are nobody's."""
-    seen: set[int] = set()
-    total, todo = 0, list(things)
-    while todo:
-        thing = todo.pop()
-        if id(thing) in seen or isinstance(thing, type | types.ModuleType | types.FunctionType):
-            continue
-        seen.add(id(thing))
-        total += sys.getsizeof(thing)
-        todo.extend(gc.get_referents(thing))
-    return total
-
-
-def soak(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Found:
-    """Seeds germinate and are pruned over and over: nothing grows but the run's history, memory neither."""
-    found, soaked = Found(), Soaked()
-    made = growing.trainer(
-        folder,
-        controller=Cycler(),
-        lifecycle=Lifecycle(GATES),
-        sinks=(soaked,),
-        checkpoint_every=10 + trials // 8,
-        keep=2,
-    )
-    gc.freeze()  # what the process held before is none of this run's: to look through it each time takes seconds
-    try:
-        _, history = fit(made, 10 * trials + 1)
-    finally:
-        gc.unfreeze()
-    rows = soaked.rows[4:]  # what is made once is there by then
-    least = max(trials, 4 + 5 + 5)  # so that the first and the last five below are different ones
-    found.expect(len(soaked.rows) >= least, f"{len(soaked.rows)} germinations in {trials} cycles")
-    kept = size_of(history.records, history.events, made.bus.read(count=1 << 30)) / 2**20
-    # A save may be under way, with its files; each leaks 0.5 KiB a leaf in tensorstore (0.1.86, `Spec.to_json`), and
-    # sizes of small objects are those without what the allocator rounds up.
-    limits = {"threads": 0, "files": 1, "arrays": 8, "programs": 3, "MiB": 12 + 1.5 * kept}
-    found.seen[f"history and events that the run keeps: {kept:.0f} MiB"] += 1
-    for name, most in limits.items():
-        first, last = (float(np.median([row[name] for row in part])) for part in (rows[:5], rows[-5:]))
-        found.expect(last - first <= most, f"{name}: {first:g} grew to {last:g}")
-        found.seen[f"{name} {first:.0f} to {last:.0f}"] += 1
-    found.trials = len(soaked.rows)
     return found

@@ -71,11 +71,23 @@ def test_a_batch_of_other_dtypes_than_those_before_it_is_named():
         check_batch("training", (X[:4].astype(np.float16), Y[:4]), 2, 0, 2, values=True, like=first)
 
 
+def test_batches_of_two_structures_may_alternate_each_in_its_dtypes():
+    like = check_batch("training", (X[:4], Y[:4]), 2, 0, 0, values=True)
+    like = check_batch("training", {"a": X[:4], "b": Y[:4] > 0}, 2, 0, 1, values=True, like=like)
+    assert like == {"inputs": "float32", "targets": "int32", "a": "float32", "b": "bool"}
+    like = check_batch("training", (X[:4], Y[:4]), 2, 0, 2, values=True, like=like)
+    with pytest.raises(
+        ValueError, match="batch 3 of epoch 0 .*its arrays are a float32, b int32, and those of earlier"
+    ):
+        check_batch("training", {"a": X[:4], "b": Y[:4]}, 2, 0, 3, values=True, like=like)
+
+
 def test_what_is_good_passes_and_values_on_the_device_or_later_on_are_not_fetched():
     check_arrays("training", (X, Y), 2)
     check_arrays("training", (X, Y.astype(np.float32) * 7), None)  # a regression's targets
     check_arrays("training", (X, Y.astype(np.float32)), 2)  # as a binary cross-entropy takes them
     check_arrays("training", (X, Y[:, None] * 0.8 + 0.1), 2)
+    check_arrays("training", (X, Y * 2.0 - 1.0), 2)  # as a hinge loss takes them
     check_arrays("training", (X, 9 * np.eye(2, dtype=np.float32)[Y]), 2)  # another model's logits
     check_batch("training", (X[:4], Y[:4]), 2, 0, 0, values=True)
     bad = changed(X[:4], (0, 0), np.nan)
@@ -101,6 +113,9 @@ def test_fit_refuses_bad_data_of_each_form_and_trains_on_it_where_asked_to():
             made.fit(growing.start(made), train, validation, epochs=1)
     with pytest.raises(ValueError, match="the validation data: inputs hold nan"):
         made.evaluate(growing.start(made), (bad, Y))
+    made.evaluate(growing.start(made), [(X, Y)])
+    with pytest.raises(ValueError, match="batch 7 of epoch 0 of the validation data: inputs hold nan"):
+        made.evaluate(growing.start(made), batches)  # other data is looked at anew
     made = growing.trainer(None, controller=None, check_data=False)
     _, history = made.fit(growing.start(made), batches, growing.VALIDATION, epochs=1)
     assert any("1 batch(es) with a non-finite loss" in event.message for event in history.of_kind("warning"))

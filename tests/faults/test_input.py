@@ -235,7 +235,7 @@ def test_a_controller_that_gives_no_decisions_decides_nothing(junk):
     "junk", [ValueError("no idea"), None, [None], [Decision("germinate", "nowhere", None, "lora")]]
 )
 def test_candidates_that_make_no_sense_cost_a_guess_and_nothing_else(junk):
-    """They are only asked for to compile ahead."""
+    """They are only asked for to compile ahead; the same complaint is made once."""
     from tests.tolaria import growing
 
     class Guessing:
@@ -251,6 +251,6 @@ def test_candidates_that_make_no_sense_cost_a_guess_and_nothing_else(junk):
             return junk
 
     made = growing.trainer(None, controller=Guessing(), prefetch=1)
-    _, history = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=1)
+    _, history = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=3)
     (told,) = [event.message for event in history.events if event.kind == "warning"]
     assert "the controller's candidates cannot be used, so nothing is compiled ahead" in told

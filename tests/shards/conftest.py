@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.servers import free_port
+
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
@@ -31,6 +33,21 @@ def spawn(
         with open(folder / f"out{n}", "wb") as out, open(folder / f"error{n}", "wb") as error:
             processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=out, stderr=error))
     return processes
+
+
+class Job:
+    """The processes of one job on this machine."""
+
+    def __init__(self, folder: pathlib.Path, processes: int, *options: str) -> None:
+        command = [sys.executable, "-m", "tests.shards.pair", str(free_port()), str(processes)]
+        self.folder = folder
+        self.all = spawn(folder, [[*command, str(n), str(folder / "run"), *options] for n in range(processes)])
+
+    def said(self) -> list[dict[str, Any]]:
+        """What each process says at its end; all of them ended well."""
+        codes = [process.wait(timeout=240) for process in self.all]
+        assert not any(codes), [(self.folder / f"error{n}").read_text()[-1500:] for n in range(len(codes))]
+        return [json.loads((self.folder / f"out{n}").read_text().splitlines()[-1]) for n in range(len(codes))]
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,14 @@ import os
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from esper_jax.tolaria import peers
+from esper_jax.tolaria.run import leave
 
 parser = argparse.ArgumentParser()
 parser.add_argument("port")
@@ -33,6 +35,10 @@ parser.add_argument(
 parser.add_argument("--fail-in-save", type=int, help="the tick in whose save the second process finds its disk full")
 parser.add_argument("--raise-in-epoch", type=int, help="the epoch whose batches the second process cannot read")
 parser.add_argument("--end-early", nargs=2, metavar=("KIND", "EPOCH"), help="data of which the second process has less")
+parser.add_argument("--die-early", action="store_true", help="the second process is killed before it trains")
+parser.add_argument(
+    "--terminate-waiting", action="store_true", help="the second process gets SIGTERM while it waits for a program"
+)
 parser.add_argument("--resume", action="store_true")
 
 
@@ -77,6 +83,14 @@ def terminated_after(dispatches: int) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     Run.dispatch = dispatch
+
+
+def terminated_waiting() -> None:
+    """Have this process get SIGTERM when it waits for a program, whose compilation takes a minute."""
+    from esper_jax.tolaria.compiler import ThreadCompiler
+
+    ThreadCompiler._build = lambda self, job: time.sleep(60)
+    ThreadCompiler.hurry = lambda self, on: signal.raise_signal(signal.SIGTERM) if on else None
 
 
 def contrary(run: Any) -> Any:
@@ -130,6 +144,10 @@ def main(asked: argparse.Namespace) -> dict[str, Any]:
         asked.folder, sharding=asked.sharding, **({"controller": contrary(run)} if asked.process else {})
     )
     state = made.restore() if asked.resume else run.begin(made)
+    if asked.die_early and asked.process == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if asked.terminate_waiting and asked.process == 1:
+        terminated_waiting()
     if asked.terminate_after and asked.process == 1:
         terminated_after(asked.terminate_after)
     train = share(run, asked.process, asked.processes, asked.raise_in_epoch) if asked.streamed else run.TRAIN
@@ -145,4 +163,7 @@ def main(asked: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(parser.parse_args())) + "\n")
+    said = main(parser.parse_args())
+    sys.stdout.write(json.dumps(said) + "\n")
+    if "interrupted" in said:
+        leave(0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import signal
-import sys
 import time
 from typing import Any
 
@@ -14,26 +12,10 @@ import pytest
 
 from esper_jax.nissa import read_events
 from esper_jax.tolaria.lifeline import LOST
-from tests.servers import free_port
-from tests.shards.conftest import spawn
+from tests.shards.conftest import Job
 from tests.shards.run import HALF
 
 pytestmark = pytest.mark.slow
-
-
-class Job:
-    """The processes of one job on this machine."""
-
-    def __init__(self, folder: pathlib.Path, processes: int, *options: str) -> None:
-        command = [sys.executable, "-m", "tests.shards.pair", str(free_port()), str(processes)]
-        self.folder = folder
-        self.all = spawn(folder, [[*command, str(n), str(folder / "run"), *options] for n in range(processes)])
-
-    def said(self) -> list[dict[str, Any]]:
-        """What each process says at its end; all of them ended well."""
-        codes = [process.wait(timeout=240) for process in self.all]
-        assert not any(codes), [(self.folder / f"error{n}").read_text()[-1500:] for n in range(len(codes))]
-        return [json.loads((self.folder / f"out{n}").read_text().splitlines()[-1]) for n in range(len(codes))]
 
 
 def aborted(code: int, folder: pathlib.Path, process: int) -> bool:

@@ -21,7 +21,7 @@ from esper_jax import FixedSchedule, Gates, Lifecycle, TrainingInterrupted, regi
 from esper_jax.kasmina.spec import Spec
 from esper_jax.tolaria import compiler as compilers
 from esper_jax.tolaria.compiler import BuildError, Built, Job, ProcessCompiler, ThreadCompiler
-from esper_jax.tolaria.programs import Program, Programs
+from esper_jax.tolaria.programs import Outcome, Program, Programs
 from tests.tolaria import growing
 from tests.tolaria.test_resume import bits
 
@@ -128,7 +128,7 @@ def test_guesses_that_are_likely_no_more_are_dropped_before_they_begin() -> None
     store.outlive([specs[2]])
     assert {spec for spec, _ in program.ahead} == {specs[2]}
     begin.set()
-    assert store.wait(specs[2]) is not None and store.ready(specs[2])
+    assert isinstance(store.wait(specs[2]), Outcome) and store.ready(specs[2])
     store.compiler.close()
 
 
