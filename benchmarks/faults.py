@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.faults.scenarios import SCENARIOS, TESTS  # noqa: E402
 
+KNOWN = (*SCENARIOS, *TESTS)
 PAGE = ROOT / "benchmarks" / "FAULTS.md"
 INTRODUCTION = """# What a run survives
 
@@ -37,16 +38,15 @@ something had to be told, a wrong step. More of the bus and of libraries of seed
 def main() -> None:
     """Run them, print as they end, and write the page (and JSON)."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--only", nargs="+", choices=tuple(SCENARIOS), default=list(SCENARIOS), help="scenarios to run")
+    made.add_argument("--only", nargs="+", choices=KNOWN, default=list(KNOWN), help="what to run")
     made.add_argument("--short", action="store_true", help="as few trials as the tests make")
     made.add_argument("--seed", type=int, default=0, help="of the moments, bits and files that are drawn")
     made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the results there as JSON")
     made.add_argument("--page", type=pathlib.Path, default=PAGE, metavar="PATH", help="the page to write")
-    made.add_argument("--no-tests", action="store_true", help="leave out what tests show, one case at a time")
     args = made.parse_args()
     rows: list[dict[str, Any]] = []
     where = machine()
-    for name in args.only:
+    for name in (name for name in args.only if name in SCENARIOS):
         scenario, full, short = SCENARIOS[name]
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -64,16 +64,18 @@ def main() -> None:
         print(f"{name}: {row['trials']} trials in {row['seconds']} s, {len(found.failures)} failures", flush=True)
         for failure in found.failures:
             print(f"  {failure}", flush=True)
+    shown = [tested(name, *TESTS[name]) for name in args.only if name in TESTS]
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": where, "versions": versions(), "rows": rows}, indent=1) + "\n")
-    shown = [] if args.no_tests else [tested(about, tests) for about, tests in TESTS.items()]
+        args.json.write_text(
+            json.dumps({"machine": where, "versions": versions(), "rows": rows, "tests": shown}, indent=1) + "\n"
+        )
     args.page.write_text(page(rows, shown, describe(where), seed=args.seed))
     print(f"wrote {args.page}")
     sys.exit(1 if any(row["failures"] for row in [*rows, *shown]) else 0)
 
 
-def tested(about: str, tests: Sequence[str]) -> dict[str, Any]:
+def tested(name: str, about: str, tests: Sequence[str]) -> dict[str, Any]:
     """Run tests; how many passed, and which did not."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -87,9 +89,16 @@ def tested(about: str, tests: Sequence[str]) -> dict[str, Any]:
     failures = [f"{case.get('name')}: {', '.join(how)}" for case, how in ended.items() if how]
     if said.returncode and not failures:
         failures = [said.stdout[-500:]]
-    row = {"about": about, "tests": tests, "passed": sum(not how for how in ended.values()), "failures": failures}
-    print(f"{about} {row['passed']} passed, {len(failures)} not", flush=True)
-    return {**row, "seconds": round(time.perf_counter() - began, 1)}
+    row = {
+        "tests of": name,
+        "about": about,
+        "tests": tests,
+        "passed": sum(not how for how in ended.values()),
+        "failures": failures,
+    }
+    row["seconds"] = round(time.perf_counter() - began, 1)
+    print(f"{name}: {row['passed']} tests passed in {row['seconds']} s, {len(failures)} failures", flush=True)
+    return row
 
 
 def page(rows: list[dict[str, Any]], shown: list[dict[str, Any]], where: str, *, seed: int) -> str:
@@ -102,10 +111,15 @@ def page(rows: list[dict[str, Any]], shown: list[dict[str, Any]], where: str, *,
         for row in rows
     ]
     if shown:
-        text += ["\n## Tried case by case\n", "| what | tests | passed | not | seconds |", "|---|---|---|---|---|"]
+        text += [
+            "\n## Tried case by case\n",
+            "| | what | tests | passed | failed | seconds |",
+            "|---|---|---|---|---|---|",
+        ]
     for row in shown:
         named = ", ".join(f"`{test.removeprefix('tests/').partition('::')[0]}`" for test in row["tests"])
-        text.append(f"| {row['about']} | {named} | {row['passed']} | {len(row['failures'])} | {row['seconds']:.0f} |")
+        counts = f"{row['passed']} | {len(row['failures'])} | {row['seconds']:.0f}"
+        text.append(f"| {row['tests of']} | {row['about']} | {named} | {counts} |")
     text.append("\n## What happened, how often\n")
     for row in rows:
         text.append(f"- **{row['scenario']}**: " + "; ".join(f"{what} ({n})" for what, n in row["seen"].items()))

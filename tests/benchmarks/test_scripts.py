@@ -75,12 +75,14 @@ CHECKS = {"scaling": scaling, "dormant": dormant, "growth_stall": growth_stall}
 @pytest.mark.slow
 def test_the_page_of_faults_tells_what_was_done_and_seen(tmp_path: pathlib.Path) -> None:
     where = ["--page", str(tmp_path / "page.md"), "--json", str(tmp_path / "out.json")]
-    done = run("faults", "--only", "donated", "--short", *where)
+    done = run("faults", "--only", "donated", "data", "--short", *where)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    told = json.loads((tmp_path / "out.json").read_text())
+    (row,), (tests,) = told["rows"], told["tests"]
     assert row["scenario"] == "donated" and row["trials"] == 10 and row["failures"] == []
     page = (tmp_path / "page.md").read_text()
     assert f"| donated | {row['about']} | 10 | 0 |" in page and "- **donated**: the state as it was (10)" in page
+    assert tests["passed"] >= 20 and f"`faults/test_data.py` | {tests['passed']} | 0 |" in page
 
 
 @pytest.mark.slow

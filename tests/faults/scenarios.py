@@ -29,32 +29,41 @@ SCENARIOS: dict[str, tuple[Callable[..., Found], int, int]] = {
     "soak": (soak, 300, 16),
 }
 """By name: the scenario, its trials in full, and in short."""
-TESTS: dict[str, tuple[str, ...]] = {
-    "Restore with a missing, extra, reshaped or recast leaf, or by other versions: an error that names it.": (
-        "tests/test_checkpoint.py::test_missing_extra_reshaped_and_recast_leaves_are_four_errors_naming_the_path",
-        "tests/test_checkpoint.py::test_a_step_of_other_versions_that_does_not_fit_says_which_wrote_it",
-        "tests/tolaria/test_versions.py",
+TESTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "misfits": (
+        "Restore with a missing, extra, reshaped or recast leaf, or of other versions: an error that names it.",
+        (
+            "tests/test_checkpoint.py::test_missing_extra_reshaped_and_recast_leaves_are_four_errors_naming_the_path",
+            "tests/test_checkpoint.py::test_a_step_of_other_versions_that_does_not_fit_says_which_wrote_it",
+            "tests/tolaria/test_versions.py",
+        ),
     ),
-    "SIGTERM and Ctrl-C: between steps, in a wait for a program, before and after training.": (
-        "tests/tolaria/test_resume.py::test_a_signal_in_mid_epoch_saves_and_the_resumed_run_ends_the_same",
-        "tests/faults/test_signals.py",
+    "signals": (
+        "SIGTERM and Ctrl-C in mid-epoch, in a wait for a program, before and after training.",
+        (
+            "tests/tolaria/test_resume.py::test_a_signal_in_mid_epoch_saves_and_the_resumed_run_ends_the_same",
+            "tests/faults/test_signals.py",
+        ),
     ),
-    "A directory that another run holds, that may only be read, or whose disk is full.": (
-        "tests/faults/test_preemption.py",
+    "directories": (
+        "A directory that another run holds, that may only be read, or whose disk is full.",
+        ("tests/faults/test_preemption.py",),
     ),
-    "Hostile values of every option, in configuration files and of `Tolaria`'s arguments.": (
-        "tests/faults/test_input.py",
-        "tests/faults/test_commands.py",
-        "tests/faults/test_arguments.py",
+    "values": (
+        "Hostile values of options, in configuration files and of arguments.",
+        ("tests/faults/test_input.py", "tests/faults/test_commands.py", "tests/faults/test_arguments.py"),
     ),
-    "Data with NaN, labels out of range, other dtypes, or empty and ragged batches.": ("tests/faults/test_data.py",),
-    "Eight devices, dp, fsdp and specs of one's own: as one device, through growth, and resumed on 4 and 1.": (
-        "tests/shards/test_devices.py",
+    "data": (
+        "Data with NaN, labels out of range, other dtypes, or empty and ragged batches.",
+        ("tests/faults/test_data.py",),
     ),
-    "Two processes: as one; killed, lost, out of step, failing at the start, and told to end in a wait.": (
-        "tests/shards/test_processes.py",
-        "tests/shards/test_command.py",
-        "tests/shards/test_beginnings.py",
+    "devices": (
+        "Eight devices, dp, fsdp and specs of one's own: as one device, through growth, and resumed on 4 and 1.",
+        ("tests/shards/test_devices.py",),
+    ),
+    "processes": (
+        "Two processes and four: as one; killed, lost, out of step, failing at the start, told to end.",
+        ("tests/shards/test_processes.py", "tests/shards/test_command.py", "tests/shards/test_beginnings.py"),
     ),
 }
-"""What else is done to runs, and the tests that do it: for what is tried once, and not at random."""
+"""By name: what else is done to runs, and the tests that do it; each case is tried once, and not at random."""
