@@ -24,8 +24,9 @@ from esper_jax.tolaria.change import Changes
 from esper_jax.tolaria.compiler import ThreadCompiler
 from esper_jax.tolaria.data import Batches, shuffled
 from esper_jax.tolaria.feed import Feed
+from esper_jax.tolaria.interruption import Stop
 from esper_jax.tolaria.programs import Programs
-from esper_jax.tolaria.run import Run, Stop
+from esper_jax.tolaria.run import Run
 from esper_jax.tolaria.session import Session
 
 HAND = ("hand scan", "hand loop", "hand unrolled")

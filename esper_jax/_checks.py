@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 INT32 = 2**31 - 1
@@ -101,3 +102,48 @@ def instance(name: str, value: Any, *methods: str, example: str) -> None:
         raise TypeError(f"{name} is the class {value.__name__}; give an object of it, {example}")
     if lacking:
         raise TypeError(f"{name} {value!r} has no {lacking[0]}(); give {example}")
+
+
+def line(name: str, value: Any, *, empty: bool = False) -> None:
+    """ValueError unless `value` is a string of one line that is printable, and not blank unless `empty` allows it."""
+    if not isinstance(value, str) or not value.isprintable() or not (empty or value.strip()):
+        raise ValueError(f"{name} must be a text of one line{'' if empty else ', not blank'}, got {value!r}")
+
+
+def objects(name: str, value: Any, *methods: str, example: str) -> tuple[Any, ...]:
+    """What is in an iterable, as a tuple; TypeError unless all are objects with these methods."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        raise TypeError(f"{name} must be a sequence such as [{example}], got {value!r}")
+    found = tuple(value)
+    for one in found:
+        instance(f"one of {name},", one, *methods, example=f"one such as {example}")
+    return found
+
+
+def pairs(name: str, value: Any, example: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of strings as a tuple of tuples; TypeError unless `value` is an iterable of such pairs."""
+    known = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    found = tuple(value) if known else ()
+    two = lambda one: isinstance(one, tuple | list) and len(one) == 2 and all(isinstance(p, str) for p in one)  # noqa: E731
+    if not known or not all(map(two, found)):
+        raise TypeError(f"{name} must be pairs of strings such as {example}, got {value!r}")
+    return tuple((first, second) for first, second in found)
+
+
+def by_name(name: str, value: Any, example: str) -> None:
+    """TypeError unless `value` is a mapping whose keys are strings; `example` is what would do."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a mapping of names such as {example}, got {value!r}")
+
+
+def inputs(name: str, value: Any) -> tuple[Any, ...]:
+    """The arguments of a model's call, of a tuple or a single one; TypeError unless there is an array among them."""
+    if not any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(value)):
+        raise TypeError(f"{name} must be an array, or a tuple of arguments with an array among them, got {value!r}")
+    return value if isinstance(value, tuple) else (value,)
+
+
+def together(call: str, model: Any, example: Any) -> None:
+    """ValueError unless `model` and `example` are both given or neither is."""
+    if (model is None) != (example is None):
+        raise ValueError(f"{call} takes model= and example= together; only one of them was given")

@@ -19,7 +19,7 @@ from .oona import OonaError
 from .options import CONFIG, Train, resumed
 from .tasks import TASKS
 from .tolaria import CheckpointError, TrainingDiverged, TrainingInterrupted, peers
-from .tolaria.run import leave
+from .tolaria.interruption import leave
 from .urza import UrzaError
 from .urza import cli as urza
 
@@ -124,7 +124,7 @@ def _train(options: Train, given: Sequence[str]) -> None:
         leave(128 + interrupted.signal)
     except TrainingDiverged as diverged:
         _say(_end_report(diverged))
-        sys.exit(1)
+        leave(1)
     except (
         ValueError,
         KeyError,

@@ -18,6 +18,7 @@ import jax
 import optax
 
 from . import nissa
+from ._files import replace_text
 from .kasmina import Gates, Lifecycle, Morph, get_blueprint, morph
 from .kasmina.morph import count
 from .kasmina.summary import compare
@@ -26,8 +27,8 @@ from .protocol import Controller
 from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
 from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
-from .tolaria import History, Tolaria, TrainingInterrupted, TrainState, growable, peers, persist
-from .tolaria.run import Terminated, terminated
+from .tolaria import History, Tolaria, TrainingDiverged, TrainingInterrupted, TrainState, growable, peers, persist
+from .tolaria.interruption import Terminated, terminated
 
 BASELINE = "host_alone"
 """The folder of a run in which its host trains alone, to compare with."""
@@ -52,10 +53,10 @@ class Outcome:
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM before or after training: nothing was under way that could be saved.
 
-    `directory` is the run's; `signal` what came.
+    `directory` is the run's, None where it was another's; `signal` what came.
     """
 
-    def __init__(self, message: str, directory: pathlib.Path, signal: int) -> None:
+    def __init__(self, message: str, directory: pathlib.Path | None, signal: int) -> None:
         super().__init__(message)
         self.directory, self.signal = directory, signal
 
@@ -74,18 +75,31 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
     if options.distributed:
         peers.join(options.coordinator, options.processes, options.process)
         say = say if peers.first() else _unsaid
-    given = options.run_dir if options.run_dir is not None else _fresh_directory(f"{options.task}-{options.seed}")
+    given, claimed = options.run_dir, []
+    with peers.agreed():
+        if given is None and peers.first():
+            claimed = _fresh_directory(f"{options.task}-{options.seed}")
+            given = claimed[0]
     run_dir = pathlib.Path(peers.told(str(given)))
-    with _interruptions(run_dir):
-        outcome = _run(options, run_dir, say)
-        peers.told(True)  # none leaves before the first has written all
+    try:
+        with _interruptions(run_dir, resumes=options.resume is not None):
+            outcome = _run(options, run_dir, say)
+            peers.told(True)  # none leaves before the first has written all
+    finally:
+        for path in claimed:
+            with contextlib.suppress(OSError):  # it is not empty: a run was begun
+                path.rmdir()
     return outcome
 
 
 def _run(options: Train, run_dir: pathlib.Path, say: Callable[[str], None]) -> Outcome:
     task = get_task(options.task)
     epochs = options.epochs or task.epochs
-    begun = peers.told(options.resume is not None and persist.begun(run_dir))
+    begun = False
+    with peers.agreed():
+        if options.resume is not None and peers.first():
+            begun = persist.begun(run_dir)
+    begun = peers.told(begun)
     with peers.agreed():
         variables, trainer = _trainer(options, task, run_dir, epochs, grow=True, **_telemetry(options, run_dir))
         state = trainer.restore() if begun else trainer.init(variables, key=jax.random.key(options.seed))
@@ -98,16 +112,16 @@ def _run(options: Train, run_dir: pathlib.Path, say: Callable[[str], None]) -> O
     started = time.perf_counter()
     try:
         state, history = trainer.fit(state, task.train, task.validation, epochs=epochs)
-    except Exception:
-        if not peers.first():
-            raise
-        log = run_dir / "events.jsonl"
-        if options.resume is None and not (log.exists() and log.stat().st_size):
-            (run_dir / CONFIG).unlink()  # nothing was trained: the directory is free for another attempt
-        raise
-    finally:
+    except (TrainingInterrupted, TrainingDiverged):
         _note_seconds(run_dir, done + time.perf_counter() - started)
+        raise
+    except Exception:
+        log = run_dir / "events.jsonl"
+        if peers.first() and options.resume is None and not (log.exists() and log.stat().st_size):
+            (run_dir / CONFIG).unlink(missing_ok=True)  # nothing was trained: the directory is free for another attempt
+        raise
     seconds = done + time.perf_counter() - started
+    _note_seconds(run_dir, seconds)
     rows, host_history = [], None
     if options.baseline:
         say("\nthe host alone, trained equally long:")
@@ -117,13 +131,14 @@ def _run(options: Train, run_dir: pathlib.Path, say: Callable[[str], None]) -> O
     figure = _draw(options, run_dir, task, history, host_history, say)
     summary = [dict(zip(HEADERS, row, strict=True)) for row in rows]
     if peers.first():
-        (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        replace_text(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     return Outcome(rows, run_dir, figure, state.morph)
 
 
 @contextlib.contextmanager
-def _interruptions(run_dir: pathlib.Path) -> Iterator[None]:
+def _interruptions(run_dir: pathlib.Path, *, resumes: bool) -> Iterator[None]:
     """Have Ctrl-C and SIGTERM outside of `fit`, which has its own way, raise `Interrupted`."""
+    ours = resumes or not (run_dir / CONFIG).exists()
     free = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     mine = free and threading.current_thread() is threading.main_thread()
     if mine:
@@ -135,7 +150,7 @@ def _interruptions(run_dir: pathlib.Path) -> Iterator[None]:
     except KeyboardInterrupt as stopped:
         number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
         by = "terminated" if number == signal.SIGTERM else "interrupted"
-        raise Interrupted(f"{by} while no step was under way", run_dir, number) from None
+        raise Interrupted(f"{by} while no step was under way", run_dir if ours else None, number) from None
     finally:
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -276,9 +291,21 @@ def _unsaid(text: str) -> None:
     """What another process says already."""
 
 
-def _fresh_directory(name: str) -> pathlib.Path:
+def _fresh_directory(name: str) -> list[pathlib.Path]:
+    """The first directory of that name that there is not, made so that nobody takes it; and its parent, if new."""
     base = pathlib.Path("runs") / name
-    return next(path for path in [base, *(base.with_name(f"{name}-{i}") for i in range(2, 10**6))] if not path.exists())
+    parent = [] if base.parent.exists() else [base.parent]
+    for path in [base, *(base.with_name(f"{name}-{i}") for i in range(2, 10**6))]:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"cannot make the run directory {path}: {error.strerror or error}; give --run-dir"
+            ) from None
+        return [path, *parent]
+    raise ValueError(f"a million runs are called {name}; give --run-dir")
 
 
 def _empty(directory: pathlib.Path) -> pathlib.Path:
@@ -289,11 +316,13 @@ def _empty(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _seconds_so_far(run_dir: pathlib.Path) -> float:
-    path = run_dir / "seconds.txt"
-    return float(path.read_text()) if path.is_file() else 0.0
+    """What was noted; 0 where nothing was. It is told in a table, and nothing hangs on it."""
+    with contextlib.suppress(OSError, ValueError):
+        return float((run_dir / "seconds.txt").read_text())
+    return 0.0
 
 
 def _note_seconds(run_dir: pathlib.Path, seconds: float) -> None:
-    if not peers.first():
-        return
-    (run_dir / "seconds.txt").write_text(f"{seconds:.3f}\n")
+    if peers.first():
+        with contextlib.suppress(OSError):  # a full disk
+            replace_text(run_dir / "seconds.txt", f"{seconds:.3f}\n")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import pathlib
 import types
 import typing
 from collections.abc import Collection
 from typing import Any, Literal
 
+import numpy as np
+
+from ._checks import INT32
+from ._files import new_text
 from .kasmina import get_blueprint
 from .oona import Address
 from .tolaria import peers
 from .tolaria.swap import check_swap
 
 CONFIG = "config.json"
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +110,18 @@ class Train:
         """Raise ValueError or KeyError, in one sentence, for a value that cannot work."""
         for name in ("epochs", "batch_size", "slots", "training_ticks", "tempo"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+            if value is not None and not 1 <= value <= INT32:
+                rule = "1 or more" if value < 1 else f"{INT32} or less"
+                raise ValueError(f"--{name.replace('_', '-')} must be {rule}, got {value}")
         swap_of(self.swap)
         if self.max_rollbacks < 0:
             raise ValueError(f"--max-rollbacks must be 0 or more, got {self.max_rollbacks}")
         if not self.distributed and any(v is not None for v in (self.coordinator, self.processes, self.process)):
             raise ValueError("--coordinator, --processes and --process need --distributed")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"--learning-rate must be above 0 and finite, got {self.learning_rate}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < LARGEST:
+            raise ValueError(f"--learning-rate must be above 0 and finite in float32, got {self.learning_rate}")
+        if self.service_lag < 0:
+            raise ValueError(f"--service-lag must be 0 or more, got {self.service_lag}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {self.seed}")
         for name in self.blueprints:
@@ -152,6 +159,8 @@ def read_config(run_dir: pathlib.Path) -> Train:
             )
         if not _fits(value, hints[name]):
             raise ValueError(f"{path} has {name} = {value!r}, which cannot be; restore it from a copy")
+    if missing := [name for name in hints if name not in data and name not in ("run_dir", "resume")]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; restore it from a copy")
     options = Train(**{**data, "run_dir": run_dir, "resume": run_dir, "blueprints": tuple(data.get("blueprints", ()))})
     cache = options.compile_cache
     return dataclasses.replace(options, compile_cache=None if cache is None else pathlib.Path(cache))
@@ -202,14 +211,16 @@ def write_config(options: Train, run_dir: pathlib.Path) -> None:
     """Keep the options of a new run in its directory; ValueError where there is a run, or it cannot be written."""
     if not peers.first():
         return
-    if (run_dir / CONFIG).exists():
-        raise ValueError(f"{run_dir} already holds a run; resume it with --resume {run_dir}, or give another --run-dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         data = {**dataclasses.asdict(options), "run_dir": str(run_dir)}
         data["compile_cache"] = None if options.compile_cache is None else str(options.compile_cache)
         data["oona"] = None if options.oona is None else Address.of(options.oona).bare
         del data["resume"]
-        (run_dir / CONFIG).write_text(json.dumps(data, indent=1) + "\n")
+        new_text(run_dir / CONFIG, json.dumps(data, indent=1) + "\n")
+    except FileExistsError:
+        raise ValueError(
+            f"{run_dir} already holds a run; resume it with --resume {run_dir}, or give another --run-dir"
+        ) from None
     except OSError as error:
         raise ValueError(f"cannot write to the run directory {run_dir}: {error.strerror or error}") from None

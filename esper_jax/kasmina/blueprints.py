@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._checks import by_name, flag, function, line
 from .spec import Plant, Site, freeze_config
 
 Params = Any
@@ -99,17 +100,33 @@ def register_blueprint(
       The blueprint.
 
     Raises:
-      ValueError: the name is taken, `reads` or a kind is unknown, or neither or both forms are given.
+      ValueError: the name is taken, or is no text of one line; `reads` or a kind is unknown; neither or both forms are
+      given. TypeError: an argument of another kind than the above.
     """
+    line("name", name)
+    flag("replace", replace)
     if name in _REGISTRY and not replace:
         raise ValueError(f"blueprint {name!r} exists already; give another name, or replace=True to take its place")
-    if reads not in READS:
+    if not isinstance(reads, str) or reads not in READS:
         raise ValueError(f"blueprint {name!r}: reads must be one of {', '.join(READS)}, got {reads!r}")
-    for given, what in ((init, "init"), (apply, "apply"), (module, "module")):
-        if given is not None and not callable(given):
-            raise TypeError(f"blueprint {name!r}: {what} must be a function, got {given!r}")
+    if module is not None and not callable(module):
+        raise TypeError(f"blueprint {name!r}: module must be a function, got {module!r}")
+    for given, what, example in (
+        (init, "init", 'lambda key, site: {"scale": jnp.zeros(site.out_shape)}'),
+        (apply, "apply", 'lambda params, u: params["scale"] * u'),
+        (merge, "merge", "that of a Blueprint"),
+        (where, "where", "lambda site: not site.layers"),
+    ):
+        if given is not None:
+            function(f"blueprint {name!r}: {what}", given, example)
+    if config is not None:
+        by_name(f"blueprint {name!r}: config", config, '{"rank": 4}')
+    for text, what in ((about, "about"), (citation, "citation")):
+        line(f"blueprint {name!r}: {what}", text, empty=True)
+    if not isinstance(kinds, Iterable):
+        raise TypeError(f"blueprint {name!r}: kinds must be site kinds such as ('dense', 'conv'), got {kinds!r}")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if wrong := [kind for kind in kinds if kind not in (*KINDS, SPAN)]:
+    if wrong := [kind for kind in kinds if not isinstance(kind, str) or kind not in (*KINDS, SPAN)]:
         raise ValueError(f"blueprint {name!r}: unknown site kind {wrong[0]!r}; choose from {', '.join(KINDS)}")
     if module is not None and init is None and apply is None:
         from .linen import blueprint_functions
@@ -282,7 +299,10 @@ def _check_shapes(recipe: _Recipe, plant: Plant, site: Site, wide: bool) -> None
 
 
 def _keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        raise TypeError(f"the arguments of init= or module= {function!r} cannot be read; give config=") from None
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 

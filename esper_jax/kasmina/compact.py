@@ -40,7 +40,7 @@ def compact(model: Any, morph: Morph) -> tuple[Callable[..., Any], dict[str, Any
     Raises:
       TypeError: `morph` is no `Morph`, or `model` cannot be called. ValueError: a seed is not finite.
     """
-    check_morph(morph, "compact")
+    check_morph(morph, "compact", "second")
     forward = graft(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be folded is kept here

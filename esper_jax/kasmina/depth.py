@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from .._checks import inputs, together
 from .blueprints import DENSE
 from .graft import graft
 from .layout import change_at
@@ -107,10 +108,15 @@ def stack(
       "identity" order it has none. `growable(...).deepen(opt_state, deepened)` brings the optimizer's state along.
 
     Raises:
-      ValueError: no stack, an unknown order, or layers that no zeros turn into the identity.
+      ValueError: no stack, an unknown order, layers that no zeros turn into the identity, or only one of `model` and
+      `example`. TypeError: `morph` is no `Morph`, or an argument of another kind than the above.
     """
     check_morph(morph, "stack")
-    if order not in ORDERS:
+    together("stack()", model, example)
+    matcher(zero, "zero")
+    if model is not None:
+        graft(model), inputs("example", example)
+    if not isinstance(order, str) or order not in ORDERS:
         raise ValueError(f"unknown order {order!r}; choose one of {', '.join(ORDERS)}")
     stacks = _stacks(morph, where)
     if not stacks:
@@ -176,7 +182,7 @@ def _ends(
     tried = model is not None and example is not None
     passes = _trial(morph, stacks, inside, model, example, kwargs) if tried else None
     if zero is not None:
-        admits = matcher(zero)
+        admits = matcher(zero, "zero")
         chosen = tuple(site.path for site in inside if admits(site.path, site.kind))
         if not chosen:
             raise ValueError(f"zero={zero!r} admits none of the stack's layers: {', '.join(s.path for s in inside)}")
@@ -211,8 +217,7 @@ def _trial(
     program serves all trials.
     """
     forward = graft(model)
-    inputs = example if isinstance(example, tuple) else (example,)
-    options = {**forward.mode(False), **kwargs}
+    args, options = inputs("example", example), {**forward.mode(False), **kwargs}
     homes = {(place.path, s.path): place for place in stacks for s in inside if _under(s.path, place.path)}
 
     @jax.jit
@@ -224,7 +229,7 @@ def _trial(
             only = functools.partial(_rows_kept, homes[at], rows)
             params = change_at(params, split_path(at[1]), functools.partial(jax.tree.map, only))
         bare = Morph(morph.with_params({"host": params, "seeds": {}}).host, {}, {}, Spec(morph.spec.sites, 1))
-        return jax.tree.leaves(forward(bare, *inputs, **options))
+        return jax.tree.leaves(forward(bare, *args, **options))
 
     def passes(zeroed: tuple[str, ...]) -> bool:
         outputs = []

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import flag, inputs, together
 from .blueprints import get_blueprint
 from .graft import graft
 from .layout import host_arrays, with_host_arrays
 from .morph import Morph, check_morph
-from .operate import planted_state, shed
+from .operate import find_site, planted_state, shed
 from .spec import Plant, Site
 from .stages import Stage
 from .state import SeedState, computes, layers_of, slot_of, with_slot
@@ -58,12 +59,15 @@ def fold(
       the optimizer state of all that is left is kept, and that of units goes with them.
 
     Raises:
-      KeyError: unknown site. ValueError: a slot without a fossil; with `strict`, a fossil that cannot be folded.
+      KeyError: unknown site. ValueError: a slot without a fossil; with `strict`, a fossil that cannot be folded; only
+      one of `model` and `example`. TypeError: an argument of another kind than the above.
     """
     check_morph(morph, "fold")
+    flag("strict", strict)
+    together("fold()", model, example)
     wanted = _wanted(morph, site, slot)
     left: dict[Slot, str] = {}
-    same = None if model is None or example is None else _Same(model, example, kwargs)
+    same = None if model is None else _Same(model, example, kwargs)
     for plant in wanted:
         reason = _obstacle(morph, plant)
         if not reason:
@@ -89,9 +93,8 @@ class _Same:
 
     def __init__(self, model: Any, example: Any, kwargs: Mapping[str, Any]) -> None:
         forward = graft(model)
-        inputs = example if isinstance(example, tuple) else (example,)
-        options = {**forward.mode(False), **kwargs}
-        self.run = jax.jit(lambda morph: forward(morph, *inputs, **options))
+        args, options = inputs("example", example), {**forward.mode(False), **kwargs}
+        self.run = jax.jit(lambda morph: forward(morph, *args, **options))
 
     def __call__(self, before: Morph, after: Morph) -> str:
         """Why the second is another network than the first, or an empty text."""
@@ -124,8 +127,8 @@ def _wanted(morph: Morph, site: str | None, slot: int | None) -> list[Plant]:
             raise ValueError(f"fold() was given slot={slot} without a site")
     elif slot is not None:
         planted_state(morph, site, slot)
-    elif site not in morph.spec.by_path:
-        planted_state(morph, site, 0)
+    else:
+        find_site(morph, site)
     plants = [
         plant
         for plant in morph.spec.plants

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._checks import flag
 from . import linen
 from .bank import Bank, Tap
 from .morph import Morph, is_variables, nnx_adapter
@@ -112,8 +113,9 @@ def graft(apply: Any, *, updates: bool = False) -> Graft:
       others pass through. With empty slots it traces to the host's own jaxpr.
 
     Raises:
-      TypeError: `apply` cannot be called, or is a class.
+      TypeError: `apply` cannot be called, or is a class; `updates` is no bool, or is True without an nnx module.
     """
+    flag("updates", updates)
     if isinstance(apply, Graft):
         return apply
     if (adapter := nnx_adapter(apply)) is not None:

@@ -162,9 +162,13 @@ def with_seeds_of(morph: Any) -> dict[str, Any]:
     """Variables for a model written with Kasmina layers, seeds and state included, for its plain `apply`.
 
     For an nnx model an `nnx.State`, for `nnx.update(model, ...)`.
+
+    Raises:
+      TypeError: `morph` is no `Morph`.
     """
-    if not hasattr(morph, "spec"):
-        raise TypeError(f"with_seeds_of() needs a Morph, got {type(morph).__name__}; make one with morph(params)")
+    from .morph import check_morph
+
+    check_morph(morph, "with_seeds_of")
     if morph.form is not None:
         own: dict[tuple[str, ...], Any] = {}
         for path in morph.spec.planted_at:

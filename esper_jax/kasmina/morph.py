@@ -212,10 +212,10 @@ def check_host(params: Any) -> Any:
     return params
 
 
-def check_morph(morph: Any, call: str) -> None:
-    """TypeError, saying how to make one, where `morph` is no `Morph`."""
+def check_morph(morph: Any, call: str, what: str = "first") -> None:
+    """TypeError, saying how to make one, where `morph` is no `Morph`; `what` says which argument it is."""
     if not isinstance(morph, Morph):
-        raise TypeError(f"{call}() needs a Morph first, got {type(morph).__name__}; make one with morph(params)")
+        raise TypeError(f"{call}() needs a Morph {what}, got {type(morph).__name__}; make one with morph(params)")
 
 
 def count(tree: Any) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._checks import function, number
 from . import lifecycle
 from .bank import Tap
 from .morph import Morph, check_morph, count
@@ -33,8 +34,15 @@ def observe(morph: Morph, grads: Mapping[str, Any]) -> Morph:
 
     Returns:
       The morph with its state brought up to date. Works under `jit`.
+
+    Raises:
+      TypeError: `morph` is no `Morph`, or `grads` are not in that form. ValueError: they are those of other seeds.
     """
     check_morph(morph, "observe")
+    if not isinstance(grads, Mapping) or not {"host", "seeds"} <= set(grads):
+        raise TypeError(f"grads must be in the form of Morph.params, {{'host': ..., 'seeds': ...}}, got {grads!r}")
+    if jax.tree.structure(grads["seeds"]) != jax.tree.structure(morph.seeds):
+        raise ValueError("grads['seeds'] are not of this morph's seeds; take them at the same morph's params")
     norm = tree_norm(grads["host"])
     states, _ = observed_states(morph, grads, norm, {}, jnp.isfinite(norm))
     return morph.replace(state=states)
@@ -68,10 +76,14 @@ def contributions(morph: Morph, score: Callable[[Morph], Any]) -> tuple[dict[tup
     Returns:
       `{(site, slot): points}` (`(site, slot, layer)` at stacked layers), and the morph with these noted, which gate G5
       reads.
+
+    Raises:
+      TypeError: `morph` is no `Morph`, or `score` is no function that gives one number.
     """
     check_morph(morph, "contributions")
+    function("score", score, "jax.jit(lambda morph: accuracy(morph))")
     found: dict[tuple[Any, ...], float] = {}
-    whole = float(score(morph))
+    whole = _scored(score, morph)
     state = dict(morph.state)
     for plant in morph.spec.plants:
         site, slot = plant.site, plant.slot
@@ -79,10 +91,17 @@ def contributions(morph: Morph, score: Callable[[Morph], Any]) -> tuple[dict[tup
         for layer in range(morph.spec.by_path[site].layers) or (None,):
             name, at = ((site, slot), (slot,)) if layer is None else ((site, slot, layer), (layer, slot))
             if entered[at]:
-                found[name] = 100 * (whole - float(score(silence(morph, site, slot, layer=layer))))
+                found[name] = 100 * (whole - _scored(score, silence(morph, site, slot, layer=layer)))
                 noted = state[site].contribution.at[at].set(found[name])
                 state[site] = state[site].replace(contribution=noted)
     return found, morph.replace(state=state)
+
+
+def _scored(score: Callable[[Morph], Any], morph: Morph) -> float:
+    """What a score function says of a morph."""
+    found = score(morph)
+    number("what score gives", found)
+    return float(found)
 
 
 def tree_norm(tree: Any) -> Float[Array, ""]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._checks import whole
+from .._checks import function, inputs, pairs, whole
 from ._pytree import Struct, pytree
 from .bank import Bank
 from .blueprints import CONVS, DENSE, make_plant, seed_shapes
@@ -90,17 +90,20 @@ def growth_scores(
       A `GrowthScores`, the highest gain first (under a trace, in order of path). Stacked layers are not scored.
 
     Raises:
-      TypeError: `morph` is no `Morph`. KeyError: a span between unknown sites.
+      TypeError: `morph` is no `Morph`, or an argument of another kind than the above. KeyError: a span between unknown
+      sites.
     """
     check_morph(morph, "growth_scores")
     forward = graft(forward)
+    function("loss", loss, "optax.softmax_cross_entropy_with_integer_labels")
+    spans = pairs("spans", spans, '[("Dense_0", "Dense_1")]')
     whole("rank", rank, 1)
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         raise TypeError(f"growth_scores() needs a batch (inputs, targets), got {type(batch).__name__}")
-    inputs = batch[0] if isinstance(batch[0], tuple) else (batch[0],)
+    args = inputs("the inputs of batch", batch[0])
     options = tuple(sorted({**forward.mode(False), **kwargs}.items()))
     probes = _probes(morph, spans)
-    found = _scored(forward, loss, probes, rank, options, morph, inputs, batch[1])
+    found = _scored(forward, loss, probes, rank, options, morph, args, batch[1])
     places = [(plant.source, plant.site) if plant.source else plant.site for plant in probes]
     ranked = list(zip(places, found, strict=True))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(found)):
@@ -151,7 +154,12 @@ def _scored(
         banks = {site.path: _bank(morph, site, probes, zeros, sources, note) for site in spec.sites}
         found = {path: bank for path, bank in banks.items() if bank.plants or path in sources}
         outputs = forward.baked(morph.variables, found, *inputs, **dict(options))
-        return jnp.mean(loss(outputs, targets).astype(jnp.float32))
+        if outputs is None:
+            raise TypeError(f"forward must give outputs for the loss, {forward} gave None")
+        lost = loss(outputs, targets)
+        if not hasattr(lost, "astype"):
+            raise TypeError(f"loss must give an array, it gave {lost!r}")
+        return jnp.mean(lost.astype(jnp.float32))
 
     jax.eval_shape(value, zeros, {}, {})
     blank = lambda known, paths: {path: jnp.zeros(known[path].shape, known[path].dtype) for path in paths}  # noqa: E731

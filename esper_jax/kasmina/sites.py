@@ -182,20 +182,20 @@ def select(found: list[Site], skipped: list[tuple[str, str]], where: Where) -> t
     return chosen
 
 
-def matcher(where: Where) -> Callable[[str, str], bool]:
-    """`where` as a predicate on path and kind; a string is a regex searched in the path."""
+def matcher(where: Where, name: str = "where") -> Callable[[str, str], bool]:
+    """`where` as a predicate on path and kind; a string is a regex searched in the path. `name` is for its errors."""
     if where is None:
         return lambda path, kind: True
     if isinstance(where, str):
         try:
             pattern = re.compile(where)
         except re.error as error:
-            raise ValueError(f"where={where!r} is no regular expression: {error}") from None
+            raise ValueError(f"{name}={where!r} is no regular expression: {error}") from None
         return lambda path, kind: pattern.search(path) is not None
     if callable(where) and not isinstance(where, type):
         return where
     got = f"the class {where.__name__}" if isinstance(where, type) else type(where).__name__
-    raise TypeError(f"where must be a regex or a predicate on path and kind, got {got}")
+    raise TypeError(f"{name} must be a regex or a predicate on path and kind, got {got}")
 
 
 def _attention(path: tuple[str, ...], node: Mapping[str, Any]) -> Site | None:

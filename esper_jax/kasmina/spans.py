@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._checks import inputs
 from .blueprints import DENSE
 from .graft import Graft, graft
 from .morph import Morph, check_morph
@@ -58,12 +59,14 @@ def spans(model: Any, morph: Morph, example: Any, **kwargs: Any) -> tuple[Span, 
 
     Returns:
       The spans, in order of the second layer's path. Layers in stacks (`nn.scan`) are not looked into.
+
+    Raises:
+      TypeError: `morph` is no `Morph`, `model` cannot be called, or `example` has no array.
     """
-    check_morph(morph, "spans")
+    check_morph(morph, "spans", "second")
     forward = graft(model)
-    inputs = example if isinstance(example, tuple) else (example,)
-    options = {**forward.mode(False), **kwargs}
-    output, seen = watched(forward, morph, inputs, options)
+    args, options = inputs("example", example), {**forward.mode(False), **kwargs}
+    output, seen = watched(forward, morph, args, options)
     sites = [s for s in morph.spec.sites if s.path in seen and not s.layers]
     linear = [site for site in sites if site.kind in (*DENSE, "conv")]
     norms = [site for site in sites if site.kind == "batch_norm"]
@@ -72,7 +75,7 @@ def spans(model: Any, morph: Morph, example: Any, **kwargs: Any) -> tuple[Span, 
         for first in linear:
             match = _between(first, second, norms, seen)
             if match is not None and first.path != second.path:
-                alone = _alone(forward, morph, inputs, options, first.path, second.path, seen, output)
+                alone = _alone(forward, morph, args, options, first.path, second.path, seen, output)
                 found.append(Span(first.path, second.path, *match, alone, first.out_features))
     return tuple(found)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import one_of
+from .._checks import INT32, by_name, inputs, number, one_of, whole
 from ._pytree import is_key
 from .blueprints import CONVS, Blueprint, example_input, registered, seed_apply, seed_shapes
 from .graft import Graft, NnxGraft, graft
@@ -47,7 +47,7 @@ def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
         last record of a `History` have it.
 
     Raises:
-      TypeError: `morph` is no `Morph`.
+      TypeError: `morph` is no `Morph`, or `health` is no mapping of numbers.
 
     >>> import esper_jax
     >>> m = esper_jax.morph({"Dense_0": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}, slots=2)
@@ -57,7 +57,9 @@ def summary(morph: Morph, health: Mapping[str, float] | None = None) -> Table:
     if not isinstance(morph, Morph):
         raise TypeError(f"summary() needs a Morph, got {type(morph).__name__}; make one with morph(params)")
     if health is not None:
-        one_of("health", health, Mapping, "{site: health}")
+        by_name("health", health, '{"Dense_0": 0.5}')
+        for path, value in health.items():
+            number(f"health[{path!r}]", value)
     of_site = () if health is None else ("site health",)
     heads = ("site", "kind", "features", *of_site, "slot", "blueprint", "stage", "alpha", "health", "contribution")
     rows: list[tuple[str, ...]] = []
@@ -156,25 +158,25 @@ def compare(model: Any, morph: Morph, x: Any, *, repeats: int = 20, **kwargs: An
         (`train=False`, `deterministic=True`, ...) is.
 
     Raises:
-      TypeError: `morph` is no `Morph`, or `model` cannot be called. ValueError: `repeats` below 1, or traced values.
+      TypeError: `morph` is no `Morph`, `model` cannot be called, or `x` has no array. ValueError: `repeats` is no whole
+      number of 1 or more, or values are traced.
     """
     if not isinstance(morph, Morph):
         raise TypeError(f"compare() needs a Morph second, got {type(morph).__name__}; make one with morph(params)")
-    if repeats < 1:
-        raise ValueError(f"repeats must be 1 or more, got {repeats}")
+    whole("repeats", repeats, 1, INT32)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((morph, x))):
         raise ValueError("compare() measures real calls; it cannot run inside jit, grad or vmap")
     grown = graft(model)
-    inputs = x if isinstance(x, tuple) else (x,)
+    args = inputs("x", x)
     given = {**grown.mode(False), **kwargs}
     bare = dataclasses.replace(morph, seeds={}, state={}, spec=dataclasses.replace(morph.spec, plants=()))
 
-    def forward(morph: Morph, *inputs: Any) -> Any:
-        return grown(morph, *inputs, **given)
+    def forward(morph: Morph, *args: Any) -> Any:
+        return grown(morph, *args, **given)
 
-    first, second = (jax.jit(forward).lower(m, *inputs).compile() for m in (bare, morph))
-    host_output, grown_output = first(bare, *inputs), second(morph, *inputs)
-    host_ms, grown_ms = _timed(lambda: first(bare, *inputs), lambda: second(morph, *inputs), repeats)
+    first, second = (jax.jit(forward).lower(m, *args).compile() for m in (bare, morph))
+    host_output, grown_output = first(bare, *args), second(morph, *args)
+    host_ms, grown_ms = _timed(lambda: first(bare, *args), lambda: second(morph, *args), repeats)
     return Comparison(
         host_parameters=count(morph.params["host"]),
         grown_parameters=count(morph.params),
@@ -184,7 +186,7 @@ def compare(model: Any, morph: Morph, x: Any, *, repeats: int = 20, **kwargs: An
         grown_milliseconds=grown_ms,
         difference=_difference(host_output, grown_output),
         equal_bits=equal_bits(host_output, grown_output),
-        same_program=program(_host_call(grown, given), bare.host, *inputs) == program(forward, morph, *inputs),
+        same_program=program(_host_call(grown, given), bare.host, *args) == program(forward, morph, *args),
     )
 
 

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._checks import inputs
+from . import linen
 from .layout import change_at
 from .morph import Morph, check_morph, with_spec
 from .sites import split_path
@@ -116,9 +118,13 @@ def _arrays(params: Any, site: Site) -> Mapping[str, Any]:
 
 
 def sizes_changed(before: Morph, after: Morph) -> dict[str, tuple[int, int]]:
-    """The layers whose number of output features folding has changed: `{path: (old, new)}`."""
-    check_morph(before, "sizes_changed")
-    check_morph(after, "sizes_changed")
+    """The layers whose number of output features folding has changed: `{path: (old, new)}`.
+
+    Raises:
+      TypeError: `before` or `after` is no `Morph`.
+    """
+    check_morph(before, "sizes_changed", "before")
+    check_morph(after, "sizes_changed", "after")
     old = before.spec.by_path
     return {
         site.path: (old[site.path].out_features, site.out_features)
@@ -145,12 +151,12 @@ def widened(model: Any, before: Morph, after: Morph, example: Any, **kwargs: Any
 
     Raises:
       ValueError: the sizes are not fields of the module; the message lists which layers must be larger, to be changed
-        in its code.
+        in its code. TypeError: `model` is no Linen module, `before` or `after` no `Morph`, or `example` has no array.
     """
     sizes = sizes_changed(before, after)
-    if not dataclasses.is_dataclass(model):
-        raise TypeError(f"widened() needs a Linen module, got {type(model).__name__}")
-    inputs = example if isinstance(example, tuple) else (example,)
+    if linen.model_of(model) is not model or model is None:
+        raise TypeError(f"widened() needs a Linen module as model, got {model!r}")
+    args = inputs("example", example)
     shapes = jax.tree.map(np.shape, after.params["host"])
     places = _places(model, dict(sizes.values()))
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
@@ -158,7 +164,7 @@ def widened(model: Any, before: Morph, after: Morph, example: Any, **kwargs: Any
         for chosen in itertools.islice(itertools.combinations(places, count), MOST):
             wider = _with(model, chosen)
             try:
-                made = jax.eval_shape(lambda w=wider: w.init(keys, *inputs, **kwargs))
+                made = jax.eval_shape(lambda w=wider: w.init(keys, *args, **kwargs))
             except Exception:  # these sizes do not go together
                 continue
             if jax.tree.map(np.shape, dict(made["params"])) == shapes:

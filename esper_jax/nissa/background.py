@@ -11,6 +11,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable
 
+from .._checks import instance, place, seconds, whole
 from ..recovery import Breaker, BreakerState, describe
 from . import events as make
 from .backlog import Backlog
@@ -53,8 +54,12 @@ class Background(_Closing):
         linger: float = 10.0,
         cooldown: float = 1.0,
     ) -> None:
-        if size < 1:
-            raise ValueError(f"size must be 1 or more, got {size}")
+        instance("sink", sink, "emit", "close", example="one such as ListSink()")
+        whole("size", size, 1)
+        if spool is not None:
+            place("spool", spool)
+        seconds("linger", linger, zero=True)
+        seconds("cooldown", cooldown, zero=True)
         self.sink, self.size, self.linger = sink, size, linger
         self.name = type(sink).__name__
         self.dropped = 0

@@ -10,6 +10,7 @@ import time as clock
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
+from .._checks import flag, function, instance, real, whole
 from .clean import clean
 from .event import ALARMS, SERVICES, Event, Kind
 from .events import points
@@ -46,6 +47,14 @@ class Console:
         seconds: float = 5.0,
         now: Callable[[], float] = clock.monotonic,
     ) -> None:
+        whole("epochs", epochs, 0)
+        flag("quiet", quiet)
+        if file is not None:
+            instance("file", file, "write", "flush", "isatty", example="a text file such as sys.stderr")
+        if every is not None:
+            whole("every", every, 0)
+        real("seconds", seconds, least=0)
+        function("now", now, "time.monotonic")
         self.epochs = epochs
         self.quiet = quiet
         self._file = file

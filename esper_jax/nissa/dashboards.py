@@ -13,10 +13,13 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from .._checks import whole
+from .._checks import line, place, whole
 from .event import DROPPABLE, Event, Kind
 from .metrics import METRICS, samples
 from .sinks import _Closing
+
+MODES = ("online", "offline", "disabled", "shared")
+"""The modes of `wandb.init`."""
 
 
 def _needed(module: str, package: str, extra: str) -> Any:
@@ -40,6 +43,7 @@ class TensorBoardSink(_Closing):
     slow = True
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+        place("directory", directory)
         self.path = pathlib.Path(directory)
         self._module = _needed("tensorboardX", "tensorboardX", "sinks")
         self._writer: Any = None
@@ -86,10 +90,9 @@ class PrometheusSink(_Closing):
     slow = True
 
     def __init__(self, port: int = 9464, *, host: str = "127.0.0.1") -> None:
+        whole("port", port, 0, 65535)
+        line("host", host)
         prometheus = self._module = _needed("prometheus_client", "prometheus-client", "sinks")
-        whole("port", port, 0)
-        if port > 65535:
-            raise ValueError(f"port must be 65535 or less, got {port}")
         self.host, self.port = host, port
         self.registry = prometheus.CollectorRegistry()
         options = {"registry": self.registry}
@@ -175,6 +178,11 @@ class WandbSink(_Closing):
         mode: str | None = None,
         **options: Any,
     ) -> None:
+        line("project", project)
+        if directory is not None:
+            place("directory", directory)
+        if mode is not None and (not isinstance(mode, str) or mode not in MODES):
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self._module = _needed("wandb", "wandb", "wandb")
         self._options: Mapping[str, Any] = {"project": project, "dir": directory and os.fspath(directory), **options}
         if mode is not None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
 import threading
 import warnings
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
+from .._checks import objects, place
 from . import events as make
 from .backlog import Backlog
 from .clean import clean
@@ -94,7 +96,10 @@ class JsonlSink(_Closing):
     record = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        place("path", path)
         self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"path must be that of a file, {os.fspath(path)!r} is a directory")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._count = _mend(self.path)
@@ -165,7 +170,7 @@ class JsonlSink(_Closing):
                 self._file.close()
                 self._file = None
             try:
-                kept = rewound(read_events(self.path), step, count)
+                kept = rewound(_salvaged(self.path), step, count)
                 _replace(self.path, kept)
                 self._count = len(kept)
             finally:
@@ -205,7 +210,7 @@ class Fanout(_Closing):
     """
 
     def __init__(self, sinks: Iterable[Sink]) -> None:
-        self.sinks: list[Sink] = list(sinks)
+        self.sinks: list[Sink] = list(objects("sinks", sinks, "emit", "close", example="ListSink()"))
         self.dropped: dict[str, int] = {}
         self._lock = threading.RLock()
 
@@ -291,6 +296,22 @@ def read_events(path: str | os.PathLike[str], *kinds: str) -> list[Event]:
         if not kinds or event.kind in kinds:
             found.append(event)
     return found
+
+
+def _salvaged(path: Path) -> list[Event]:
+    """The events of a file; where lines of it are damaged, a copy of it is kept, and a warning says so."""
+    try:
+        return read_events(path)
+    except ValueError as error:
+        kept = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, kept)
+        found = []
+        for line in _lines(path):
+            with contextlib.suppress(ValueError):
+                found.append(Event.from_json(line))
+        text = f"{error}; it is kept as {kept}, and the log goes on without what cannot be read"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        return found
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -26,7 +26,7 @@ class ReplayController:
       events: the run's events in order, e.g. `esper_jax.nissa.read_events("RUN/events.jsonl")`.
 
     Raises:
-      ValueError: no events, or a decision that cannot be read.
+      ValueError: no events, or a decision that cannot be read. TypeError: what `events` holds are none.
 
     >>> ReplayController([])
     Traceback (most recent call last):
@@ -37,6 +37,8 @@ class ReplayController:
         self._decisions: dict[tuple[int, int], list[Decision]] = {}
         self._said: dict[tuple[int, int], list[Notice]] = {}
         self._scores: dict[tuple[int, int], tuple[float, float]] = {}
+        if not isinstance(events, Iterable):
+            raise TypeError(f"events must be those of read_events(path), got {events!r}")
         for event in events:
             if not all(hasattr(event, name) for name in ("kind", "epoch", "step", "data")):
                 raise TypeError(f"ReplayController() needs events such as those of read_events(path), got {event!r}")

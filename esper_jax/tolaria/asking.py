@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from ..nissa.event import plain
 from ..protocol import Controller, Decision
 
 
@@ -69,4 +72,26 @@ def _answer(controller: Controller, state: Any, report: Any, feedback: Any) -> t
             f"the controller gave {repr(decisions)[:120]} where a sequence of Decision is expected; nothing is decided "
             "at this tick"
         )
+    for decision in decisions:
+        if wrong := _malformed(decision):
+            raise ControllerError(f"the controller gave a decision with {wrong}; nothing is decided at this tick")
     return decisions, after
+
+
+def _malformed(decision: Decision) -> str:
+    """What of a decision is of another kind than it must be, whatever its value; "" where nothing is."""
+    whole = lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool)  # noqa: E731
+    text = lambda value: isinstance(value, str)  # noqa: E731
+    number = lambda value: isinstance(value, int | float | np.number)  # noqa: E731
+    kinds = {"action": text, "site": text, "slot": whole, "blueprint": text, "alpha": number, "steps": whole}
+    kinds |= {"confidence": number, "urgency": number, "reason": text, "stored": text}
+    kinds["config"] = lambda value: isinstance(value, Mapping)
+    for name, fits in kinds.items():
+        value = getattr(decision, name)
+        if not fits(value) and not (value is None and name in ("slot", "blueprint", "alpha", "stored")):
+            return f"{name}={repr(value)[:80]}"
+    try:
+        plain(dict(decision.config), "config")
+    except (TypeError, ValueError) as error:
+        return f"a config that cannot be kept: {error}"
+    return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ class Batches:
     """
 
     def __init__(self, data: Data, batch_size: int, key: jax.Array, check: Check | None = None) -> None:
-        self.arrays, self.check, self.checked = as_arrays(data), check, False
+        self.arrays, self.check, self.checked = readable("training", data), check, False
         self.like: Any = None
         self.data, self.batch_size, self.key = data, batch_size, key
         if self.arrays is not None:
@@ -37,11 +37,6 @@ class Batches:
             if self.size == 0:
                 raise ValueError("the training data is empty")
             self.batch_size = min(batch_size, self.size)
-        elif not callable(data) and iter_once(data):
-            raise TypeError(
-                f"training data of type {type(data).__name__} can be read only once; give arrays, a list or loader "
-                "that can be iterated again, or a function epoch -> batches"
-            )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of one epoch from position `start` on; the same for the same key, epoch and start."""
@@ -52,7 +47,7 @@ class Batches:
                     new = not self.checked
                     self.like = self.check("training", batch, epoch=epoch, index=index, values=new, like=self.like)
                 yield batch
-            self.checked = True
+            self.checked = self.checked or start == 0
             return
         for chosen in np.asarray(self.order(epoch))[start:]:
             yield jax.tree.map(lambda array, chosen=chosen: array[chosen], self.arrays)
@@ -180,12 +175,21 @@ def rows(tree: Any) -> int:
     return int(np.shape(jax.tree.leaves(tree)[0])[0])
 
 
-def iter_once(data: Iterable[Any] | Callable[..., Any]) -> bool:
-    """Whether iterating `data` uses it up; TypeError where it cannot be iterated at all."""
+def readable(name: str, data: Data) -> Any:
+    """The data as arrays, or None where it is an iterable; TypeError where it cannot be read, or read only once."""
+    arrays = as_arrays(data)
+    if arrays is not None or (callable(data) and not isinstance(data, type)):
+        return arrays
     try:
-        return iter(data) is data  # type: ignore[arg-type]
+        once = iter(data) is data
     except TypeError:
         raise TypeError(
-            f"data must be a pair or mapping of arrays, an iterable of batches or a function epoch -> batches, got "
-            f"{type(data).__name__}"
+            f"{name} data must be a pair or mapping of arrays, an iterable of batches or a function epoch -> batches, "
+            f"got {type(data).__name__}"
         ) from None
+    if once:
+        raise TypeError(
+            f"{name} data of type {type(data).__name__} can be read only once; give arrays, a list or loader that can "
+            "be iterated again, or a function epoch -> batches"
+        )
+    return None

@@ -65,9 +65,9 @@ def check_batch(
     elif len(sizes) > 1:
         found = "its arrays have different numbers of examples, " + ", ".join(str(np.shape(leaf)) for leaf in leaves)
     else:
-        there = values and not any(isinstance(leaf, jax.Array) for leaf in leaves)
         named = _named(batch)
-        found = _fault(named, classes) if there else _wrong_kind(named)
+        there = {key: leaf for key, leaf in named.items() if not isinstance(leaf, jax.Array)}
+        found = _wrong_kind(named) or (_fault(there, classes) if values else "")
         if not found:
             dtypes, before = {key: _dtype(leaf) for key, leaf in named.items()}, dict(like or {})
             if all(before.get(key, dtype) == dtype for key, dtype in dtypes.items()):
@@ -90,8 +90,8 @@ def _fault(named: Mapping[str, Any], classes: int | None) -> str:
     if found := _wrong_kind(named):
         return found
     for name, leaf in named.items():
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(_module(leaf).isfinite(leaf).all()):
-            bad = np.argwhere(~np.isfinite(np.asarray(leaf)))
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not bool(_finite(leaf).all()):
+            bad = np.argwhere(~np.asarray(_finite(leaf)))
             first = tuple(int(i) for i in bad[0])
             return f"{name} hold {np.asarray(leaf)[first]} at {list(first)} ({len(bad)} such values)"
     targets = named.get("targets")
@@ -132,5 +132,9 @@ def _wrong_kind(named: Mapping[str, Any]) -> str:
     return ""
 
 
-def _module(leaf: Any) -> Any:
-    return jnp if isinstance(leaf, jax.Array) else np
+def _finite(leaf: Any) -> Any:
+    """Where values are finite in the dtype that JAX takes them in: a float64 may be too large for its float32."""
+    if isinstance(leaf, jax.Array):
+        return jnp.isfinite(leaf)
+    with np.errstate(over="ignore"):
+        return np.isfinite(leaf.astype(jax.dtypes.canonicalize_dtype(leaf.dtype), copy=False))

@@ -116,8 +116,11 @@ def largest(mine: int) -> int:
 
 
 def same_data(name: str, arrays: Any) -> None:
-    """ValueError unless every process was given arrays of the same shapes, dtypes and (their beginning) values."""
-    if alone() or arrays is None:
+    """ValueError unless every process was given arrays of the same shapes, dtypes and (their beginning) values.
+
+    None is an iterable, which every process or none must have been given.
+    """
+    if alone():
         return
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
     crc = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._checks import place
+from .._checks import instance, place, whole
 from ..kasmina.blueprints import registered
 from ..kasmina.morph import Morph, with_spec
 from ..kasmina.spec import Spec
@@ -49,9 +48,21 @@ def described(state: TrainState, session: Session, history: Mark) -> tuple[Any, 
 
 
 def begun(directory: str | os.PathLike[str]) -> bool:
-    """Whether a run directory holds a step, whole or damaged."""
-    with contextlib.suppress(OSError), Checkpoints(pathlib.Path(directory) / FOLDER, create=False) as checkpoints:
-        return bool(checkpoints.found())
+    """Whether a run directory holds a step, whole or damaged.
+
+    Raises:
+      CheckpointError: its log tells of saved steps, and they are gone. OSError: it cannot be read.
+    """
+    run = pathlib.Path(directory)
+    with Checkpoints(run / FOLDER, create=False) as checkpoints:
+        if checkpoints.found():
+            return True
+    log = run / "events.jsonl"
+    if log.exists() and b'"kind": "checkpoint"' in log.read_bytes():
+        raise CheckpointError(
+            f"{log} tells of saved steps, and {run / FOLDER} holds none of them: put them back, or begin another "
+            "run in another directory"
+        )
     return False
 
 
@@ -98,9 +109,14 @@ def restore_morph(directory: str | os.PathLike[str], *, step: int | None = None,
       The `Morph`, with the host's variables as nested dicts.
 
     Raises:
-      CheckpointError: no checkpoint, or none that is whole.
+      CheckpointError: no checkpoint, or none that is whole. TypeError: an argument of another kind than the above.
+      ValueError: `step` is no whole number of 0 or more.
     """
     place("directory", directory)
+    if step is not None:
+        whole("step", step, 0)
+    if urza is not None:
+        instance("urza", urza, "get", example="a library such as Urza(url)")
     with Checkpoints(pathlib.Path(directory) / FOLDER, create=False) as checkpoints:
         found = checkpoints.read(step)
     with fitting(found.where):

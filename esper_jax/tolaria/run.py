@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
 import pathlib
 import signal
 import sys
-import threading
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +18,11 @@ from ..nissa import events
 from . import lifeline, persist
 from .change import Changes
 from .checkpoint import Checkpoints
-from .compiler import under_way
 from .data import Data, Held
 from .feed import Feed
+from .interruption import Stop
 from .leaves import is_spread, parted
-from .peers import Vote, alone, first, told
+from .peers import Vote, first, largest, told
 from .programs import Program
 from .records import FILE, HistoryFile
 from .saving import Saver
@@ -47,16 +45,6 @@ class TrainingInterrupted(KeyboardInterrupt):
     ) -> None:
         super().__init__(message)
         self.state, self.directory, self.signal = state, directory, signal
-
-
-class Stop(threading.Event):
-    """Set when the run is to end between two steps; `signal` says by what."""
-
-    signal: int = signal.SIGINT
-
-    def number(self) -> int:
-        """The number of the signal that came, or 0."""
-        return self.signal if self.is_set() else 0
 
 
 class Run:
@@ -96,6 +84,7 @@ class Run:
         self.history = HistoryFile((self.directory or pathlib.Path()) / FILE, session.records)
         self.saved = self.made if checkpoints is not None and self.made in checkpoints.steps() else None
         self.vote = Vote()
+        self.stop = Stop()
         self.unticked = int(state.meters.batches)
         self.running: collections.deque[jax.Array] = collections.deque()
 
@@ -113,6 +102,7 @@ class Run:
 
     def until(self, epochs: int, feed: Feed, validation: Data, stop: Stop) -> str:
         """Train; why it ended."""
+        self.stop = stop
         if self.session.waiting is not None and not self.changes.programs.known():
             self.foresee(feed, validation)
         while self.epoch < epochs:
@@ -264,8 +254,27 @@ class Run:
             if self.saver is not None:
                 self.saver.close()
 
+    def answer(self, stop: Stop) -> None:
+        """At the end of a run, saved as it is: raise, on all processes, for a signal that no step came after."""
+        if number := largest(stop.number()):
+            self.interrupt(number)
+
+    def overdue(self) -> None:
+        """Say, from another thread, that the process ends in mid-step; a save under way is seen through."""
+        if self.saver is not None:
+            self.saver.finish(lifeline.LAST)
+        done = None if self.checkpoints is None else self.checkpoints.latest()
+        what = (
+            "terminated in something that takes long and cannot be interrupted (a compilation, a batch, a controller)"
+        )
+        how = "nothing is saved" if done is None else f"step {done} is saved in {self.directory}, later ones are lost"
+        again = f"; resume with: esper-jax train --resume {self.directory}" if self.directory is not None else ""
+        sys.stderr.write(f"\nesper_jax: {what}: {how}{again}\n")
+        sys.stderr.flush()
+
     def interrupt(self, number: int) -> None:
         """Save and raise, for the signal of that number."""
+        self.stop.answered.set()
         saved = self.save(wait=True)
         state = self.whole()
         step = int(state.step)
@@ -278,54 +287,3 @@ class Run:
             how = "nothing was saved (no checkpoint_dir); the state is in this exception's .state"
         by = "terminated" if number == signal.SIGTERM else "interrupted"
         raise TrainingInterrupted(f"{by} at step {step}: {how}", state, where, number)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process with that status at once, also while a program that nobody waits for is still being compiled.
-
-    That cannot be interrupted and may take minutes; the interpreter's own exit would wait for it.
-    """
-    if under_way():
-        if not alone():
-            jax.distributed.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM where no step is under way."""
-
-
-def terminated(number: int, frame: Any) -> None:
-    """A handler of SIGTERM for before and after `fit`, which has its own: it raises `Terminated`."""
-    raise Terminated
-
-
-@contextlib.contextmanager
-def interrupts() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM set the event, so that a step is never torn; a second Ctrl-C interrupts at once.
-
-    A SIGTERM that the program handles itself already is left to it, unless by `terminated`.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.signal = number
-        stop.set()
-
-    taken = [n for n in before if n == signal.SIGINT or before[n] in (signal.SIG_DFL, terminated)]
-    for number in taken:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number in taken:
-            signal.signal(number, before[number])

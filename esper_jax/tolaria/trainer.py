@@ -31,17 +31,18 @@ from . import directory, persist, snapshot
 from .change import Changes
 from .checkpoint import CheckpointError, Checkpoints
 from .compiler import Compiler, check_place, make_compiler
-from .data import Batches, Data, as_arrays, held
+from .data import Batches, Data, held, readable
 from .dispatch import Dispatch, make_steps
 from .evaluate import Evaluator, Score
 from .feed import Feed
 from .governor import Governor
 from .inspect import check_arrays, check_batch
+from .interruption import interrupts
 from .lifeline import Lifeline
 from .optim import growable
 from .peers import agreed, alone, first, same_data
 from .programs import Programs
-from .run import Run, interrupts
+from .run import Run
 from .session import History, Session
 from .settings import compile_cache
 from .sharding import make_layout
@@ -249,7 +250,8 @@ class Tolaria:
 
         Args:
           state: from `init` or `restore`; it is copied, and stays the caller's.
-          train: arrays `(inputs, targets)`, a mapping, batches that can be iterated again, or `epoch -> batches`.
+          train: arrays `(inputs, targets)`, a mapping, batches that can be iterated again (where they are two, a list
+            of them: a pair is inputs and targets), or `epoch -> batches`.
           validation: the same; it is what scores, contributions and gates are measured on.
           epochs: how many epochs in all, so that a restored state goes on to the same end.
 
@@ -298,9 +300,11 @@ class Tolaria:
                 patience=self.patience,
             )
             for name, data in (("training", train), ("validation", validation)):
-                arrays = as_arrays(data)
-                same_data(name, arrays)  # first: what follows may raise on one process alone
-                self._look_through(name, arrays)
+                with agreed():
+                    arrays = readable(name, data)
+                same_data(name, arrays)
+                with agreed():
+                    self._look_through(name, arrays)
             self._evaluator.checked = False
             validation = held(validation, self._evaluator.batch_size, self._resident_bytes, self.layout)
             batches = Batches(train, self.batch_size, state.key, self._check)
@@ -311,11 +315,12 @@ class Tolaria:
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
             lifeline = Lifeline(run.directory, run.lost, run.gone)
-            with lifeline as line, run.closing(), interrupts() as stop, line.training():
+            with lifeline as line, run.closing(), interrupts(run.overdue) as stop, line.training():
                 if line.missing:
                     sink(events.warning(*now, f"a lost process is noticed by JAX alone, and late: {line.missing}"))
                 outcome = run.until(epochs, feed, validation, stop)
                 run.save(wait=True)
+                run.answer(stop)
             final = run.whole()
             took = time.perf_counter() - started
             now = (int(final.ticks), int(final.step))
@@ -335,7 +340,7 @@ class Tolaria:
         """
         if not isinstance(state, TrainState | Morph):
             raise TypeError(f"evaluate() needs a TrainState or a Morph, got {type(state).__name__}")
-        self._look_through("validation", as_arrays(data))
+        self._look_through("validation", readable("validation", data))
         self._evaluator.checked = False  # this data may be another
         loss, score = self._evaluator(state.morph if isinstance(state, TrainState) else state, data)
         return {"loss": loss, "score": score}

@@ -22,8 +22,7 @@ from esper_jax.bridge import BridgeError, spec_of, torch_seeds  # noqa: E402
 from esper_jax.kasmina.blueprints import make_plant, registered  # noqa: E402
 from esper_jax.kasmina.morph import with_spec  # noqa: E402
 
-from ..kasmina.hosts import in_stage  # noqa: E402
-from ..zoo.exhibits import stirred  # noqa: E402
+from ..kasmina.hosts import in_stage, stirred  # noqa: E402
 from .world import SMALL, case, close, fully_planted, grown, morphed, outputs_of  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:morph"), pytest.mark.filterwarnings("ignore:fold")]

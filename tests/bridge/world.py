@@ -20,8 +20,7 @@ from esper_jax.bridge.plan import plan_of
 from esper_jax.kasmina.blueprints import get_blueprint, make_plant, registered
 from esper_jax.kasmina.morph import with_spec
 
-from ..kasmina.hosts import in_stage
-from ..zoo.exhibits import stirred
+from ..kasmina.hosts import in_stage, stirred
 from .zoo import MODELS, fresh, inputs
 
 BATCH = 4

@@ -54,6 +54,8 @@ def test_arrays_are_looked_through_once_and_refused_before_the_first_step(name):
         ((X[:2], np.array([0.0, 5.0])), r"the target at \[1\] is 5.0"),  # as many labels as classes
         ((X[:4], np.array([0, 1, 5, 1])), r"the target at \[2\] is 5"),
         ({"a": X[:4], "b": changed(X[:4], (1, 1), np.inf)}, r"b hold inf at \[1, 1\]"),
+        ((changed(X[:4].astype(np.float64), (1, 2), 1e300), Y[:4]), r"inputs hold 1e\+300 at \[1, 2\]"),  # as float32
+        ((changed(X[:4], (3, 0), np.nan), jnp.asarray(Y[:4])), r"inputs hold nan at \[3, 0\]"),
     ],
 )
 def test_a_bad_batch_of_an_iterable_is_named_with_its_epoch(batch, words):
@@ -69,6 +71,22 @@ def test_a_batch_of_other_dtypes_than_those_before_it_is_named():
     words = "batch 2 of epoch 0 .*its arrays are inputs float16, targets int32, and those of earlier .*inputs float32"
     with pytest.raises(ValueError, match=words):
         check_batch("training", (X[:4].astype(np.float16), Y[:4]), 2, 0, 2, values=True, like=first)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, "validation data must be a pair .*got NoneType"),
+        (5, "validation data must be a pair .*got int"),
+        (iter([(X, Y)]), "validation data of type list_iterator can be read only once"),
+    ],
+)
+def test_validation_data_that_cannot_be_read_again_is_refused_before_the_first_step(data, words):
+    made = growing.trainer(None, controller=None)
+    state = growing.start(made)
+    for call in (lambda: made.fit(state, (X, Y), data, epochs=1), lambda: made.evaluate(state, data)):
+        with pytest.raises(TypeError, match=words):
+            call()
 
 
 def test_batches_of_two_structures_may_alternate_each_in_its_dtypes():

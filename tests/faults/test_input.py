@@ -16,6 +16,8 @@ from esper_jax import Decision, cli
 from esper_jax.experiment import BASELINE
 from esper_jax.options import CONFIG, Train, read_config, write_config
 from esper_jax.tasks import get_task
+from esper_jax.tolaria.asking import Asking, ControllerError
+from tests.faults.disk import full_disk
 
 NAMES = [field.name for field in dataclasses.fields(Train)]
 TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=20)
@@ -25,6 +27,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=2),
     max_leaves=3,
 )
+
+
+def config(**given: object) -> bytes:
+    """A configuration file of the defaults, with these options."""
+    return json.dumps({**dataclasses.asdict(Train()), **given}).encode()
 
 
 class Passed(Exception):
@@ -85,8 +92,9 @@ def test_any_value_in_a_configuration_file_is_taken_or_refused_in_a_sentence(tmp
         (b'{"colour": 1}', "has the option 'colour', which this esper-jax does not know"),
         (b'{"epochs": "many"}', "has epochs = 'many', which cannot be"),
         (b'{"seed": true}', "has seed = True, which cannot be"),
-        (b'{"epochs": -3}', "--epochs must be 1 or more"),
-        (b'{"task": "no such task"}', "no such task"),
+        (b'{"epochs": 3}', "config.json lacks task, seed, "),
+        (config(epochs=-3), "--epochs must be 1 or more"),
+        (config(task="no such task"), "no such task"),
     ],
 )
 def test_a_configuration_file_that_is_none_says_what_is_wrong(content, words, tmp_path, monkeypatch):
@@ -204,7 +212,10 @@ def test_a_resume_takes_what_is_said_even_where_it_is_the_default(tmp_path, monk
 
 @pytest.mark.parametrize(
     "given",
-    [("--seed", "9" * 20), ("--seed", "-1"), ("--learning-rate", "inf"), ("--learning-rate", "nan")],
+    [
+        *[("--seed", "9" * 20), ("--seed", "-1"), ("--learning-rate", "inf"), ("--learning-rate", "nan")],
+        *[("--learning-rate", "1e300"), ("--service-lag", "-1"), ("--epochs", "9" * 12), ("--tempo", "9" * 12)],
+    ],
 )
 def test_numbers_that_nothing_can_be_trained_with_are_refused(given, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -229,6 +240,55 @@ def test_a_controller_that_gives_no_decisions_decides_nothing(junk):
     _, history = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
     told = [event.message for event in history.events if event.kind == "warning"]
     assert len(told) == 2 and all(f"gave {junk!r} where a sequence of Decision is expected" in text for text in told)
+
+
+def test_an_option_that_a_configuration_lacks_is_named(tmp_path):
+    """Its default may not be what the run had."""
+    write_config(Train(batch_size=32), tmp_path)
+    data = json.loads((tmp_path / CONFIG).read_text())
+    del data["batch_size"], data["seed"]
+    (tmp_path / CONFIG).write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="config.json lacks seed, batch_size; restore it from a copy"):
+        read_config(tmp_path)
+
+
+def test_a_configuration_is_written_whole_or_not_at_all_and_once(tmp_path):
+    with full_disk(100), pytest.raises(ValueError, match="cannot write to the run directory .*File too large"):
+        write_config(Train(), tmp_path)
+    assert not list(tmp_path.iterdir())
+    write_config(Train(), tmp_path)
+    with pytest.raises(ValueError, match="already holds a run"):
+        write_config(Train(seed=1), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG] and read_config(tmp_path).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"site": []}, "site=[]"),
+        ({"action": None}, "action=None"),
+        ({"slot": "x"}, "slot='x'"),
+        ({"slot": [0]}, "slot=[0]"),
+        ({"blueprint": 3}, "blueprint=3"),
+        ({"config": 5}, "config=5"),
+        ({"config": {"rank": object()}}, "a config that cannot be kept: config['rank'] is a object"),
+        ({"steps": "x"}, "steps='x'"),
+        ({"urgency": None}, "urgency=None"),
+        ({"reason": b"x"}, "reason=b'x'"),
+        ({"stored": 7}, "stored=7"),
+    ],
+)
+def test_a_decision_of_other_kinds_of_values_is_told_and_nothing_is_decided(given, words):
+    class Odd:
+        def init(self, spec, key):
+            return 0
+
+        def decide(self, state, report, feedback):
+            return (Decision(**{"action": "germinate", "site": "Dense_0", "blueprint": "lora", **given}),), state
+
+    with pytest.raises(ControllerError, match="nothing is decided at this tick") as raised:
+        Asking()(Odd(), 0, None, ())
+    assert f"the controller gave a decision with {words}" in str(raised.value)
 
 
 @pytest.mark.parametrize(

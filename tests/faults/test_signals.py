@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import time
 
 import pytest
 
-from esper_jax import cli, experiment, options
+from esper_jax import FixedSchedule, TrainingInterrupted, cli, experiment, options
 from esper_jax.nissa import JsonlSink, events, read_events
 from esper_jax.options import CONFIG, Train
+from tests.tolaria import growing
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--task", "digits", "--controller", "none", "--epochs", "2", "--batch-size", "256", "--no-figure", "--quiet"]
@@ -69,6 +71,108 @@ def test_a_run_that_ended_before_its_first_save_is_begun_anew(tmp_path, capsys):
     told = list(read_events(run / "events.jsonl"))
     assert [event.kind for event in told].count("run_started") == 1 and "first attempt" not in str(told)
     assert [event.epoch for event in told if event.kind == "epoch"] == [1, 2] and (run / CONFIG).exists()
+
+
+class AtTheEnd:
+    """A sink that sends this process a signal in the last tick of a run, after which no step comes."""
+
+    def __init__(self, number, epoch):
+        self.number, self.epoch = number, epoch
+
+    def emit(self, event):
+        if event.kind == "epoch" and event.epoch == self.epoch:
+            signal.raise_signal(self.number)
+
+    def close(self):
+        """Nothing."""
+
+
+@pytest.mark.parametrize(("number", "status", "by"), SENT)
+def test_in_the_last_tick_it_is_answered_when_the_run_is_saved(tmp_path, number, status, by):
+    made = growing.trainer(tmp_path, sinks=(AtTheEnd(number, 2),), controller=None)
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+    try:
+        with pytest.raises(TrainingInterrupted, match=f"{by} at step 16: saved step 16") as raised:
+            made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
+    finally:
+        signal.signal(number, before)
+    assert raised.value.signal == number
+
+
+def test_a_run_whose_steps_were_taken_away_is_not_begun_anew(tmp_path, capsys):
+    """Its log tells of them; and what stands in the file of its seconds is no reason not to go on."""
+    run = tmp_path / "r"
+    cli.main(["train", *TINY, "--no-baseline", "--run-dir", str(run)])
+    (run / "seconds.txt").write_text("")
+    cli.main(["train", "--resume", str(run)])
+    before = (run / "events.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    capsys.readouterr()
+    assert ended(["--resume", str(run)]) == 2
+    assert "tells of saved steps, and" in capsys.readouterr().err
+    assert (run / "events.jsonl").read_bytes() == before
+
+
+def test_a_damaged_line_of_the_log_stops_no_run(tmp_path):
+    run = tmp_path / "r"
+    cli.main(["train", *TINY, "--no-baseline", "--run-dir", str(run)])
+    lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "events.jsonl").write_bytes(b"".join([lines[0], b"{\0\n", *lines[2:]]))
+    with (
+        JsonlSink(run / "events.jsonl") as log,
+        pytest.warns(RuntimeWarning, match="line 2: .*it is kept as "),
+    ):
+        log.rewind(10**6)
+    assert len(read_events(run / "events.jsonl")) >= len(lines) - 2
+    assert (run / "events.jsonl.damaged").read_bytes().count(b"\n") == len(lines)
+
+
+HANGING = """
+import hashlib, sys, time
+from tests.tolaria import growing
+from esper_jax import FixedSchedule
+
+def batches(epoch):
+    for index in range(0, 256, 32):
+        if sys.argv[2] == "data" and epoch == 2:
+            time.sleep(90)
+        yield growing.TRAIN[0][index : index + 32], growing.TRAIN[1][index : index + 32]
+
+class Hangs(FixedSchedule):
+    def decide(self, state, report, feedback):
+        if sys.argv[2] == "controller" and report.epoch == 2:
+            time.sleep(90)
+        if sys.argv[2] == "compiled code" and report.epoch == 2:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        return super().decide(state, report, feedback)
+
+made = growing.trainer(sys.argv[1], controller=Hangs({}))
+made.fit(growing.start(made), batches, growing.VALIDATION, epochs=4)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "controller", "compiled code"])
+def test_a_process_that_hangs_where_no_step_ends_has_ten_seconds(tmp_path, what):
+    """The last is code that Python cannot interrupt, as a compilation is: no handler runs before it ends."""
+    run = tmp_path / "r"
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(run), what], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    due = {"data": '"epoch": 2', "controller": '"epoch": 1', "compiled code": '"epoch": 1'}[what]
+    log = run / "events.jsonl"
+    while not (log.exists() and due in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.monotonic() - began < 10, said
+    saved = 16 if what == "data" else 8
+    assert f"step {saved} is saved in {run}" in said and f"resume with: esper-jax train --resume {run}" in said
+    assert int(growing.trainer(run, controller=FixedSchedule({})).restore().step) == saved
 
 
 SLOW = """

@@ -114,14 +114,16 @@ def grown(name: str, resident: bool, slots: int = 2) -> Morph:
     return noisy(with_spec(morph, spec), 5)
 
 
-@jax.jit
 def noisy(morph: Morph, seed: int) -> Morph:
-    """The morph with fresh seed parameters plus noise, so that no seed is zero."""
-    fresh = born(morph, seed)
-    leaves, tree = jax.tree.flatten(fresh.seeds)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(k, leaf.shape, leaf.dtype) for leaf, k in zip(leaves, keys, strict=True)]
-    return fresh.replace(seeds=jax.tree.unflatten(tree, moved))
+    """The morph with noise for seed parameters, so that no seed is zero."""
+    return morph.replace(seeds=stirred(jax.tree.map(np.zeros_like, morph.seeds), 0.4, seed))
+
+
+def stirred(tree: Any, size: float, seed: int = 0) -> Any:
+    """The arrays with noise on them, as if they had been trained: none of them is zero. (Nothing is compiled.)"""
+    rng = np.random.default_rng(seed)
+    moved = lambda leaf: np.asarray(leaf, np.float32) + size * rng.normal(size=leaf.shape)  # noqa: E731
+    return jax.tree.map(lambda leaf: jnp.asarray(moved(leaf).astype(leaf.dtype)), tree)
 
 
 @jax.jit

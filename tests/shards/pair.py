@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from esper_jax.tolaria import peers
-from esper_jax.tolaria.run import leave
+from esper_jax.tolaria.interruption import leave
 
 parser = argparse.ArgumentParser()
 parser.add_argument("port")

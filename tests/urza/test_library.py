@@ -217,7 +217,7 @@ def test_the_cache_keeps_what_was_used_last_within_its_budget(tmp_path: pathlib.
     urza.remove(ids[0])
     with pytest.raises(UnknownSeed):
         urza.get(ids[0])
-    with pytest.raises(ValueError, match="whole number of bytes, 0 or more, got -1"):
+    with pytest.raises(ValueError, match="cache_bytes must be a whole number of 0 or more, got -1"):
         Urza(tmp_path, cache_bytes=-1)
 
 

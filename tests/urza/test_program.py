@@ -220,10 +220,10 @@ def test_another_process_without_the_source_goes_on_with_it(sourceless, tmp_path
     go_on = f"""
         import numpy as np
         from tests.urza.grower import Grower, TRAIN, VALIDATION, trainer
-        from esper_jax import Stage, Urza, restore_morph
+        from esper_jax import CheckpointError, Stage, Urza, restore_morph
         try:
             restore_morph({run!r})
-        except KeyError as error:
+        except CheckpointError as error:
             print(error)
         urza = Urza({urza.store.url!r})
         before = restore_morph({run!r}, urza=urza)

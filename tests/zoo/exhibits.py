@@ -13,12 +13,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import esper_jax
 from esper_jax.kasmina.morph import Morph
 
+from ..kasmina.hosts import stirred
 from .models import MODELS
 
 STREAMS = ("dropout", "droppath")
@@ -92,9 +92,3 @@ def unoptimised() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
-
-
-def stirred(tree: Any, size: float) -> Any:
-    """The arrays with noise on them, as if they had been trained: none of them is zero."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: leaf + jnp.asarray(size * rng.normal(size=leaf.shape), leaf.dtype), tree)

@@ -21,8 +21,8 @@ from esper_jax.kasmina.morph import with_spec
 from esper_jax.kasmina.summary import equal_bits, program
 from esper_jax.tolaria import TrainState
 
-from ..kasmina.hosts import in_stage, slot_norm
-from .exhibits import STREAMS, exhibit, key, kinds_of, morphed, stirred, unoptimised
+from ..kasmina.hosts import in_stage, slot_norm, stirred
+from .exhibits import STREAMS, exhibit, key, kinds_of, morphed, unoptimised
 from .models import MODELS
 
 KINDS = {

@@ -1,0 +1,44 @@
+"""Small text files that are there whole or not at all, whatever ends the process or fills the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file in the place of the one that may be there. OSError: it could not be; the old one is as it was."""
+    with _beside(path, text) as written:
+        os.replace(written, path)
+
+
+def new_text(path: pathlib.Path, text: str) -> None:
+    """Write a file that is not there yet; of several that try, one does. FileExistsError: it is there already."""
+    with _beside(path, text) as written:
+        try:
+            os.link(written, path)
+        except FileExistsError:
+            raise
+        except OSError as error:  # a file system without links
+            if path.exists():
+                raise FileExistsError(*error.args) from None
+            os.replace(written, path)
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path, text: str) -> Iterator[str]:
+    """A file with that text beside `path`, on disk, for the time of the block."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        yield name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
