@@ -41,8 +41,8 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of one epoch from position `start` on; the same for the same key, epoch and start."""
         if self.arrays is None:
-            source = self.data(epoch) if callable(self.data) else self.data
-            for index, batch in enumerate(itertools.islice(iter(source), start, None), start):
+            source = _iterated("training", self.data, epoch)
+            for index, batch in enumerate(itertools.islice(source, start, None), start):
                 if self.check is not None:
                     new = not self.checked
                     self.like = self.check("training", batch, epoch=epoch, index=index, values=new, like=self.like)
@@ -78,7 +78,7 @@ def validation_batches(
     arrays = as_arrays(data)
     if arrays is None:
         like = None
-        for index, batch in enumerate(_in_step(iter(data(0) if callable(data) else data))):
+        for index, batch in enumerate(_in_step(_iterated("validation", data, 0))):
             if check is not None:
                 like = check("validation", batch, index=index, like=like)
             batch = batch if layout is None else layout.join_batch(batch)
@@ -109,6 +109,16 @@ def _in_step(batches: Iterator[Any]) -> Iterator[Any]:
         step.say(form_of(ahead))  # a batch ahead, so that asking waits for no evaluation
         yield batch
         batch = ahead
+
+
+def _iterated(name: str, data: Data, epoch: int) -> Iterator[Any]:
+    """The batches of an epoch, of an iterable or a function of the epoch."""
+    source = data(epoch) if callable(data) else data
+    try:
+        return iter(source)
+    except TypeError:
+        what = f"the function of the {name} data gave a {type(source).__name__} for epoch {epoch}"
+        raise TypeError(f"{what}, and must give an iterable of batches") from None
 
 
 def form_of(batch: Any) -> Any:

@@ -358,6 +358,8 @@ class Tolaria:
         """
         if directory is not None:
             place("directory", directory)
+        if step is not None:
+            whole("step", step, 0)
         where = self.checkpoint_dir if directory is None else pathlib.Path(directory)
         if where is None:
             raise ValueError("restore() needs a directory: give one, or Tolaria(checkpoint_dir=...)")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._checks import whole
 from ..kasmina.blueprints import get_blueprint
 from ..kasmina.morph import Morph
 from ..kasmina.operate import chosen, planted_state
@@ -38,6 +39,8 @@ def seed_of(morph: Morph, site: str, slot: int = 0, *, layer: int | None = None)
       BLENDING, HOLDING or FOSSILIZED), or is being pruned; `layer` is missing at a stack, or there is no such one.
     """
     life = jax.device_get(slot_of(planted_state(morph, site, slot), slot))
+    if layer is not None:
+        whole("layer", layer, 0)
     chosen(morph, site, slot, layer)
     place = morph.spec.by_path[site]
     params = jax.tree.map(np.array, morph.seeds[site][slot_name(slot)])

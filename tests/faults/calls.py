@@ -120,6 +120,13 @@ def restore_morph(*args: Any, **kwargs: Any) -> None:
         esper_jax.restore_morph(*args, **kwargs)
 
 
+@functools.wraps(TRAINER.restore)
+def restore(*args: Any, **kwargs: Any) -> None:
+    """`Tolaria.restore`, for which a directory without a checkpoint is none of these errors."""
+    with contextlib.suppress(CheckpointError):
+        TRAINER.restore(*args, **kwargs)
+
+
 @functools.wraps(esper_jax.register_blueprint)
 def register_blueprint(*args: Any, **kwargs: Any) -> None:
     """`esper_jax.register_blueprint`, forgotten again."""
@@ -132,6 +139,9 @@ EPOCH = nissa.events.epoch(1, 2, train_loss=1.0, loss=1.0, score=50.0, seconds=0
 GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Tolaria": (Tolaria, {"model": nn.Dense(2), **MODEL}),
     "Tolaria.fit": (fit, {"epochs": 1}),
+    "Tolaria.init": (TRAINER.init, {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}, "key": KEY}),
+    "Tolaria.evaluate": (TRAINER.evaluate, {"state": STATE, "data": growing.VALIDATION}),
+    "Tolaria.restore": (restore, {"directory": "nowhere"}),
     "make_train_step": (esper_jax.make_train_step, {"forward": nn.Dense(2), **MODEL}),
     "restore_morph": (restore_morph, {"directory": "nowhere"}),
     "morph": (esper_jax.morph, {"params": HOST}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -29,6 +29,8 @@ SAID = {
     ("stack with a model", "model"): MODEL,
     ("morph", "params"): "morph() ",
     ("sites", "params"): "morph() ",
+    ("Tolaria.init", "params"): "morph() ",
+    ("Tolaria.evaluate", "state"): "evaluate() needs a TrainState or a Morph",
     ("Dispatch", "mode"): "dispatch must be one of",
     ("TamiyoClient", "url"): "http://host:port",
 }
@@ -42,6 +44,7 @@ TAKEN = {
     ("Tolaria", "checkpoint_dir"): PATH,
     ("Tolaria", "compile_cache"): PATH,
     ("restore_morph", "directory"): PATH,
+    ("Tolaria.restore", "directory"): PATH,
     ("Urza", "url"): PATH,
     ("JsonlSink", "path"): PATH,
     ("Background", "spool"): PATH,
