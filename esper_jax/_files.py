@@ -37,7 +37,9 @@ def _beside(path: pathlib.Path, text: str) -> Iterator[str]:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
         yield name
     finally:
         with contextlib.suppress(FileNotFoundError):

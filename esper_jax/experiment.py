@@ -93,10 +93,10 @@ def run(options: Train, say: Callable[[str], None] = print) -> Outcome:
 
 
 def _run(options: Train, run_dir: pathlib.Path, say: Callable[[str], None]) -> Outcome:
-    task = get_task(options.task)
-    epochs = options.epochs or task.epochs
     begun = False
     with peers.agreed():
+        task = get_task(options.task)
+        epochs = options.epochs or task.epochs
         if options.resume is not None and peers.first():
             begun = persist.begun(run_dir)
     begun = peers.told(begun)
@@ -150,7 +150,9 @@ def _interruptions(run_dir: pathlib.Path, *, resumes: bool) -> Iterator[None]:
     except KeyboardInterrupt as stopped:
         number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
         by = "terminated" if number == signal.SIGTERM else "interrupted"
-        raise Interrupted(f"{by} while no step was under way", run_dir if ours else None, number) from None
+        raise Interrupted(
+            f"{by} where no step ends, so nothing more was saved", run_dir if ours else None, number
+        ) from None
     finally:
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -20,6 +20,11 @@ from .tolaria import peers
 from .tolaria.swap import check_swap
 
 CONFIG = "config.json"
+ALWAYS = (
+    *("task", "epochs", "seed", "controller", "growth", "swap", "slots", "blueprints", "where"),
+    *("training_ticks", "tempo", "strict", "batch_size", "learning_rate", "schedule"),
+)
+"""Options that shape a run, and that every version has written; others may be newer than it, and have their default."""
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -159,7 +164,7 @@ def read_config(run_dir: pathlib.Path) -> Train:
             )
         if not _fits(value, hints[name]):
             raise ValueError(f"{path} has {name} = {value!r}, which cannot be; restore it from a copy")
-    if missing := [name for name in hints if name not in data and name not in ("run_dir", "resume")]:
+    if missing := [name for name in ALWAYS if name not in data]:
         raise ValueError(f"{path} lacks {', '.join(missing)}; restore it from a copy")
     options = Train(**{**data, "run_dir": run_dir, "resume": run_dir, "blueprints": tuple(data.get("blueprints", ()))})
     cache = options.compile_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,8 @@ class Gates:
         whole("min_training_ticks", self.min_training_ticks, 0, INT32)
         real("min_health", self.min_health, least=0, most=1)
         for name in ("min_health", "max_exploding", "min_improvement", "min_ratio", "min_contribution"):
-            real(name, getattr(self, name))
+            if not (isinstance(getattr(self, name), float) and math.isinf(getattr(self, name))):  # for what never holds
+                real(name, getattr(self, name))
             object.__setattr__(self, name, float(getattr(self, name)))
 
 

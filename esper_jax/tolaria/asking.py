@@ -27,6 +27,8 @@ class Asking:
 
     def __init__(self, deadline: float | None = None) -> None:
         self.deadline = deadline
+        self.complaints: list[str] = []
+        """What was wrong with decisions of the last answer, which are left out of it."""
         self._late: threading.Thread | None = None
 
     def __call__(self, controller: Controller, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
@@ -35,6 +37,13 @@ class Asking:
         Raises:
           ControllerError: it raised, it is late, or it is still busy with an earlier tick.
         """
+        decisions, after = self._within(controller, state, report, feedback)
+        wrong = [_malformed(decision) for decision in decisions]
+        self.complaints = [f"the controller gave a decision with {what}; it is left out" for what in wrong if what]
+        return [decision for decision, what in zip(decisions, wrong, strict=True) if not what], after
+
+    def _within(self, controller: Controller, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
+        """What the controller gives within the deadline."""
         if self.deadline is None:
             return _answer(controller, state, report, feedback)
         if self._late is not None and self._late.is_alive():
@@ -72,9 +81,6 @@ def _answer(controller: Controller, state: Any, report: Any, feedback: Any) -> t
             f"the controller gave {repr(decisions)[:120]} where a sequence of Decision is expected; nothing is decided "
             "at this tick"
         )
-    for decision in decisions:
-        if wrong := _malformed(decision):
-            raise ControllerError(f"the controller gave a decision with {wrong}; nothing is decided at this tick")
     return decisions, after
 
 
@@ -82,16 +88,14 @@ def _malformed(decision: Decision) -> str:
     """What of a decision is of another kind than it must be, whatever its value; "" where nothing is."""
     whole = lambda value: isinstance(value, int | np.integer) and not isinstance(value, bool)  # noqa: E731
     text = lambda value: isinstance(value, str)  # noqa: E731
-    number = lambda value: isinstance(value, int | float | np.number)  # noqa: E731
-    kinds = {"action": text, "site": text, "slot": whole, "blueprint": text, "alpha": number, "steps": whole}
-    kinds |= {"confidence": number, "urgency": number, "reason": text, "stored": text}
-    kinds["config"] = lambda value: isinstance(value, Mapping)
-    for name, fits in kinds.items():
+    mapping = lambda value: isinstance(value, Mapping)  # noqa: E731
+    kinds = {"action": text, "site": text, "slot": whole, "blueprint": text, "steps": whole, "reason": text}
+    for name, fits in {**kinds, "stored": text, "config": mapping}.items():
         value = getattr(decision, name)
-        if not fits(value) and not (value is None and name in ("slot", "blueprint", "alpha", "stored")):
+        if not fits(value) and not (value is None and name in ("slot", "blueprint", "stored")):
             return f"{name}={repr(value)[:80]}"
     try:
-        plain(dict(decision.config), "config")
+        plain(decision, "decision")
     except (TypeError, ValueError) as error:
-        return f"a config that cannot be kept: {error}"
+        return f"what cannot be kept: {error}"
     return ""

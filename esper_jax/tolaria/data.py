@@ -185,19 +185,20 @@ def rows(tree: Any) -> int:
     return int(np.shape(jax.tree.leaves(tree)[0])[0])
 
 
-def readable(name: str, data: Data) -> Any:
-    """The data as arrays, or None where it is an iterable; TypeError where it cannot be read, or read only once."""
+def readable(name: str, data: Data, *, once: bool = False) -> Any:
+    """The data as arrays, or None where it is an iterable; TypeError where it cannot be read.
+
+    Or read only once, unless `once` is enough. Nothing is read: a loader may start processes for it.
+    """
     arrays = as_arrays(data)
     if arrays is not None or (callable(data) and not isinstance(data, type)):
         return arrays
-    try:
-        once = iter(data) is data
-    except TypeError:
+    if isinstance(data, type) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
         raise TypeError(
             f"{name} data must be a pair or mapping of arrays, an iterable of batches or a function epoch -> batches, "
             f"got {type(data).__name__}"
-        ) from None
-    if once:
+        )
+    if isinstance(data, Iterator) and not once:
         raise TypeError(
             f"{name} data of type {type(data).__name__} can be read only once; give arrays, a list or loader that can "
             "be iterated again, or a function epoch -> batches"

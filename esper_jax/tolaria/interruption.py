@@ -18,6 +18,8 @@ from .peers import alone
 
 ANSWER = 7.0
 """Seconds that a run has after SIGTERM to come to the end of a step; then it ends with the steps that are saved."""
+AFTER_SAVE = 1.0
+"""Seconds that it has yet where a save was under way, which it may have waited for."""
 
 
 class Stop(threading.Event):
@@ -59,12 +61,13 @@ def leave(status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def interrupts(overdue: Callable[[], None] = lambda: None) -> Iterator[Stop]:
+def interrupts(finish: Callable[[], None] = lambda: None, overdue: Callable[[], None] = lambda: None) -> Iterator[Stop]:
     """Ctrl-C and SIGTERM set the event, so that a step is never torn; a second Ctrl-C interrupts at once.
 
     A SIGTERM that the program handles itself already is left to it, unless by `terminated`. After one that is not
-    answered within `ANSWER` seconds `overdue()` is called in a thread and the process ends with status 143: it hangs in
-    something that Python may not interrupt, as a compilation, a controller or a batch that is long in coming.
+    answered within `ANSWER` seconds `finish()` sees a save through that is under way, `overdue()` says what is lost,
+    both in a thread, and the process ends with status 143: it hangs in something that Python may not interrupt, as a
+    compilation, a controller or a batch that is long in coming. Processes that are forked meanwhile have none of it.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -79,17 +82,37 @@ def interrupts(overdue: Callable[[], None] = lambda: None) -> Iterator[Stop]:
         stop.set()
 
     taken = [n for n in before if n == signal.SIGINT or before[n] in (signal.SIG_DFL, terminated)]
-    for number in taken:
-        signal.signal(number, on_signal)
     with _told_of(signal.SIGTERM) if signal.SIGTERM in taken else contextlib.nullcontext() as heard:
         if heard is not None:
-            threading.Thread(target=_see_to_it, args=(heard, stop, overdue), daemon=True).start()
+            threading.Thread(target=_see_to_it, args=(heard, stop, finish, overdue), daemon=True).start()
         try:
+            for number in taken:
+                signal.signal(number, on_signal)
+            _taken.update({number: before[number] for number in taken})
             yield stop
         finally:
             stop.answered.set()
+            _taken.clear()
             for number in taken:
                 signal.signal(number, before[number])
+
+
+_taken: dict[int, Any] = {}
+"""The handlers that those of a run stand in for, while it lasts."""
+
+
+def _forked() -> None:
+    """A child of a fork is no part of the run: signals to it are its own, and not written to the parent's socket."""
+    if _taken:
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+            for number, handler in _taken.items():
+                signal.signal(number, handler)
+        _taken.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @contextlib.contextmanager
@@ -123,9 +146,12 @@ def _told_of(number: int) -> Iterator[Callable[[], bool] | None]:
                 systems.shutdown(socket.SHUT_RDWR)
 
 
-def _see_to_it(heard: Callable[[], bool], stop: Stop, overdue: Callable[[], None]) -> None:
+def _see_to_it(heard: Callable[[], bool], stop: Stop, finish: Callable[[], None], overdue: Callable[[], None]) -> None:
     """End the process where a signal is not answered in time."""
-    if heard() and not stop.answered.wait(ANSWER):
+    if not heard() or stop.answered.wait(ANSWER):
+        return
+    finish()
+    if not stop.answered.wait(AFTER_SAVE):
         try:
             overdue()
         finally:

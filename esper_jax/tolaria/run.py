@@ -22,7 +22,7 @@ from .data import Data, Held
 from .feed import Feed
 from .interruption import Stop
 from .leaves import is_spread, parted
-from .peers import Vote, first, largest, told
+from .peers import Vote, alone, first, largest, told
 from .programs import Program
 from .records import FILE, HistoryFile
 from .saving import Saver
@@ -178,6 +178,8 @@ class Run:
             reason = f"no new best score for {waited} ticks (best {session.best_score:.2f} at tick {session.best_tick})"
             self.sink(events.early_stop(ticks, int(state.step), reason=reason, patience=self.patience))
             return True
+        if alone() and (number := self.stop.number()):  # several processes ask each other with the next steps
+            self.interrupt(number)
         return False
 
     def restructure(self, stop: Stop, *, at_tick: bool) -> None:
@@ -259,16 +261,22 @@ class Run:
         if number := largest(stop.number()):
             self.interrupt(number)
 
-    def overdue(self) -> None:
-        """Say, from another thread, that the process ends in mid-step; a save under way is seen through."""
+    def finish(self) -> None:
+        """See a save through that is under way, from another thread."""
         if self.saver is not None:
             self.saver.finish(lifeline.LAST)
+
+    def overdue(self) -> None:
+        """Say, from another thread, that the process ends in mid-step, and what is saved."""
         done = None if self.checkpoints is None else self.checkpoints.latest()
         what = (
             "terminated in something that takes long and cannot be interrupted (a compilation, a batch, a controller)"
         )
         how = "nothing is saved" if done is None else f"step {done} is saved in {self.directory}, later ones are lost"
-        again = f"; resume with: esper-jax train --resume {self.directory}" if self.directory is not None else ""
+        where = [] if self.directory is None else [self.directory, self.directory.parent]  # a run's, or its baseline's
+        runs = [path for path in where if (path / "config.json").exists()]
+        again = "; go on with fit(restore(), ...)" if done is not None else ""
+        again = f"; resume with: esper-jax train --resume {runs[0]}" if runs else again
         sys.stderr.write(f"\nesper_jax: {what}: {how}{again}\n")
         sys.stderr.flush()
 

@@ -21,7 +21,7 @@ from ..kasmina.stages import Stage
 from ..kasmina.state import slot_of
 from ..kasmina.stored import Stored
 from ..nissa import events
-from ..nissa.event import Event
+from ..nissa.event import Event, plain
 from ..protocol import Controller, Decision, Report
 from . import peers
 from . import snapshot as _snapshot
@@ -221,10 +221,12 @@ class Ticker:
             try:
                 decisions, control = self.ask(self.controller, state.control, report, tuple(feedback))
                 state = state.replace(control=control)
+                for text in self.ask.complaints:
+                    sink(events.warning(*self._now, text, controller=type(self.controller).__name__))
             except ControllerError as error:
                 sink(events.warning(*self._now, str(error), controller=type(self.controller).__name__))
         if not peers.alone():
-            decisions = [Decision(**decided) for decided in peers.told([dataclasses.asdict(one) for one in decisions])]
+            decisions = [Decision(**decided) for decided in peers.told([plain(one) for one in decisions])]
         for notice in getattr(self.controller, "notices", tuple)():
             sink(Event(notice.kind, *self._now, notice.message, dict(notice.data)))
         self.candidates = self._candidates(state, report, sink)

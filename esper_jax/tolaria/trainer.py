@@ -191,8 +191,8 @@ class Tolaria:
         self.batch_size, self.keep = batch_size, keep
         self.tick_every, self.checkpoint_every, self.patience = tick_every, checkpoint_every, patience
         self.sinks, self.progress = tuple(sinks), progress
-        check_options(where, slots, planted, blend)
-        self._morph_options = {"where": where, "slots": slots, "planted": planted, "blend": blend}
+        wanted, blend = check_options(where, slots, planted, blend)
+        self._morph_options = {"where": where, "slots": slots, "planted": wanted, "blend": blend}
         self._calls = Calls(self.forward, loss, unpack, train_kwargs, eval_kwargs, rngs, compute_dtype)
         self.layout = make_layout(sharding, mesh, seed_sharding)
         self._check = functools.partial(check_batch, classes=classes) if check_data else None
@@ -315,7 +315,7 @@ class Tolaria:
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
             lifeline = Lifeline(run.directory, run.lost, run.gone)
-            with lifeline as line, run.closing(), interrupts(run.overdue) as stop, line.training():
+            with lifeline as line, run.closing(), interrupts(run.finish, run.overdue) as stop, line.training():
                 if line.missing:
                     sink(events.warning(*now, f"a lost process is noticed by JAX alone, and late: {line.missing}"))
                 outcome = run.until(epochs, feed, validation, stop)
@@ -340,7 +340,7 @@ class Tolaria:
         """
         if not isinstance(state, TrainState | Morph):
             raise TypeError(f"evaluate() needs a TrainState or a Morph, got {type(state).__name__}")
-        self._look_through("validation", readable("validation", data))
+        self._look_through("validation", readable("validation", data, once=True))
         self._evaluator.checked = False  # this data may be another
         loss, score = self._evaluator(state.morph if isinstance(state, TrainState) else state, data)
         return {"loss": loss, "score": score}

@@ -265,6 +265,25 @@ def test_a_model_that_computes_something_else_is_refused(monkeypatch):
         esper_jax.from_torch(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), torch.randn(2, 3))
 
 
+def test_a_gradient_that_is_wrong_is_refused_though_the_output_is_right(monkeypatch):
+    from esper_jax.bridge.ops import registry
+
+    twice = registry.Op(lambda self: 2 * jnp.tanh(self) - jax.lax.stop_gradient(jnp.tanh(self)))
+    monkeypatch.setitem(registry._OPS, "aten.tanh.default", twice)
+    with pytest.raises(BridgeError, match="does not compute what torch computes: training: gradients differs by"):
+        esper_jax.from_torch(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("seed", [4, 21])
+def test_gradients_that_torch_itself_rounds_away_are_held_to_no_more(seed):
+    """Through the batch statistics of two rows: torch's own in float32 are 1e-3 and more from those in float64."""
+    torch.manual_seed(seed)
+    layers = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+    report = esper_jax.from_torch(torch.nn.Sequential(*layers), torch.randn(2, 4)).report
+    (check, _) = [check for check in report.checks if check.what == "training: gradients"]
+    assert report.passed and 1e-3 < check.error <= check.limit <= 5e-2
+
+
 @pytest.mark.parametrize("name", ["lenet", "gpt", "lstm", "sorting"])
 def test_it_is_exported_with_a_free_batch(name):
     given = case(name)

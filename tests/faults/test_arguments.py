@@ -53,6 +53,7 @@ TAKEN = {
     **{(call, "score"): {"nan", "inf"} for call in GOOD if call != "Tolaria"},  # NaN is one that was not measured
 }
 TAKEN["contributions", "score"] = set()
+TAKEN |= {("Gates", name): {"inf"} for name in ("max_exploding", "min_improvement", "min_ratio", "min_contribution")}
 """By call and argument: junk that is taken nevertheless."""
 
 

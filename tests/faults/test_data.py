@@ -78,15 +78,22 @@ def test_a_batch_of_other_dtypes_than_those_before_it_is_named():
     [
         (None, "validation data must be a pair .*got NoneType"),
         (5, "validation data must be a pair .*got int"),
-        (iter([(X, Y)]), "validation data of type list_iterator can be read only once"),
     ],
 )
-def test_validation_data_that_cannot_be_read_again_is_refused_before_the_first_step(data, words):
+def test_validation_data_that_is_none_is_refused_before_the_first_step(data, words):
     made = growing.trainer(None, controller=None)
     state = growing.start(made)
     for call in (lambda: made.fit(state, (X, Y), data, epochs=1), lambda: made.evaluate(state, data)):
         with pytest.raises(TypeError, match=words):
             call()
+
+
+def test_validation_data_that_is_read_only_once_will_do_for_one_evaluation():
+    made = growing.trainer(None, controller=None)
+    state = growing.start(made)
+    with pytest.raises(TypeError, match="validation data of type list_iterator can be read only once"):
+        made.fit(state, (X, Y), iter([(X, Y)]), epochs=1)
+    assert made.evaluate(state, iter([(X, Y)])) == made.evaluate(state, [(X, Y)])
 
 
 def test_batches_of_two_structures_may_alternate_each_in_its_dtypes():

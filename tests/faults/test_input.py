@@ -8,6 +8,7 @@ import io
 import json
 import pathlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from esper_jax import Decision, cli
 from esper_jax.experiment import BASELINE
 from esper_jax.options import CONFIG, Train, read_config, write_config
 from esper_jax.tasks import get_task
-from esper_jax.tolaria.asking import Asking, ControllerError
+from esper_jax.tolaria.asking import Asking
 from tests.faults.disk import full_disk
 
 NAMES = [field.name for field in dataclasses.fields(Train)]
@@ -271,24 +272,29 @@ def test_a_configuration_is_written_whole_or_not_at_all_and_once(tmp_path):
         ({"slot": [0]}, "slot=[0]"),
         ({"blueprint": 3}, "blueprint=3"),
         ({"config": 5}, "config=5"),
-        ({"config": {"rank": object()}}, "a config that cannot be kept: config['rank'] is a object"),
+        ({"config": {"rank": object()}}, "what cannot be kept: decision.config['rank'] is a object"),
+        ({"alpha": object()}, "what cannot be kept: decision.alpha is a object"),
         ({"steps": "x"}, "steps='x'"),
-        ({"urgency": None}, "urgency=None"),
         ({"reason": b"x"}, "reason=b'x'"),
         ({"stored": 7}, "stored=7"),
     ],
 )
-def test_a_decision_of_other_kinds_of_values_is_told_and_nothing_is_decided(given, words):
+def test_a_decision_of_other_kinds_of_values_is_told_and_left_out(given, words):
+    """What else was decided, and the controller's state, are kept."""
+    good = Decision("prune", "Dense_0", np.int32(0), confidence="sure")  # this is for the veto to refuse
+
     class Odd:
         def init(self, spec, key):
             return 0
 
         def decide(self, state, report, feedback):
-            return (Decision(**{"action": "germinate", "site": "Dense_0", "blueprint": "lora", **given}),), state
+            odd = Decision(**{"action": "germinate", "site": "Dense_0", "blueprint": "lora", **given})
+            return (odd, good), state + 1
 
-    with pytest.raises(ControllerError, match="nothing is decided at this tick") as raised:
-        Asking()(Odd(), 0, None, ())
-    assert f"the controller gave a decision with {words}" in str(raised.value)
+    ask = Asking()
+    assert ask(Odd(), 0, None, ()) == ([good], 1)
+    (told,) = ask.complaints
+    assert told.startswith(f"the controller gave a decision with {words}") and told.endswith("; it is left out")
 
 
 @pytest.mark.parametrize(

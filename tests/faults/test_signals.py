@@ -40,7 +40,7 @@ def test_before_anything_is_begun_there_is_nothing_to_go_on_with(tmp_path, monke
     before = signal.getsignal(signal.SIGTERM)
     assert ended([*TINY, "--run-dir", str(tmp_path / "r")]) == status
     said = capsys.readouterr().err
-    assert f"{by} while no step was under way" in said and "nothing was begun" in said and "resume" not in said
+    assert f"{by} where no step ends" in said and "nothing was begun" in said and "resume" not in said
     assert not (tmp_path / "r").exists() and signal.getsignal(signal.SIGTERM) == before
 
 
@@ -52,7 +52,7 @@ def test_after_the_run_the_printed_command_does_what_is_left(tmp_path, monkeypat
         patched.setattr(experiment, "_host_alone", raising(number))
         assert ended([*TINY, "--run-dir", str(run)]) == status
     said = capsys.readouterr().err
-    assert f"{by} while no step was under way" in said and f"resume with: esper-jax train --resume {run}\n" in said
+    assert f"{by} where no step ends" in said and f"resume with: esper-jax train --resume {run}\n" in said
     cli.main(["train", "--resume", str(run)])
     assert [row["model"] for row in json.loads((run / "summary.json").read_text())] == ["host alone", "grown"]
 
@@ -128,6 +128,37 @@ def test_a_damaged_line_of_the_log_stops_no_run(tmp_path):
     assert (run / "events.jsonl.damaged").read_bytes().count(b"\n") == len(lines)
 
 
+FORKING = """
+import multiprocessing, os, signal, sys, time
+from tests.tolaria import growing
+
+class Ended:
+    def emit(self, event):
+        if event.kind == "epoch" and event.epoch == 1:
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            time.sleep(0.5)
+            child.terminate()
+            child.join(5)
+            print(child.exitcode)
+            time.sleep(9)
+    def close(self):
+        pass
+
+made = growing.trainer(None, sinks=(Ended(),), controller=None)
+made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=2)
+print("finished")
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_that_the_run_forked_is_that_ones():
+    """A pool of workers ends its own by SIGTERM; the run goes on, also after the seconds that it would have itself."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKING]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout.split() == ["-15", "finished"], done.stderr[-2000:]
+
+
 HANGING = """
 import hashlib, sys, time
 from tests.tolaria import growing
@@ -171,7 +202,7 @@ def test_a_process_that_hangs_where_no_step_ends_has_ten_seconds(tmp_path, what)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and time.monotonic() - began < 10, said
     saved = 16 if what == "data" else 8
-    assert f"step {saved} is saved in {run}" in said and f"resume with: esper-jax train --resume {run}" in said
+    assert f"step {saved} is saved in {run}" in said and "go on with fit(restore(), ...)" in said
     assert int(growing.trainer(run, controller=FixedSchedule({})).restore().step) == saved
 
 
