@@ -117,7 +117,7 @@ def page(rows: list[dict[str, Any]], shown: list[dict[str, Any]], where: str, *,
             "|---|---|---|---|---|---|",
         ]
     for row in shown:
-        named = ", ".join(f"`{test.removeprefix('tests/').partition('::')[0]}`" for test in row["tests"])
+        named = ", ".join(dict.fromkeys(f"`{test.removeprefix('tests/').partition('::')[0]}`" for test in row["tests"]))
         counts = f"{row['passed']} | {len(row['failures'])} | {row['seconds']:.0f}"
         text.append(f"| {row['tests of']} | {row['about']} | {named} | {counts} |")
     text.append("\n## What happened, how often\n")
