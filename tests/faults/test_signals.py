@@ -29,6 +29,13 @@ def ended(arguments: list[str]) -> int:
     return int(stopped.value.code or 0)
 
 
+def until(process: subprocess.Popen[str], log: pathlib.Path, text: str) -> None:
+    """Wait until that stands in a process's log; it must not end before."""
+    while not (log.exists() and text in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
 def raising(number: int):
     """A function that is sent that signal."""
     return lambda *_, **__: signal.raise_signal(number)
@@ -193,9 +200,7 @@ def test_a_process_that_hangs_where_no_step_ends_has_ten_seconds(tmp_path, what)
     )
     due = {"data": '"epoch": 2', "controller": '"epoch": 1', "compiled code": '"epoch": 1'}[what]
     log = run / "events.jsonl"
-    while not (log.exists() and due in log.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    until(process, log, due)
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
@@ -225,9 +230,7 @@ def test_a_compilation_that_takes_long_does_not_hold_up_the_exit(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *train, str(run)], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
-    while not (log.exists() and '"kind": "germinated"' in log.read_text()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
+    until(process, log, '"kind": "germinated"')
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
