@@ -102,7 +102,7 @@ class Picture:
             self.planned = int(data["epochs"])
             self.ended = ""
         elif kind == Kind.RESUMED:
-            self._rewind(event.step)
+            self._rewind(event.step, event.epoch)
         elif kind == Kind.EPOCH:
             clean, score = _clean(data), float(data["score"])
             _check(clean)
@@ -122,14 +122,14 @@ class Picture:
             )
         self.epoch, self.step = event.epoch, event.step
 
-    def _rewind(self, step: int) -> None:
+    def _rewind(self, step: int, epoch: int) -> None:
         """The run went on from a checkpoint: what came after it did not happen."""
-        self.points = [point for point in self.points if point.step <= step]
+        self.points = [point for point in self.points if point.step <= step and point.epoch <= epoch]
         for kept in (self.decisions, self.told):
-            old = [one for one in kept if one.step <= step]
+            old = [one for one in kept if one.step <= step and one.epoch <= epoch]
             kept.clear()
             kept.extend(old)
-        epochs = [event for event in self._epochs if event.step <= step]
+        epochs = [event for event in self._epochs if event.step <= step and event.epoch <= epoch]
         self._epochs.clear()
         self._epochs.extend(epochs)
         self.ended = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -43,14 +44,15 @@ class Sink(Protocol):
         ...
 
 
-def rewound(events: Iterable[Event], step: int, count: int | None = None) -> list[Event]:
+def rewound(events: Iterable[Event], step: int, count: int | None = None, *, epoch: float = math.inf) -> list[Event]:
     """The events of `step` and before, without those that say that the run is over.
 
-    What is told late, as a save is once it is on disk, belongs to its own step. `count` keeps the first `count` events
-    instead: the exact form where steps ran twice.
+    What is told late, as a save is once it is on disk, belongs to its own step. `epoch` leaves out those of a later
+    epoch too, where the step was saved before its tick. `count` keeps the first `count` events instead: the exact form
+    where steps ran twice.
     """
     kept = list(events)
-    kept = [event for event in kept if event.step <= step] if count is None else kept[:count]
+    kept = [event for event in kept if event.step <= step and event.epoch <= epoch] if count is None else kept[:count]
     return [event for event in kept if event.kind not in ENDINGS]
 
 
@@ -79,9 +81,9 @@ class ListSink(_Closing):
         """Append the event."""
         self.events.append(event)
 
-    def rewind(self, step: int, count: int | None = None) -> None:
+    def rewind(self, step: int, count: int | None = None, *, epoch: float = math.inf) -> None:
         """Drop the events after `step`; see `rewound`."""
-        self.events[:] = rewound(self.events, step, count)
+        self.events[:] = rewound(self.events, step, count, epoch=epoch)
 
 
 class JsonlSink(_Closing):
@@ -154,7 +156,7 @@ class JsonlSink(_Closing):
             raise
         self._file = file
 
-    def rewind(self, step: int, count: int | None = None) -> None:
+    def rewind(self, step: int, count: int | None = None, *, epoch: float = math.inf) -> None:
         """Drop the events after `step` (see `rewound`); the file is replaced in one move, never half written.
 
         Called on resume, so that the resumed run's log equals an uninterrupted one. A trainer that emits all events of
@@ -170,7 +172,7 @@ class JsonlSink(_Closing):
                 self._file.close()
                 self._file = None
             try:
-                kept = rewound(_salvaged(self.path), step, count)
+                kept = rewound(_salvaged(self.path), step, count, epoch=epoch)
                 _replace(self.path, kept)
                 self._count = len(kept)
             finally:

@@ -23,10 +23,15 @@ from .sharding import Layout
 from .step import Calls
 
 Score = Callable[[Any, Any], Array]
+Pause = Callable[[], None]
 ROWS = 4
 MAX_PAIRED = 4
 IN_FLIGHT = 2
 """Batches that may wait on the device behind the one that computes."""
+
+
+def nothing() -> None:
+    """A pause in which nothing is to be done."""
 
 
 def default_score(outputs: Any, targets: Any) -> Float[Array, "..."]:
@@ -65,20 +70,20 @@ class Evaluator:
             "contributions", functools.partial(_measure_rows, calls, score), extra=_all_on, extras=1, late=True
         )
 
-    def __call__(self, morph: Morph, data: Data) -> tuple[float, float]:
-        """Mean loss, and mean score in points (x 100), over the validation data."""
+    def __call__(self, morph: Morph, data: Data, pause: Pause = nothing) -> tuple[float, float]:
+        """Mean loss, and mean score in points (x 100), over the validation data; `pause()` after every batch."""
 
         def measure(batch: Any) -> Any:
             self.rows.expect(batch)
             return self.plain(morph, batch)
 
-        found = self._over(data, measure)
+        found = self._over(data, measure, pause)
         if not found:
             raise ValueError("the validation data gave no batch")
         loss, score = _weighted(found)
         return float(loss), 100 * float(score)
 
-    def contributions(self, morph: Morph, data: Data, plants: Sequence[Plant]) -> Contributions:
+    def contributions(self, morph: Morph, data: Data, plants: Sequence[Plant], pause: Pause = nothing) -> Contributions:
         """What each of `plants` adds to the score: all seeds as they are, minus that seed's alpha at 0.
 
         For 2 to 4 plants also the interaction of each pair, f(ij) - f(i) - f(j) + f(0), where f(s) is the score with
@@ -92,7 +97,7 @@ class Evaluator:
         if paired:
             subsets |= {frozenset(s) for size in range(3) for s in itertools.combinations(everyone, size)}
         rows = sorted(subsets, key=lambda s: (-len(s), sorted(s)))
-        score = dict(zip(rows, self._scores(morph, data, plants, rows), strict=True))
+        score = dict(zip(rows, self._scores(morph, data, plants, rows, pause), strict=True))
         name = [(plant.site, plant.slot) for plant in plants]
         single = {name[i]: score[everyone] - score[everyone - {i}] for i in everyone}
         pairs = {}
@@ -101,7 +106,9 @@ class Evaluator:
             pairs[name[i], name[j]] = f[0] - f[1] - f[2] + f[3]
         return Contributions(single, pairs)
 
-    def _scores(self, morph: Morph, data: Data, plants: Sequence[Plant], rows: list[frozenset[int]]) -> list[float]:
+    def _scores(
+        self, morph: Morph, data: Data, plants: Sequence[Plant], rows: list[frozenset[int]], pause: Pause
+    ) -> list[float]:
         """The score in points of each row, a set of the plants left on; `ROWS` of them a call, the last one padded."""
         masks = [self._mask(morph, plants, row) for row in rows]
         masks += masks[-1:] * (-len(masks) % ROWS)
@@ -109,11 +116,11 @@ class Evaluator:
             jax.tree.map(lambda *rows: np.stack(rows), *masks[begin : begin + ROWS])
             for begin in range(0, len(masks), ROWS)
         ]
-        found = self._over(data, lambda batch: [self.rows(morph, group, batch) for group in groups])
+        found = self._over(data, lambda batch: [self.rows(morph, group, batch) for group in groups], pause)
         means = _weighted([(values.ravel(), n) for values, n in found])
         return list(100 * means[: len(rows)])
 
-    def _over(self, data: Data, measure: Callable[[Any], Any]) -> list[tuple[np.ndarray, int]]:
+    def _over(self, data: Data, measure: Callable[[Any], Any], pause: Pause) -> list[tuple[np.ndarray, int]]:
         """What was measured on each batch, float64, and its size; copied to the host while later batches compute."""
         found = []
         check = None if self.check is None else functools.partial(self.check, epoch=0, values=not self.checked)
@@ -121,6 +128,7 @@ class Evaluator:
             found.append((soon(measure(batch)), n))
             if len(found) > IN_FLIGHT:
                 jax.block_until_ready(found[-1 - IN_FLIGHT][0])
+            pause()
         self.checked = True
         return [(np.asarray(jax.device_get(values), np.float64), n) for values, n in found]
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -16,8 +17,10 @@ import jax
 from .compiler import under_way
 from .peers import alone
 
+GRACE = 3.0
+"""Seconds that a run has after SIGTERM to come to the end of a step; then it is saved where it stands, if it rests."""
 ANSWER = 7.0
-"""Seconds that a run has after SIGTERM to come to the end of a step; then it ends with the steps that are saved."""
+"""Seconds after which it ends with the steps that are saved, where that could not be."""
 AFTER_SAVE = 1.0
 """Seconds that it has yet where a save was under way, which it may have waited for."""
 
@@ -34,6 +37,34 @@ class Stop(threading.Event):
     def number(self) -> int:
         """The number of the signal that came, or 0."""
         return self.signal if self.is_set() else 0
+
+
+class Rest:
+    """A block in which a run changes nothing of what is saved, so that another thread may: a batch that is waited for.
+
+    Args:
+      save: saves the run as it stands, and says whether it did.
+    """
+
+    def __init__(self, save: Callable[[], bool]) -> None:
+        self._save, self._within, self._lock = save, False, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._within = True
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Rest no more, within the block already."""
+        with self._lock:  # held while the other thread saves: the run goes on from here no earlier
+            self._within = False
+
+    def save(self) -> bool:
+        """Save the run, from another thread, where it is within the block; whether that was done."""
+        with self._lock:
+            return self._within and self._save()
 
 
 class Terminated(KeyboardInterrupt):
@@ -61,13 +92,18 @@ def leave(status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def interrupts(finish: Callable[[], None] = lambda: None, overdue: Callable[[], None] = lambda: None) -> Iterator[Stop]:
+def interrupts(
+    save: Callable[[], bool] = lambda: False,
+    finish: Callable[[], None] = lambda: None,
+    overdue: Callable[[], None] = lambda: None,
+) -> Iterator[Stop]:
     """Ctrl-C and SIGTERM set the event, so that a step is never torn; a second Ctrl-C interrupts at once.
 
-    A SIGTERM that the program handles itself already is left to it, unless by `terminated`. After one that is not
-    answered within `ANSWER` seconds `finish()` sees a save through that is under way, `overdue()` says what is lost,
-    both in a thread, and the process ends with status 143: it hangs in something that Python may not interrupt, as a
-    compilation, a controller or a batch that is long in coming. Processes that are forked meanwhile have none of it.
+    A SIGTERM that the program handles itself already is left to it, unless by `terminated`. One that is not answered
+    within `GRACE` seconds finds the run in something that Python may not interrupt, as a compilation, a controller or
+    a batch that is long in coming: `save()` is asked then to save it, and where it says after `ANSWER` seconds still
+    that it cannot, `finish()` sees a save through that is under way. `overdue()` says what is saved, and the process
+    ends with status 143; all of that in a thread. Processes that are forked meanwhile have none of it.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -84,7 +120,7 @@ def interrupts(finish: Callable[[], None] = lambda: None, overdue: Callable[[], 
     taken = [n for n in before if n == signal.SIGINT or before[n] in (signal.SIG_DFL, terminated)]
     with _told_of(signal.SIGTERM) if signal.SIGTERM in taken else contextlib.nullcontext() as heard:
         if heard is not None:
-            threading.Thread(target=_see_to_it, args=(heard, stop, finish, overdue), daemon=True).start()
+            threading.Thread(target=_see_to_it, args=(heard, stop, save, finish, overdue), daemon=True).start()
         try:
             for number in taken:
                 signal.signal(number, on_signal)
@@ -146,13 +182,26 @@ def _told_of(number: int) -> Iterator[Callable[[], bool] | None]:
                 systems.shutdown(socket.SHUT_RDWR)
 
 
-def _see_to_it(heard: Callable[[], bool], stop: Stop, finish: Callable[[], None], overdue: Callable[[], None]) -> None:
+def _see_to_it(
+    heard: Callable[[], bool],
+    stop: Stop,
+    save: Callable[[], bool],
+    finish: Callable[[], None],
+    overdue: Callable[[], None],
+) -> None:
     """End the process where a signal is not answered in time."""
-    if not heard() or stop.answered.wait(ANSWER):
+    if not heard() or stop.answered.wait(GRACE):
         return
-    finish()
-    if not stop.answered.wait(AFTER_SAVE):
-        try:
-            overdue()
-        finally:
-            os._exit(128 + signal.SIGTERM)
+    end = time.monotonic() + ANSWER - GRACE
+    while not save():
+        if stop.answered.wait(0.1):
+            return
+        if time.monotonic() > end:
+            finish()
+            if stop.answered.wait(AFTER_SAVE):
+                return
+            break
+    try:
+        overdue()
+    finally:
+        os._exit(128 + signal.SIGTERM)

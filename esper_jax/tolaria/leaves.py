@@ -227,6 +227,12 @@ def flatten(tree: Any, folder: str = "") -> tuple[tuple[LeafRecord, ...], dict[s
     return tuple(records), arrays
 
 
+def is_there(tree: Any) -> bool:
+    """Whether all arrays of a tree are computed, and none was donated."""
+    arrays: list[Any] = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not is_key(leaf)]
+    return all(not leaf.is_deleted() and leaf.is_ready() for leaf in arrays)
+
+
 def is_spread(tree: Any) -> bool:
     """Whether several processes have to store a tree together."""
     return any(isinstance(leaf, Spread) for leaf in jax.tree.leaves(tree))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import signal
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,8 @@ from .change import Changes
 from .checkpoint import Checkpoints
 from .data import Data, Held
 from .feed import Feed
-from .interruption import Stop
-from .leaves import is_spread, parted
+from .interruption import Rest, Stop
+from .leaves import is_spread, is_there, parted
 from .peers import Vote, alone, first, largest, told
 from .programs import Program
 from .records import FILE, HistoryFile
@@ -45,6 +46,18 @@ class TrainingInterrupted(KeyboardInterrupt):
     ) -> None:
         super().__init__(message)
         self.state, self.directory, self.signal = state, directory, signal
+
+
+class Before(NamedTuple):
+    """A run as it was before a tick: its state and memory, of whose records there were so many."""
+
+    state: TrainState
+    session: Session
+    records: int
+
+    def begun(self) -> tuple[TrainState, Session]:
+        """The state and the memory."""
+        return self.state, dataclasses.replace(self.session, records=self.session.records[: self.records])
 
 
 class Run:
@@ -82,11 +95,15 @@ class Run:
         self.control = (state.governor, state.control)
         self.saver = None if checkpoints is None else Saver(checkpoints)
         self.history = HistoryFile((self.directory or pathlib.Path()) / FILE, session.records)
-        self.saved = self.made if checkpoints is not None and self.made in checkpoints.steps() else None
+        there = checkpoints is not None and self.made in checkpoints.steps()
+        self.saved = (int(state.ticks), self.made) if there else None
         self.vote = Vote()
         self.stop = Stop()
         self.unticked = int(state.meters.batches)
         self.running: collections.deque[jax.Array] = collections.deque()
+        self.rest = Rest(self.save_at_rest)
+        self.before: Before | None = None
+        self.rested = False
 
     @property
     def directory(self) -> pathlib.Path | None:
@@ -112,21 +129,26 @@ class Run:
                 raise ValueError(f"epoch {self.epoch} of the training data gave no batch")
             if self.tick_every is None:
                 self.restructure(stop, at_tick=True)
-            self.epoch, self.batch = self.epoch + 1, 0
-            if self.tick_every is None and self.tick(validation):
-                return "stopped early"
+                if self.tick(validation, ends_epoch=True):
+                    return "stopped early"
+            else:
+                self.epoch, self.batch = self.epoch + 1, 0
         return "finished"
 
     def through(self, feed: Feed, validation: Data, stop: Stop) -> bool:
         """Train on the rest of this epoch, with the ticks that fall into it; whether to stop early."""
-        batches = feed.epoch(self.state.morph, self.epoch, self.batch)
+        with self.rest:
+            batches = feed.epoch(self.state.morph, self.epoch, self.batch)
         while True:
             if self.tick_every is not None and self.unticked >= self.tick_every:
                 self.restructure(stop, at_tick=True)
                 if self.tick(validation):
                     return True
             self.restructure(stop, at_tick=False)
-            if (chunk := batches.take(self.room())) is None:
+            room = self.room()
+            with self.rest:
+                chunk = batches.take(room)
+            if chunk is None:
                 return False
             self.dispatch(*chunk)
             if number := self.vote(stop.number()):
@@ -152,7 +174,9 @@ class Run:
 
     def dispatch(self, batches: Any, count: int) -> None:
         """Hand `count` steps to the device, and wait for the last call but one so that the queue stays short."""
-        self.state, metrics = self.steps(self.state, batches, np.int32(count))
+        with self.rest:  # until the step is on its way: it may have to be compiled
+            after = self.steps(self.state, batches, np.int32(count))
+        self.state, metrics = after
         self.batch += count
         self.unticked += count
         self.made += count
@@ -160,11 +184,18 @@ class Run:
         if len(self.running) > IN_FLIGHT:
             self.running.popleft().block_until_ready()
 
-    def tick(self, validation: Data) -> bool:
-        """One tick, and a checkpoint where it is due; whether to stop early."""
+    def tick(self, validation: Data, *, ends_epoch: bool = False) -> bool:
+        """One tick, with which an epoch may end, and a checkpoint where it is due; whether to stop early."""
         session = self.session
         self.tell_saved()
-        state = self.ticker(self.whole(), session, validation, self.sink)
+        self.before = Before(
+            self.whole(), dataclasses.replace(session, pending=list(session.pending)), len(session.records)
+        )
+        if ends_epoch:
+            self.epoch, self.batch = self.epoch + 1, 0
+        with self.rest:
+            state = self.ticker(self.whole(), session, validation, self.sink, self.pause)
+        self.before = None
         self.control = (state.governor, state.control)
         self.state = self.changes.enter(state.replace(governor=None, control=None))
         self.changes.guess(self.state, self.ticker.candidates)
@@ -181,6 +212,14 @@ class Run:
         if alone() and (number := self.stop.number()):  # several processes ask each other with the next steps
             self.interrupt(number)
         return False
+
+    def pause(self) -> None:
+        """Within a validation: end the run for a signal, as it was before the tick."""
+        if number := self.vote(self.stop.number()):
+            assert self.before is not None
+            self.rest.leave()
+            self.epoch, self.batch = int(self.before.state.epoch), int(self.before.state.batch)
+            self.interrupt(number)
 
     def restructure(self, stop: Stop, *, at_tick: bool) -> None:
         """Let a grown or leaner program take over where that is due; Ctrl-C ends a wait for it."""
@@ -200,19 +239,42 @@ class Run:
             return False
         self.settle()
         state = self.whole()
-        ticks, step = int(state.ticks), int(state.step)
-        if told(self.saved != step):
-            score = self.session.records[-1]["score"] if self.session.records else float("nan")
-            mark, write = self.history.up_to_now(self.session.records)
-            tree, meta = persist.described(state, self.session, mark)
-            tree = parted(tree)
-            if first() or is_spread(tree):
-                best, before = self.session.best_tick == ticks, write if first() else None
-                self.saver.save(ticks, step, tree, meta, score, best, before)
-            self.saved = step
+        now = (int(state.ticks), int(state.step))
+        if told(self.saved != now):
+            self.begin_save(self.saver, state, self.session)
         if wait:
             self.settle()
-        return told(self.saved == step)
+        return told(self.saved == now)
+
+    def begin_save(self, saver: Saver, state: TrainState, session: Session) -> None:
+        """Begin to save that state and session."""
+        ticks, step = int(state.ticks), int(state.step)
+        score = session.records[-1]["score"] if session.records else float("nan")
+        mark, write = self.history.up_to_now(session.records)
+        tree, meta = persist.described(state, session, mark)
+        tree = parted(tree)
+        if first() or is_spread(tree):
+            best, before = session.best_tick == ticks, write if first() else None
+            saver.save(ticks, step, tree, meta, score, best, before)
+        self.saved = (ticks, step)
+
+    def save_at_rest(self) -> bool:
+        """From another thread, while the run rests: save it as it stands, or stood before a tick; whether it did."""
+        if self.saver is None or not alone():
+            return False
+        if not is_there(self.state):  # a step is on its way
+            return False
+        with contextlib.suppress(Exception):
+            state, session = (self.whole(), self.session) if self.before is None else self.before.begun()
+            now = (int(state.ticks), int(state.step))
+            self.saver.wait()
+            if self.saved != now:
+                self.begin_save(self.saver, state, session)
+                self.saver.wait()
+            if any(saved.error is not None for saved in self.saver.told()):
+                self.saved = None
+            self.rested = self.saved == now
+        return self.rested
 
     def settle(self) -> None:
         """Wait until no save is under way, and tell what became of it."""
@@ -225,7 +287,7 @@ class Run:
         for saved in self.saver.told() if self.saver is not None and first() else ():
             if saved.error is not None:
                 self.sink(events.error(saved.tick, saved.step, str(saved.error), unsaved=saved.step))
-                self.saved = None if self.saved == saved.step else self.saved
+                self.saved = None if self.saved == (saved.tick, saved.step) else self.saved
             elif self.checkpoints is not None:
                 path = self.checkpoints.directory / str(saved.step)
                 self.sink(events.checkpoint(saved.tick, saved.step, path=path, best=saved.best))
@@ -272,7 +334,8 @@ class Run:
         what = (
             "terminated in something that takes long and cannot be interrupted (a compilation, a batch, a controller)"
         )
-        how = "nothing is saved" if done is None else f"step {done} is saved in {self.directory}, later ones are lost"
+        how = "nothing is saved" if done is None else f"step {done} is saved in {self.directory}"
+        how += "" if done is None or self.rested else ", later ones are lost"
         where = [] if self.directory is None else [self.directory, self.directory.parent]  # a run's, or its baseline's
         runs = [path for path in where if (path / "config.json").exists()]
         again = "; go on with fit(restore(), ...)" if done is not None else ""

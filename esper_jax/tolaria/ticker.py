@@ -29,7 +29,7 @@ from . import swap as _swap
 from .apply import apply_decision, resolve
 from .asking import Asking, ControllerError
 from .data import Data
-from .evaluate import Contributions, Evaluator, measured_plants
+from .evaluate import Contributions, Evaluator, Pause, measured_plants, nothing
 from .governor import Governor, check
 from .leaves import one_line
 from .optim import Growable
@@ -79,13 +79,18 @@ class Ticker:
         self._complaint = ""
         self.move = Program("tick", functools.partial(_move, self.lifecycle))
 
-    def __call__(self, state: TrainState, session: Session, validation: Data, sink: Sink) -> TrainState:
-        """The state after one tick; the session's record and pending feedback are brought up to date."""
+    def __call__(
+        self, state: TrainState, session: Session, validation: Data, sink: Sink, pause: Pause = nothing
+    ) -> TrainState:
+        """The state after one tick; the session's record and pending feedback are brought up to date.
+
+        `pause()` is called after each batch of the validation while the tick has changed nothing yet: it may raise.
+        """
         began = time.perf_counter()
         state = state.replace(ticks=state.ticks + 1)
         peers.soon((state.ticks, state.step, state.meters, state.morph.state))
         view, held = _swap.park(state, session.waiting)
-        loss, score = self.evaluator(view.morph, validation)
+        loss, score = self.evaluator(view.morph, validation, pause)
         self._now = now = (int(state.ticks), int(state.step))
         train_loss, skipped = mean_loss(state.meters), int(state.meters.skipped)
         if skipped:
@@ -95,7 +100,7 @@ class Ticker:
         if rolled:
             view, held = _swap.park(state, session.waiting)
             loss, score = self.evaluator(view.morph, validation)
-        contributions = self._contributions(view.morph, validation, sink)
+        contributions = self._contributions(view.morph, validation, sink, nothing if rolled else pause)
         view = _with_contributions(view, contributions)
         morph, ticked = self.move(view.morph, jnp.float32(score))
         state = _swap.unpark(view.replace(morph=morph), held)
@@ -128,11 +133,11 @@ class Ticker:
             session.best_score, session.best_tick = score, now[0]
         return state.replace(meters=Meters.zero(state.morph))
 
-    def _contributions(self, morph: Morph, validation: Data, sink: Sink) -> Contributions:
+    def _contributions(self, morph: Morph, validation: Data, sink: Sink, pause: Pause) -> Contributions:
         """What the seeds add to the score; nothing, and an event for each structure, where that cannot be compiled."""
         plants = measured_plants(morph)
         try:
-            return self.evaluator.contributions(morph, validation, plants)
+            return self.evaluator.contributions(morph, validation, plants, pause)
         except Exception as error:
             if morph.spec not in self._unmeasured:
                 self._unmeasured.add(morph.spec)

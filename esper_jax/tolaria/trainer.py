@@ -315,7 +315,12 @@ class Tolaria:
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
             lifeline = Lifeline(run.directory, run.lost, run.gone)
-            with lifeline as line, run.closing(), interrupts(run.finish, run.overdue) as stop, line.training():
+            with (
+                lifeline as line,
+                run.closing(),
+                interrupts(run.rest.save, run.finish, run.overdue) as stop,
+                line.training(),
+            ):
                 if line.missing:
                     sink(events.warning(*now, f"a lost process is noticed by JAX alone, and late: {line.missing}"))
                 outcome = run.until(epochs, feed, validation, stop)
@@ -414,7 +419,8 @@ class Tolaria:
                 if self.checkpoint_dir is not None and first():
                     self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
                     file = JsonlSink(self.checkpoint_dir / "events.jsonl")
-                    file.rewind(int(state.step) or -1)  # nothing stays of a run that ended before it saved a step
+                    saved = int(state.step) or -1  # nothing stays of a run that ended before it saved a step
+                    file.rewind(saved, epoch=int(state.ticks))
                     sinks.append(file)
                 if self.progress and first():
                     sinks.append(Console(epochs))

@@ -10,12 +10,16 @@ import subprocess
 import sys
 import time
 
+import chex
+import jax
 import pytest
 
 from esper_jax import FixedSchedule, TrainingInterrupted, cli, experiment, options
-from esper_jax.nissa import JsonlSink, events, read_events
+from esper_jax.nissa import JsonlSink, course, events, read_events
 from esper_jax.options import CONFIG, Train
+from esper_jax.tolaria.data import Batches
 from tests.tolaria import growing
+from tests.tolaria.test_resume import bits
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = ["--task", "digits", "--controller", "none", "--epochs", "2", "--batch-size", "256", "--no-figure", "--quiet"]
@@ -135,6 +139,69 @@ def test_a_damaged_line_of_the_log_stops_no_run(tmp_path):
     assert (run / "events.jsonl.damaged").read_bytes().count(b"\n") == len(lines)
 
 
+class Slow:
+    """Validation batches, among which this process is sent a signal: before the one of that number."""
+
+    def __init__(self, at, number=signal.SIGTERM):
+        self.at, self.number, self.given = at, number, 0
+
+    def __iter__(self):
+        x, y = growing.VALIDATION
+        for begin in range(0, 128, 16):
+            self.given += 1
+            if self.given == self.at:
+                signal.raise_signal(self.number)
+            yield x[begin : begin + 16], y[begin : begin + 16]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    made, validation = growing.trainer(folder, checkpoint_every=4), Slow(0)
+    state, history = made.fit(growing.start(made), growing.TRAIN, validation, epochs=16)
+    return state, history, course(read_events(folder / "events.jsonl")), validation.given
+
+
+@pytest.mark.parametrize("at", ["its first evaluation", "contributions", "the last tick"])
+def test_in_a_validation_the_run_is_saved_as_before_its_tick_and_goes_on_to_the_same_bits(whole, tmp_path, at):
+    """So that a validation may take longer than a process that is told to end has; and the last save is of the end."""
+    state, history, told, given = whole
+    made = growing.trainer(tmp_path, checkpoint_every=4)
+    number = {"its first evaluation": 21, "contributions": 78, "the last tick": given - 10}[at]
+    validation = Slow(number)
+    with pytest.raises(TrainingInterrupted, match="terminated at step .*: saved step") as raised:
+        made.fit(growing.start(made), growing.TRAIN, validation, epochs=16)
+    assert validation.given == number
+    assert ("contributions" in [entry.name for entry in raised.traceback]) == (at == "contributions")
+    again = growing.trainer(tmp_path, checkpoint_every=4)
+    restored = again.restore()
+    chex.assert_trees_all_equal(bits(restored), bits(raised.value.state))
+    assert int(restored.batch) == 8 and int(restored.step) == 8 * (int(restored.ticks) + 1)
+    ended, after = again.fit(restored, growing.TRAIN, Slow(0), epochs=16)
+    chex.assert_trees_all_equal(bits(ended), bits(state))
+    assert after["score"] == history["score"] and course(read_events(tmp_path / "events.jsonl")) == told
+    chex.assert_trees_all_equal(bits(growing.trainer(tmp_path).restore()), bits(state))
+
+
+def test_behind_the_last_step_the_last_save_is_of_the_end_all_the_same(whole, tmp_path):
+    """What was saved before the last tick is replaced by what is after it."""
+
+    def batches(epoch):
+        for index, batch in enumerate(Batches(growing.TRAIN, 32, jax.random.key(1)).epoch(epoch)):
+            if (epoch, index) == (15, 7):
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+    made = growing.trainer(tmp_path)
+    with pytest.raises(TrainingInterrupted, match="interrupted at step 128: saved step 128"):
+        made.fit(growing.start(made), batches, Slow(0), epochs=16)
+    again = growing.trainer(tmp_path)
+    restored = again.restore()
+    assert int(restored.ticks) == 15
+    again.fit(restored, growing.TRAIN, Slow(0), epochs=16)
+    chex.assert_trees_all_equal(bits(growing.trainer(tmp_path).restore()), bits(whole[0]))
+
+
 FORKING = """
 import multiprocessing, os, signal, sys, time
 from tests.tolaria import growing
@@ -173,9 +240,19 @@ from esper_jax import FixedSchedule
 
 def batches(epoch):
     for index in range(0, 256, 32):
-        if sys.argv[2] == "data" and epoch == 2:
+        if sys.argv[2] == "data" and (epoch, index) == (2, 96):
             time.sleep(90)
         yield growing.TRAIN[0][index : index + 32], growing.TRAIN[1][index : index + 32]
+
+def validation():
+    for index in range(0, 128, 16):
+        if sys.argv[2] == "validation" and made._ticker._now[0] == 1 and index == 64:
+            time.sleep(90)
+        yield growing.VALIDATION[0][index : index + 16], growing.VALIDATION[1][index : index + 16]
+
+class Validation:
+    def __iter__(self):
+        return validation()
 
 class Hangs(FixedSchedule):
     def decide(self, state, report, feedback):
@@ -185,30 +262,65 @@ class Hangs(FixedSchedule):
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
         return super().decide(state, report, feedback)
 
-made = growing.trainer(sys.argv[1], controller=Hangs({}))
-made.fit(growing.start(made), batches, growing.VALIDATION, epochs=4)
+made = growing.trainer(sys.argv[1], controller=Hangs({}), checkpoint_every=3, steps_per_dispatch=1)
+step, calls = made._step, 0
+
+def compiling(state, *rest):
+    global calls
+    calls += 1
+    if sys.argv[2] == "a compilation" and calls == 13:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    after = step(state, *rest)
+    if sys.argv[2] == "a step" and calls == 30:
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+    return after
+
+compiling.expect = step.expect
+made._step = compiling
+made._ticker._now = (0, 0)
+made.fit(growing.start(made), batches, Validation(), epochs=4)
 """
 
 
+def straight(made, state):
+    """That run, in which nothing hangs."""
+    (x, y), (u, v) = growing.TRAIN, growing.VALIDATION
+    train = [(x[at : at + 32], y[at : at + 32]) for at in range(0, 256, 32)]
+    validation = [(u[at : at + 16], v[at : at + 16]) for at in range(0, 128, 16)]
+    return bits(made.fit(state, train, validation, epochs=4)[0])
+
+
+@pytest.fixture(scope="module")
+def unhung():
+    made = growing.trainer(None, controller=FixedSchedule({}), steps_per_dispatch=1)
+    return straight(made, growing.start(made))
+
+
+HANGS = {"data": 19, "validation": 16, "controller": 16, "compiled code": 16, "a compilation": 12, "a step": 24}
+"""Where the run hangs, and the step that is saved: the one it is at, but for a step that is on its way already."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["data", "controller", "compiled code"])
-def test_a_process_that_hangs_where_no_step_ends_has_ten_seconds(tmp_path, what):
-    """The last is code that Python cannot interrupt, as a compilation is: no handler runs before it ends."""
+@pytest.mark.parametrize("what", HANGS)
+def test_a_process_that_hangs_where_no_step_ends_has_ten_seconds(tmp_path, what, unhung):
+    """In some no handler runs: Python cannot interrupt compiled code, nor a compilation."""
     run = tmp_path / "r"
     process = subprocess.Popen(
         [sys.executable, "-c", HANGING, str(run), what], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
-    due = {"data": '"epoch": 2', "controller": '"epoch": 1', "compiled code": '"epoch": 1'}[what]
     log = run / "events.jsonl"
-    until(process, log, due)
+    until(process, log, f'"kind": "epoch", "epoch": {3 if what == "a step" else 2 if what == "data" else 1}')
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and time.monotonic() - began < 10, said
-    saved = 16 if what == "data" else 8
-    assert f"step {saved} is saved in {run}" in said and "go on with fit(restore(), ...)" in said
-    assert int(growing.trainer(run, controller=FixedSchedule({})).restore().step) == saved
+    assert f"step {HANGS[what]} is saved in {run}" in said and "go on with fit(restore(), ...)" in said
+    assert ("later ones are lost" in said) == (what == "a step")
+    made = growing.trainer(run, controller=FixedSchedule({}), steps_per_dispatch=1)
+    restored = made.restore()
+    assert int(restored.step) == HANGS[what]
+    chex.assert_trees_all_equal(straight(made, restored), unhung)
 
 
 SLOW = """

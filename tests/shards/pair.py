@@ -39,6 +39,7 @@ parser.add_argument("--die-early", action="store_true", help="the second process
 parser.add_argument(
     "--terminate-waiting", action="store_true", help="the second process gets SIGTERM while it waits for a program"
 )
+parser.add_argument("--terminate-validating", type=int, help="validation batches until the second process gets SIGTERM")
 parser.add_argument("--resume", action="store_true")
 
 
@@ -91,6 +92,21 @@ def terminated_waiting() -> None:
 
     ThreadCompiler._build = lambda self, job: time.sleep(60)
     ThreadCompiler.hurry = lambda self, on: signal.raise_signal(signal.SIGTERM) if on else None
+
+
+def terminated_validating(batches: int) -> None:
+    """Have this process get SIGTERM behind so many batches of validations."""
+    from esper_jax.tolaria.run import Run
+
+    real, made = Run.pause, []
+
+    def pause(self: Any) -> None:
+        made.append(1)
+        if len(made) == batches:
+            signal.raise_signal(signal.SIGTERM)
+        real(self)
+
+    Run.pause = pause
 
 
 def contrary(run: Any) -> Any:
@@ -148,6 +164,10 @@ def main(asked: argparse.Namespace) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if asked.terminate_waiting and asked.process == 1:
         terminated_waiting()
+    if asked.terminate_validating:
+        made._evaluator.batch_size = 20
+        if asked.process == 1:
+            terminated_validating(asked.terminate_validating)
     if asked.terminate_after and asked.process == 1:
         terminated_after(asked.terminate_after)
     train = share(run, asked.process, asked.processes, asked.raise_in_epoch) if asked.streamed else run.TRAIN

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from esper_jax.nissa import read_events
 from esper_jax.tolaria.directory import held
 from tests.shards.conftest import Job
 from tests.shards.test_processes import same
@@ -33,6 +34,16 @@ def test_a_process_that_is_lost_before_it_trains_ends_the_other_within_a_minute(
     began = time.monotonic()
     assert first.wait(timeout=120) != 0
     assert time.monotonic() - began < 60
+
+
+def test_a_signal_to_one_process_in_a_validation_ends_both_as_before_the_tick_and_they_go_on(found, tmp_path):
+    """In the third epoch's, behind the second of its five batches; all agree two batches later."""
+    for said in Job(tmp_path, 2, "--terminate-validating", "12").said():
+        assert said["step"] == 24 and "terminated at step 24: saved" in said["interrupted"]
+    assert len(read_events(tmp_path / "run" / "events.jsonl", "epoch")) == 2
+    for ours in Job(tmp_path, 2, "--resume").said():
+        same(ours, found["one"])
+        assert len(ours["scores"]) == len(found["one"]["scores"])
 
 
 def test_a_signal_to_one_process_that_waits_for_a_program_ends_both_in_time_and_they_go_on(found, tmp_path):
