@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from .registry import Last, op
 
 _SPATIAL = "XYZ"
 _MOST_TAPS = 49
+_FEW = 32  # output channels
 _CACHE = 4 << 20  # bytes
 
 
@@ -36,9 +38,12 @@ def convolve(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> Any:
-    """`lax.conv_general_dilated` with channels last; depthwise ones on a CPU as shifted multiply-adds.
+    """`lax.conv_general_dilated` with channels last; some on a CPU as what XLA:CPU computes faster.
 
-    XLA:CPU has no kernel of its own for a convolution with as many groups as channels and computes each group alone.
+    It has no kernel of its own for a convolution with as many groups as channels and computes each group alone: those
+    are shifted multiply-adds. One with a kernel of one tap is a product of matrices, whose weight gradient it takes for
+    a convolution with a kernel of the image's size: written as a product, it is one. And an odd number of input
+    channels under few output channels takes it several times as long as the next multiple of four.
     """
     plain = functools.partial(
         lax.conv_general_dilated,
@@ -51,12 +56,36 @@ def convolve(
         precision=precision,
     )
     taps = math.prod(kernel.shape[:-2])
-    depthwise = feature_group_count > 1 and kernel.shape[-2] == 1 and taps <= _MOST_TAPS
     stretched = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
-    if not depthwise or stretched or isinstance(padding, str):
+    if stretched or isinstance(padding, str):
         return plain(x, kernel)
-    moves = tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation or (1,) * (kernel.ndim - 2))
-    return lax.platform_dependent(x, kernel, cpu=functools.partial(_depthwise, moves), default=plain)
+    if feature_group_count == 1:
+        inputs, outputs = kernel.shape[-2:]
+        if taps == 1 and not np.any(padding):
+            ours: Any = functools.partial(_pointwise, strides, precision)
+        elif inputs > 1 and inputs % 2 == 1 and outputs <= _FEW:
+            ours = functools.partial(_rounded, plain)
+        else:
+            return plain(x, kernel)
+    elif kernel.shape[-2] == 1 and taps <= _MOST_TAPS:
+        moves = tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation or (1,) * (kernel.ndim - 2))
+        ours = functools.partial(_depthwise, moves)
+    else:
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=ours, default=plain)
+
+
+def _pointwise(strides: Any, precision: Any, x: Any, kernel: Any) -> Any:
+    """A convolution whose kernel has one tap, as a product of matrices."""
+    seen = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
+    return jnp.matmul(seen, kernel.reshape(kernel.shape[-2:]), precision=precision)
+
+
+def _rounded(convolution: Any, x: Any, kernel: Any) -> Any:
+    """A convolution with input channels of zeros up to a multiple of four."""
+    more = -x.shape[-1] % 4
+    spatial = ((0, 0),) * (kernel.ndim - 2)
+    return convolution(jnp.pad(x, ((0, 0), *spatial, (0, more))), jnp.pad(kernel, (*spatial, (0, more), (0, 0))))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

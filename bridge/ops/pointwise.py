@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -278,7 +279,11 @@ def to_copy(self: Any, dtype: Any = None, *args: Any, copy: bool = False) -> Any
 @op("gelu.default", **pointwise)
 @full_float
 def gelu(self: Any, approximate: str = "none") -> Any:
-    return jax.nn.gelu(self, approximate=approximate == "tanh")
+    if approximate == "tanh":
+        return jax.nn.gelu(self)
+    return (
+        0.5 * self * (1 + lax.erf(self * math.sqrt(0.5)))
+    )  # as torch has it; JAX's own, by erfc, takes an exponential
 
 
 @op("silu.default", **pointwise)

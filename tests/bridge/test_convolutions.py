@@ -1,0 +1,51 @@
+"""Convolutions that a CPU computes another way are XLA's own, forwards and backwards."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax import lax
+
+pytest.importorskip("torch")
+from bridge.ops.conv import convolve, dimension_numbers
+
+pytestmark = pytest.mark.torch
+
+CASES = {  # spatial axes, inputs, kernel, outputs, strides, padding, dilation, groups
+    "one tap": (2, 6, (1, 1), 10, (1, 1), ((0, 0), (0, 0)), (1, 1), 1),
+    "one tap, strided and dilated": (2, 6, (1, 1), 10, (2, 3), ((0, 0), (0, 0)), (2, 2), 1),
+    "one tap in one dimension": (1, 5, (1,), 64, (2,), ((0, 0),), (1,), 1),
+    "one tap in three dimensions": (3, 4, (1, 1, 1), 2, (1, 2, 1), ((0, 0),) * 3, (1, 1, 1), 1),
+    "one tap, padded": (2, 6, (1, 1), 10, (1, 1), ((1, 1), (0, 2)), (1, 1), 1),
+    "one tap a group": (2, 6, (1, 1), 6, (1, 1), ((0, 0), (0, 0)), (1, 1), 2),
+    "three channels": (2, 3, (3, 3), 32, (2, 1), ((1, 1), (0, 1)), (1, 1), 1),
+    "seven channels, dilated": (2, 7, (3, 2), 8, (1, 1), ((2, 2), (0, 0)), (2, 1), 1),
+    "five channels in one dimension": (1, 5, (4,), 16, (1,), ((2, 1),), (1,), 1),
+    "three channels, many outputs": (2, 3, (3, 3), 48, (1, 1), ((1, 1), (1, 1)), (1, 1), 1),
+    "depthwise": (2, 4, (3, 3), 8, (2, 1), ((1, 1), (2, 0)), (1, 2), 4),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_xlas_convolution(case):
+    spatial, inputs, size, outputs, strides, padding, dilation, groups = CASES[case]
+    random = np.random.default_rng(0)
+    x = random.normal(size=(2, *(9,) * spatial, inputs)).astype(np.float32)
+    kernel = random.normal(size=(*size, inputs // groups, outputs)).astype(np.float32)
+    given = (strides, padding, None, dilation, dimension_numbers(spatial), groups)
+    wanted, back = jax.vjp(lambda x, k: lax.conv_general_dilated(x, k, *given), x, kernel)
+    found, ours = jax.vjp(lambda x, k: convolve(x, k, *given), x, kernel)
+    cotangent = random.normal(size=wanted.shape).astype(np.float32)
+    for one, other in zip((found, *ours(cotangent)), (wanted, *back(cotangent)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_one_tap_is_a_product_whose_gradients_are_products():
+    x, kernel = np.ones((2, 8, 8, 6), np.float32), np.ones((1, 1, 6, 4), np.float32)
+    call = functools.partial(convolve, strides=(1, 1), padding=((0, 0), (0, 0)), dimension_numbers=dimension_numbers(2))
+    compiled = jax.jit(jax.grad(lambda x, k: (call(x, k) ** 2).sum(), (0, 1))).lower(x, kernel).compile().as_text()
+    if jax.default_backend() == "cpu":
+        assert " convolution(" not in compiled
