@@ -111,14 +111,17 @@ def interrupts(
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    watched = False  # after SIGTERM the process ends soon in any case then, and is perhaps being saved
+
     def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+        if stop.is_set() and number == signal.SIGINT and not (watched and stop.signal == signal.SIGTERM):
             raise KeyboardInterrupt
         stop.signal = number
         stop.set()
 
     taken = [n for n in before if n == signal.SIGINT or before[n] in (signal.SIG_DFL, terminated)]
     with _told_of(signal.SIGTERM) if signal.SIGTERM in taken else contextlib.nullcontext() as heard:
+        watched = heard is not None
         if heard is not None:
             threading.Thread(target=_see_to_it, args=(heard, stop, save, finish, overdue), daemon=True).start()
         try:

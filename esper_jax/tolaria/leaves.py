@@ -230,7 +230,10 @@ def flatten(tree: Any, folder: str = "") -> tuple[tuple[LeafRecord, ...], dict[s
 def is_there(tree: Any) -> bool:
     """Whether all arrays of a tree are computed, and none was donated."""
     arrays: list[Any] = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array) and not is_key(leaf)]
-    return all(not leaf.is_deleted() and leaf.is_ready() for leaf in arrays)
+    try:
+        return all(not leaf.is_deleted() and leaf.is_ready() for leaf in arrays)
+    except RuntimeError:  # donated in between
+        return False
 
 
 def is_spread(tree: Any) -> bool:

@@ -21,7 +21,7 @@ from .change import Changes
 from .checkpoint import Checkpoints
 from .data import Data, Held
 from .feed import Feed
-from .interruption import Rest, Stop
+from .interruption import ANSWER, GRACE, Rest, Stop
 from .leaves import is_spread, is_there, parted
 from .peers import Vote, alone, first, largest, told
 from .programs import Program
@@ -48,12 +48,27 @@ class TrainingInterrupted(KeyboardInterrupt):
         self.state, self.directory, self.signal = state, directory, signal
 
 
+class _Paused(BaseException):
+    """A tick is left for the signal of that number before it has changed anything."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 class Before(NamedTuple):
     """A run as it was before a tick: its state and memory, of whose records there were so many."""
 
     state: TrainState
     session: Session
     records: int
+
+    @classmethod
+    def of(cls, state: TrainState, session: Session) -> Before:
+        """As they are now; what the governor or a controller may write over is copied."""
+        own = lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf  # noqa: E731
+        state = state.replace(governor=jax.tree.map(own, state.governor), control=jax.tree.map(own, state.control))
+        return cls(state, dataclasses.replace(session, pending=list(session.pending)), len(session.records))
 
     def begun(self) -> tuple[TrainState, Session]:
         """The state and the memory."""
@@ -70,6 +85,7 @@ class Run:
       session: the run's memory, brought up to date at each tick.
       sink, checkpoints: receivers of events and of states (None keeps none).
       tick_every, checkpoint_every, patience: as for `Tolaria`.
+      resumed: whether the state is what was restored from its checkpoint.
     """
 
     def __init__(
@@ -85,6 +101,7 @@ class Run:
         tick_every: int | None,
         checkpoint_every: int,
         patience: int | None,
+        resumed: bool = False,
     ) -> None:
         self.steps, self.ticker, self.session, self.sink, self.checkpoints = steps, ticker, session, sink, checkpoints
         self.tick_every, self.checkpoint_every, self.patience = tick_every, checkpoint_every, patience
@@ -95,7 +112,7 @@ class Run:
         self.control = (state.governor, state.control)
         self.saver = None if checkpoints is None else Saver(checkpoints)
         self.history = HistoryFile((self.directory or pathlib.Path()) / FILE, session.records)
-        there = checkpoints is not None and self.made in checkpoints.steps()
+        there = resumed and checkpoints is not None and self.made in checkpoints.steps()
         self.saved = (int(state.ticks), self.made) if there else None
         self.vote = Vote()
         self.stop = Stop()
@@ -188,17 +205,22 @@ class Run:
         """One tick, with which an epoch may end, and a checkpoint where it is due; whether to stop early."""
         session = self.session
         self.tell_saved()
-        self.before = Before(
-            self.whole(), dataclasses.replace(session, pending=list(session.pending)), len(session.records)
-        )
+        place = self.epoch, self.batch
+        self.before = Before.of(self.whole(), session)
         if ends_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
-        with self.rest:
-            state = self.ticker(self.whole(), session, validation, self.sink, self.pause)
-        self.before = None
-        self.control = (state.governor, state.control)
-        self.state = self.changes.enter(state.replace(governor=None, control=None))
-        self.changes.guess(self.state, self.ticker.candidates)
+        number = 0
+        try:
+            with self.rest:
+                state = self.ticker(self.whole(), session, validation, self.sink, self.pause)
+                view = self.changes.enter(state.replace(governor=None, control=None))
+                self.changes.guess(view, self.ticker.candidates)
+        except _Paused as paused:
+            number = paused.number
+        if number:
+            self.epoch, self.batch = place
+            self.interrupt(number)
+        self.before, self.state, self.control = None, view, (state.governor, state.control)
         self.unticked = 0
         ticks = int(state.ticks)
         self.changes.tell((ticks, int(state.step)))
@@ -214,12 +236,9 @@ class Run:
         return False
 
     def pause(self) -> None:
-        """Within a validation: end the run for a signal, as it was before the tick."""
+        """Within a validation: leave the tick for a signal."""
         if number := self.vote(self.stop.number()):
-            assert self.before is not None
-            self.rest.leave()
-            self.epoch, self.batch = int(self.before.state.epoch), int(self.before.state.batch)
-            self.interrupt(number)
+            raise _Paused(number)
 
     def restructure(self, stop: Stop, *, at_tick: bool) -> None:
         """Let a grown or leaner program take over where that is due; Ctrl-C ends a wait for it."""
@@ -249,12 +268,14 @@ class Run:
     def begin_save(self, saver: Saver, state: TrainState, session: Session) -> None:
         """Begin to save that state and session."""
         ticks, step = int(state.ticks), int(state.step)
-        score = session.records[-1]["score"] if session.records else float("nan")
+        last = session.records[-1] if session.records else {}
+        measured = (last.get("epoch"), last.get("step")) == (ticks, step)  # no step since the last tick
+        score = last["score"] if measured else float("nan")
         mark, write = self.history.up_to_now(session.records)
         tree, meta = persist.described(state, session, mark)
         tree = parted(tree)
         if first() or is_spread(tree):
-            best, before = session.best_tick == ticks, write if first() else None
+            best, before = measured and session.best_tick == ticks, write if first() else None
             saver.save(ticks, step, tree, meta, score, best, before)
         self.saved = (ticks, step)
 
@@ -262,18 +283,18 @@ class Run:
         """From another thread, while the run rests: save it as it stands, or stood before a tick; whether it did."""
         if self.saver is None or not alone():
             return False
-        if not is_there(self.state):  # a step is on its way
-            return False
-        with contextlib.suppress(Exception):
+        try:
+            if not is_there(self.state) or not self.saver.finish(ANSWER - GRACE):  # a step or a save is on its way
+                return False
             state, session = (self.whole(), self.session) if self.before is None else self.before.begun()
             now = (int(state.ticks), int(state.step))
-            self.saver.wait()
-            if self.saved != now:
+            if self.saved != now or any(saved.error is not None for saved in self.saver.told()):
                 self.begin_save(self.saver, state, session)
-                self.saver.wait()
-            if any(saved.error is not None for saved in self.saver.told()):
-                self.saved = None
-            self.rested = self.saved == now
+            self.rested = self.saver.finish(lifeline.LAST) and all(saved.error is None for saved in self.saver.told())
+        except Exception:
+            self.rested = False
+        if not self.rested:
+            self.saved = None
         return self.rested
 
     def settle(self) -> None:

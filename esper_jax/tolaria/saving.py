@@ -69,10 +69,10 @@ class Saver:
             raise
         self._writing = None  # not before: an interrupt of the wait leaves the save to be waited for
 
-    def finish(self, seconds: float) -> None:
-        """Wait for a save under way, but no longer than that; from any thread."""
-        if (writing := self._writing) is not None:
-            concurrent.futures.wait([writing], timeout=seconds)
+    def finish(self, seconds: float) -> bool:
+        """Wait for a save under way, but no longer than that; whether none is any more. From any thread."""
+        writing = self._writing
+        return writing is None or bool(concurrent.futures.wait([writing], timeout=seconds).done)
 
     def close(self) -> None:
         """Wait, and end the thread."""

@@ -280,7 +280,7 @@ class Tolaria:
         log = ListSink()
         with (
             self._checkpoints(state) as checkpoints,
-            self._sinks(state, log, epochs) as sink,
+            self._sinks(state, log, epochs, resumed) as sink,
             compile_cache(self._compile_cache),
             self._compiler(state.morph) as compiler,
         ):
@@ -298,6 +298,7 @@ class Tolaria:
                 tick_every=self.tick_every,
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
+                resumed=resumed,
             )
             for name, data in (("training", train), ("validation", validation)):
                 with agreed():
@@ -411,7 +412,7 @@ class Tolaria:
             compiler.close(wait=wait)
 
     @contextlib.contextmanager
-    def _sinks(self, state: TrainState, log: ListSink, epochs: int) -> Iterator[Callable[[Event], None]]:
+    def _sinks(self, state: TrainState, log: ListSink, epochs: int, resumed: bool) -> Iterator[Callable[[Event], None]]:
         spools = None if self.checkpoint_dir is None else self.checkpoint_dir / "spool"
         with contextlib.ExitStack() as opened:
             with agreed():
@@ -419,8 +420,8 @@ class Tolaria:
                 if self.checkpoint_dir is not None and first():
                     self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
                     file = JsonlSink(self.checkpoint_dir / "events.jsonl")
-                    saved = int(state.step) or -1  # nothing stays of a run that ended before it saved a step
-                    file.rewind(saved, epoch=int(state.ticks))
+                    begun = resumed or int(state.step) > 0  # of a run that ended before it saved a step nothing stays
+                    file.rewind(int(state.step) if begun else -1, epoch=int(state.ticks))
                     sinks.append(file)
                 if self.progress and first():
                     sinks.append(Console(epochs))

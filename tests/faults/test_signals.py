@@ -12,12 +12,15 @@ import time
 
 import chex
 import jax
+import numpy as np
 import pytest
 
-from esper_jax import FixedSchedule, TrainingInterrupted, cli, experiment, options
+from esper_jax import TrainingInterrupted, cli, experiment, options
 from esper_jax.nissa import JsonlSink, course, events, read_events
 from esper_jax.options import CONFIG, Train
 from esper_jax.tolaria.data import Batches
+from esper_jax.tolaria.evaluate import Evaluator
+from esper_jax.tolaria.saving import Saver
 from tests.tolaria import growing
 from tests.tolaria.test_resume import bits
 
@@ -163,16 +166,26 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("at", ["its first evaluation", "contributions", "the last tick"])
-def test_in_a_validation_the_run_is_saved_as_before_its_tick_and_goes_on_to_the_same_bits(whole, tmp_path, at):
+def test_in_a_validation_the_run_is_saved_as_before_its_tick_and_goes_on_to_the_same_bits(
+    whole, tmp_path, monkeypatch, at
+):
     """So that a validation may take longer than a process that is told to end has; and the last save is of the end."""
     state, history, told, given = whole
     made = growing.trainer(tmp_path, checkpoint_every=4)
     number = {"its first evaluation": 21, "contributions": 78, "the last tick": given - 10}[at]
-    validation = Slow(number)
+    validation, within, real = Slow(number), [], Evaluator.contributions
+
+    def contributions(*given):
+        within.append(given)
+        found = real(*given)
+        within.pop()
+        return found
+
+    monkeypatch.setattr(Evaluator, "contributions", contributions)
     with pytest.raises(TrainingInterrupted, match="terminated at step .*: saved step") as raised:
         made.fit(growing.start(made), growing.TRAIN, validation, epochs=16)
     assert validation.given == number
-    assert ("contributions" in [entry.name for entry in raised.traceback]) == (at == "contributions")
+    assert bool(within) == (at == "contributions")
     again = growing.trainer(tmp_path, checkpoint_every=4)
     restored = again.restore()
     chex.assert_trees_all_equal(bits(restored), bits(raised.value.state))
@@ -200,6 +213,18 @@ def test_behind_the_last_step_the_last_save_is_of_the_end_all_the_same(whole, tm
     assert int(restored.ticks) == 15
     again.fit(restored, growing.TRAIN, Slow(0), epochs=16)
     chex.assert_trees_all_equal(bits(growing.trainer(tmp_path).restore()), bits(whole[0]))
+
+
+def test_what_fails_while_a_validation_is_left_ends_the_run(tmp_path, monkeypatch):
+    """It is not taken for contributions that cannot be measured."""
+
+    def full(*_, **__):
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(Saver, "save", full)
+    made = growing.trainer(tmp_path, checkpoint_every=100)
+    with pytest.raises(MemoryError, match="no room for a copy"):
+        made.fit(growing.start(made), growing.TRAIN, Slow(78), epochs=16)
 
 
 FORKING = """
@@ -233,10 +258,22 @@ def test_a_signal_to_a_process_that_the_run_forked_is_that_ones():
     assert done.stdout.split() == ["-15", "finished"], done.stderr[-2000:]
 
 
+class Counting:
+    """A controller that decides nothing, and counts its ticks in place."""
+
+    def init(self, spec, key):
+        return {"decided": np.zeros((), np.int32)}
+
+    def decide(self, state, report, feedback):
+        state["decided"] += 1
+        return (), state
+
+
 HANGING = """
 import hashlib, sys, time
+from esper_jax.tolaria.saving import Saver
+from tests.faults.test_signals import Counting
 from tests.tolaria import growing
-from esper_jax import FixedSchedule
 
 def batches(epoch):
     for index in range(0, 256, 32):
@@ -254,21 +291,25 @@ class Validation:
     def __iter__(self):
         return validation()
 
-class Hangs(FixedSchedule):
+class Hangs(Counting):
     def decide(self, state, report, feedback):
+        state["decided"] += 1
         if sys.argv[2] == "controller" and report.epoch == 2:
             time.sleep(90)
         if sys.argv[2] == "compiled code" and report.epoch == 2:
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        state["decided"] -= 1
         return super().decide(state, report, feedback)
 
-made = growing.trainer(sys.argv[1], controller=Hangs({}), checkpoint_every=3, steps_per_dispatch=1)
+if sys.argv[3:]:
+    Saver._write = lambda *_: time.sleep(90)
+made = growing.trainer(sys.argv[1], controller=Hangs(), checkpoint_every=3, steps_per_dispatch=1)
 step, calls = made._step, 0
 
 def compiling(state, *rest):
     global calls
     calls += 1
-    if sys.argv[2] == "a compilation" and calls == 13:
+    if sys.argv[2] == "a compilation" and calls == 13 or sys.argv[2] == "the first compilation":
         hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     after = step(state, *rest)
     if sys.argv[2] == "a step" and calls == 30:
@@ -292,11 +333,12 @@ def straight(made, state):
 
 @pytest.fixture(scope="module")
 def unhung():
-    made = growing.trainer(None, controller=FixedSchedule({}), steps_per_dispatch=1)
+    made = growing.trainer(None, controller=Counting(), steps_per_dispatch=1)
     return straight(made, growing.start(made))
 
 
 HANGS = {"data": 19, "validation": 16, "controller": 16, "compiled code": 16, "a compilation": 12, "a step": 24}
+HANGS["the first compilation"] = 0
 """Where the run hangs, and the step that is saved: the one it is at, but for a step that is on its way already."""
 
 
@@ -309,7 +351,9 @@ def test_a_process_that_hangs_where_no_step_ends_has_ten_seconds(tmp_path, what,
         [sys.executable, "-c", HANGING, str(run), what], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     log = run / "events.jsonl"
-    until(process, log, f'"kind": "epoch", "epoch": {3 if what == "a step" else 2 if what == "data" else 1}')
+    told = {"a step": '"kind": "epoch", "epoch": 3', "data": '"kind": "epoch", "epoch": 2'}
+    first = '"run_started"' if what == "the first compilation" else '"kind": "epoch", "epoch": 1'
+    until(process, log, told.get(what, first))
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
@@ -317,10 +361,24 @@ def test_a_process_that_hangs_where_no_step_ends_has_ten_seconds(tmp_path, what,
     assert process.returncode == 143 and time.monotonic() - began < 10, said
     assert f"step {HANGS[what]} is saved in {run}" in said and "go on with fit(restore(), ...)" in said
     assert ("later ones are lost" in said) == (what == "a step")
-    made = growing.trainer(run, controller=FixedSchedule({}), steps_per_dispatch=1)
+    made = growing.trainer(run, controller=Counting(), steps_per_dispatch=1)
     restored = made.restore()
     assert int(restored.step) == HANGS[what]
     chex.assert_trees_all_equal(straight(made, restored), unhung)
+    assert [event.kind for event in read_events(log)].count("run_started") == 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_hangs_too_does_not_keep_the_process(tmp_path):
+    """Nothing can be saved then, which is said."""
+    run = tmp_path / "r"
+    command = [sys.executable, "-c", HANGING, str(run), "data", "and the disk"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    until(process, run / "events.jsonl", '"kind": "epoch", "epoch": 2')
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and "nothing is saved" in said
 
 
 SLOW = """

@@ -210,9 +210,9 @@ def test_no_more_than_three_calls_wait_on_the_device_and_nothing_is_fetched_befo
     at_tick, tick, waiting = [], Run.tick, []
     dispatch = Run.dispatch
 
-    def watched_tick(self: Run, validation: Any) -> bool:
+    def watched_tick(self: Run, validation: Any, **given: Any) -> bool:
         at_tick.append(list(fetched))
-        stopped = tick(self, validation)
+        stopped = tick(self, validation, **given)
         fetched.clear()
         return stopped
 
