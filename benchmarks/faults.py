@@ -26,6 +26,8 @@ from tests.faults.scenarios import SCENARIOS, TESTS  # noqa: E402
 
 KNOWN = (*SCENARIOS, *TESTS)
 PAGE = ROOT / "benchmarks" / "FAULTS.md"
+EXAMPLES = 10
+"""How many times the examples of a test run hypothesis draws here."""
 INTRODUCTION = """# What a run survives
 
 Written by `python benchmarks/faults.py`; the same scenarios run in a short form with every test run
@@ -64,7 +66,8 @@ def main() -> None:
         print(f"{name}: {row['trials']} trials in {row['seconds']} s, {len(found.failures)} failures", flush=True)
         for failure in found.failures:
             print(f"  {failure}", flush=True)
-    shown = [tested(name, *TESTS[name]) for name in args.only if name in TESTS]
+    examples = 1 if args.short else EXAMPLES
+    shown = [tested(name, *TESTS[name], examples=examples) for name in args.only if name in TESTS]
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
@@ -75,14 +78,18 @@ def main() -> None:
     sys.exit(1 if any(row["failures"] for row in [*rows, *shown]) else 0)
 
 
-def tested(name: str, about: str, tests: Sequence[str]) -> dict[str, Any]:
-    """Run tests; how many passed, and which did not."""
+def tested(name: str, about: str, tests: Sequence[str], *, examples: int) -> dict[str, Any]:
+    """Run tests, with so many times the examples that hypothesis draws in CI; how many passed, and which did not."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", f"--junitxml={report}", *tests]
         said = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "REQUIRE_REDIS": "1"}, capture_output=True, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, "REQUIRE_REDIS": "1", "FAULTS_EXAMPLES": str(examples)},
+            capture_output=True,
+            text=True,
         )
         cases = list(xml.etree.ElementTree.parse(report).iter("testcase")) if report.exists() else []
     ended = {case: {child.tag for child in case} & {"failure", "error", "skipped"} for case in cases}
@@ -101,10 +108,17 @@ def tested(name: str, about: str, tests: Sequence[str]) -> dict[str, Any]:
     return row
 
 
+def commit() -> str:
+    """The commit that is measured, and whether files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return f"commit {said.stdout.strip()}" if said.returncode == 0 else "no known commit"
+
+
 def page(rows: list[dict[str, Any]], shown: list[dict[str, Any]], where: str, *, seed: int) -> str:
     """The results as Markdown."""
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
-    text = [INTRODUCTION, f"{datetime.date.today()}, seed {seed}, on {where}; {named}.\n"]
+    text = [INTRODUCTION, f"{datetime.date.today()}, seed {seed}, of {commit()}, on {where}; {named}.\n"]
     text += ["| scenario | what is done to the run | trials | failures | seconds |", "|---|---|---|---|---|"]
     text += [
         f"| {row['scenario']} | {row['about']} | {row['trials']} | {len(row['failures'])} | {row['seconds']:.0f} |"

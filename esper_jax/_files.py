@@ -1,4 +1,4 @@
-"""Small text files that are there whole or not at all, whatever ends the process or fills the disk."""
+"""Files that are there whole or not at all, whatever ends the process or fills the disk."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import contextlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:
     """Write a file in the place of the one that may be there. OSError: it could not be; the old one is as it was."""
-    with _beside(path, text) as written:
+    replace(path, (text.encode(),))
+
+
+def replace(path: pathlib.Path, parts: Iterable[bytes]) -> None:
+    """As `replace_text`, with what comes part by part."""
+    with _beside(path, parts) as written:
         os.replace(written, path)
 
 
 def new_text(path: pathlib.Path, text: str) -> None:
     """Write a file that is not there yet; of several that try, one does. FileExistsError: it is there already."""
-    with _beside(path, text) as written:
+    with _beside(path, (text.encode(),)) as written:
         try:
             os.link(written, path)
         except FileExistsError:
@@ -29,17 +34,17 @@ def new_text(path: pathlib.Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _beside(path: pathlib.Path, text: str) -> Iterator[str]:
-    """A file with that text beside `path`, on disk, for the time of the block."""
+def _beside(path: pathlib.Path, parts: Iterable[bytes]) -> Iterator[str]:
+    """A file of those parts beside `path`, on disk, for the time of the block, with the mode of the one there."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
+        os.chmod(name, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)
         yield name
     finally:
         with contextlib.suppress(FileNotFoundError):

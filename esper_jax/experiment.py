@@ -28,7 +28,7 @@ from .tamiyo import FixedSchedule, RandomSchedule, Tamiyo, TamiyoClient
 from .tamiyo.client import TOKEN
 from .tasks import Task, get_task
 from .tolaria import History, Tolaria, TrainingDiverged, TrainingInterrupted, TrainState, growable, peers, persist
-from .tolaria.interruption import Terminated, terminated
+from .tolaria.interruption import Terminated, ended_by, terminated
 
 BASELINE = "host_alone"
 """The folder of a run in which its host trains alone, to compare with."""
@@ -149,10 +149,8 @@ def _interruptions(run_dir: pathlib.Path, *, resumes: bool) -> Iterator[None]:
         raise
     except KeyboardInterrupt as stopped:
         number = signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT
-        by = "terminated" if number == signal.SIGTERM else "interrupted"
-        raise Interrupted(
-            f"{by} where no step ends, so nothing more was saved", run_dir if ours else None, number
-        ) from None
+        what = f"{ended_by(number)} where no step ends, so nothing more was saved"
+        raise Interrupted(what, run_dir if ours else None, number) from None
     finally:
         if mine:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

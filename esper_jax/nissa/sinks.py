@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import BinaryIO, Protocol, Self, runtime_checkable
 
 from .._checks import objects, place
+from .._files import replace
 from . import events as make
 from .backlog import Backlog
 from .clean import clean
@@ -129,7 +129,7 @@ class JsonlSink(_Closing):
 
     def _write(self, event: Event) -> None:
         """One whole line, or an OSError and nothing of it. After a failure the file is opened again."""
-        line = event.to_json().encode("utf-8", "backslashreplace") + b"\n"
+        line = _line(event)
         if self._failed:
             self._reopen()
         assert self._file is not None
@@ -173,7 +173,7 @@ class JsonlSink(_Closing):
                 self._file = None
             try:
                 kept = rewound(_salvaged(self.path), step, count, epoch=epoch)
-                _replace(self.path, kept)
+                replace(self.path, (_line(event) for event in kept))
                 self._count = len(kept)
             finally:
                 self._file = self.path.open("ab", buffering=0)
@@ -348,21 +348,8 @@ def _readable(line: bytes) -> bool:
     return isinstance(record, dict) and "v" in record
 
 
-def _replace(path: Path, events: Iterable[Event]) -> None:
-    """Write a file beside `path` and move it there."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            for event in events:
-                file.write(event.to_json().encode("utf-8", "backslashreplace") + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, path.stat().st_mode & 0o777)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+def _line(event: Event) -> bytes:
+    return event.to_json().encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _notices(sinks: Iterable[Sink]) -> list[Event]:

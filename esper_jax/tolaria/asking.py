@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from ..nissa.event import plain
@@ -72,7 +73,8 @@ class Asking:
 
 def _answer(controller: Controller, state: Any, report: Any, feedback: Any) -> tuple[Any, Any]:
     try:
-        decisions, after = controller.decide(state, report, feedback)
+        own = jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf, state)
+        decisions, after = controller.decide(own, report, feedback)  # which may write over its state
     except Exception as error:
         text = f"the controller raised {type(error).__name__}: {error}; nothing is decided at this tick"
         raise ControllerError(text) from error

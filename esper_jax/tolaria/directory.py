@@ -25,9 +25,10 @@ def held(directory: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check_ahead(checkpoints: Checkpoints, step: int) -> None:
-    """CheckpointError where the directory holds a run that is further than this step."""
-    later = [one for one in checkpoints.steps() if one > step and not checkpoints.is_damaged(one)]
+def check_ahead(checkpoints: Checkpoints, step: int, *, another: bool = False) -> None:
+    """CheckpointError where the directory holds a run that is further than this step, or `another` as far."""
+    first = step if another else step + 1
+    later = [one for one in checkpoints.steps() if one >= first and not checkpoints.is_damaged(one)]
     if later:
         raise CheckpointError(
             f"{checkpoints.directory.parent} already holds a run up to step {later[-1]}, and this state is at step "

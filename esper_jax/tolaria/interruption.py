@@ -21,8 +21,15 @@ GRACE = 3.0
 """Seconds that a run has after SIGTERM to come to the end of a step; then it is saved where it stands, if it rests."""
 ANSWER = 7.0
 """Seconds after which it ends with the steps that are saved, where that could not be."""
+SAVE = 15.0
+"""Seconds that a save under way has then, before a process ends that hangs or has lost another."""
 AFTER_SAVE = 1.0
 """Seconds that it has yet where a save was under way, which it may have waited for."""
+
+
+def ended_by(number: int) -> str:
+    """What a signal does to a run, in a word."""
+    return "terminated" if number == signal.SIGTERM else "interrupted"
 
 
 class Stop(threading.Event):
@@ -94,7 +101,7 @@ def leave(status: int) -> NoReturn:
 @contextlib.contextmanager
 def interrupts(
     save: Callable[[], bool] = lambda: False,
-    finish: Callable[[], None] = lambda: None,
+    finish: Callable[[float], object] = lambda seconds: None,
     overdue: Callable[[], None] = lambda: None,
 ) -> Iterator[Stop]:
     """Ctrl-C and SIGTERM set the event, so that a step is never torn; a second Ctrl-C interrupts at once.
@@ -102,8 +109,9 @@ def interrupts(
     A SIGTERM that the program handles itself already is left to it, unless by `terminated`. One that is not answered
     within `GRACE` seconds finds the run in something that Python may not interrupt, as a compilation, a controller or
     a batch that is long in coming: `save()` is asked then to save it, and where it says after `ANSWER` seconds still
-    that it cannot, `finish()` sees a save through that is under way. `overdue()` says what is saved, and the process
-    ends with status 143; all of that in a thread. Processes that are forked meanwhile have none of it.
+    that it cannot, `finish(seconds)` sees a save through that is under way, for so long. `overdue()` says what is
+    saved, and the process ends with status 143; all of that in a thread. Processes that are forked meanwhile have none
+    of it. A save that answers a signal takes as long as the disk does.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -111,10 +119,12 @@ def interrupts(
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    watched = False  # after SIGTERM the process ends soon in any case then, and is perhaps being saved
+    watched = False
 
     def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT and not (watched and stop.signal == signal.SIGTERM):
+        if stop.is_set() and stop.signal == signal.SIGTERM and watched:
+            return  # the process ends soon in any case, and is perhaps being saved
+        if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signal = number
         stop.set()
@@ -189,7 +199,7 @@ def _see_to_it(
     heard: Callable[[], bool],
     stop: Stop,
     save: Callable[[], bool],
-    finish: Callable[[], None],
+    finish: Callable[[float], object],
     overdue: Callable[[], None],
 ) -> None:
     """End the process where a signal is not answered in time."""
@@ -199,8 +209,8 @@ def _see_to_it(
     while not save():
         if stop.answered.wait(0.1):
             return
-        if time.monotonic() > end:
-            finish()
+        if (late := time.monotonic() - end) > 0:
+            finish(max(0.0, SAVE - late))
             if stop.answered.wait(AFTER_SAVE):
                 return
             break

@@ -22,13 +22,12 @@ from typing import Self
 import jax
 
 from . import peers
+from .interruption import SAVE
 
 LOST = 75
 """The exit status of a process that ends because another of its job did: try again (`EX_TEMPFAIL` of sysexits.h)."""
 GRACE = 10.0
 """Seconds in which a process may come to the end by itself that another one has met as an error."""
-LAST = 15.0
-"""Seconds that a save under way has before a process ends because another did."""
 _MEET = 15.0
 _PAUSE = 2.0
 _LONGEST = 400
@@ -174,8 +173,8 @@ class Lifeline:
                 with contextlib.suppress(Exception):
                     stream.write(text)
                     stream.flush()
-            teller.join(LAST + 2)
-            until = time.monotonic() + (LAST + 5 if peers.first() else 0)
+            teller.join(SAVE + 2)
+            until = time.monotonic() + (SAVE + 5 if peers.first() else 0)
             for watcher in self._watchers:
                 if watcher is not threading.current_thread():
                     watcher.join(max(0.0, until - time.monotonic()))

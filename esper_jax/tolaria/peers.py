@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ from ..kasmina._pytree import is_key
 T = TypeVar("T")
 LAG = 2
 """Votes that may be under way: what one finds is known when the next but one is cast."""
+SLOW = 0.5
+"""Seconds between two votes from which on they are waited for."""
 HEARTBEAT = 20
 """Seconds after which a process that is not heard of counts as lost, and the others end."""
 JOINING = 300
@@ -177,17 +180,29 @@ def _ends(said: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 class Vote:
-    """The largest number that any process says, without waiting for it: an answer comes `LAG` votes later."""
+    """The largest number that any process says, without waiting for it: an answer comes `LAG` votes later.
+
+    Where votes are far apart they are waited for (`waits`), which costs little then, and an answer comes at once. With
+    its number each process says whether they were; so all of them begin and cease to wait at the same vote.
+    """
 
     def __init__(self) -> None:
         self._cast: collections.deque[jax.Array] = collections.deque()
+        self._last = time.monotonic()
+        self.waits = False
 
     def __call__(self, mine: int) -> int:
         """Cast this process's vote; the largest one of `LAG` votes ago. Where alone, the answer is the vote itself."""
         if alone():
             return mine
-        self._cast.append(_said(jnp.max)(mine))
-        return int(self._cast.popleft()) if len(self._cast) > LAG else 0
+        slow = time.monotonic() - self._last > SLOW
+        self._cast.append(_said(jnp.max)(2 * mine + slow))
+        number = 0
+        while len(self._cast) > (0 if self.waits else LAG):
+            said = int(self._cast.popleft())
+            number, self.waits = max(number, said // 2), bool(said % 2)
+        self._last = time.monotonic()
+        return number
 
 
 class InStep:

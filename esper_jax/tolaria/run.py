@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..nissa import events
-from . import lifeline, persist
+from . import persist
 from .change import Changes
 from .checkpoint import Checkpoints
 from .data import Data, Held
 from .feed import Feed
-from .interruption import ANSWER, GRACE, Rest, Stop
+from .interruption import ANSWER, GRACE, SAVE, Rest, Stop, ended_by
 from .leaves import is_spread, is_there, parted
 from .peers import Vote, alone, first, largest, told
 from .programs import Program
@@ -65,9 +65,7 @@ class Before(NamedTuple):
 
     @classmethod
     def of(cls, state: TrainState, session: Session) -> Before:
-        """As they are now; what the governor or a controller may write over is copied."""
-        own = lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf  # noqa: E731
-        state = state.replace(governor=jax.tree.map(own, state.governor), control=jax.tree.map(own, state.control))
+        """As they are now."""
         return cls(state, dataclasses.replace(session, pending=list(session.pending)), len(session.records))
 
     def begun(self) -> tuple[TrainState, Session]:
@@ -114,7 +112,9 @@ class Run:
         self.history = HistoryFile((self.directory or pathlib.Path()) / FILE, session.records)
         there = resumed and checkpoints is not None and self.made in checkpoints.steps()
         self.saved = (int(state.ticks), self.made) if there else None
-        self.vote = Vote()
+        if self.saver is not None and self.saved is not None:
+            self.saver.last = self.saved
+        self.vote, self.vote_in_tick = Vote(), Vote()
         self.stop = Stop()
         self.unticked = int(state.meters.batches)
         self.running: collections.deque[jax.Array] = collections.deque()
@@ -138,7 +138,8 @@ class Run:
         """Train; why it ended."""
         self.stop = stop
         if self.session.waiting is not None and not self.changes.programs.known():
-            self.foresee(feed, validation)
+            with self.rest:
+                self.foresee(feed, validation)
         while self.epoch < epochs:
             if self.through(feed, validation, stop):
                 return "stopped early"
@@ -198,7 +199,7 @@ class Run:
         self.unticked += count
         self.made += count
         self.running.append(metrics["loss"])
-        if len(self.running) > IN_FLIGHT:
+        while len(self.running) > (0 if self.vote.waits else IN_FLIGHT):
             self.running.popleft().block_until_ready()
 
     def tick(self, validation: Data, *, ends_epoch: bool = False) -> bool:
@@ -237,7 +238,7 @@ class Run:
 
     def pause(self) -> None:
         """Within a validation: leave the tick for a signal."""
-        if number := self.vote(self.stop.number()):
+        if number := self.vote_in_tick(self.stop.number()):
             raise _Paused(number)
 
     def restructure(self, stop: Stop, *, at_tick: bool) -> None:
@@ -288,9 +289,9 @@ class Run:
                 return False
             state, session = (self.whole(), self.session) if self.before is None else self.before.begun()
             now = (int(state.ticks), int(state.step))
-            if self.saved != now or any(saved.error is not None for saved in self.saver.told()):
+            if self.saver.last != now:
                 self.begin_save(self.saver, state, session)
-            self.rested = self.saver.finish(lifeline.LAST) and all(saved.error is None for saved in self.saver.told())
+            self.rested = self.saver.finish(SAVE) and self.saver.last == now
         except Exception:
             self.rested = False
         if not self.rested:
@@ -321,7 +322,7 @@ class Run:
     def lost(self, sentence: str) -> None:
         """Log that another process is lost, and see a save through; the state cannot be asked for any more."""
         if self.saver is not None:
-            self.saver.finish(lifeline.LAST)
+            self.saver.finish(SAVE)
         self.sink(events.error(len(self.session.records), self.made, sentence))
 
     @contextlib.contextmanager
@@ -344,14 +345,15 @@ class Run:
         if number := largest(stop.number()):
             self.interrupt(number)
 
-    def finish(self) -> None:
-        """See a save through that is under way, from another thread."""
+    def finish(self, seconds: float) -> None:
+        """See a save through that is under way, for so long, from another thread."""
         if self.saver is not None:
-            self.saver.finish(lifeline.LAST)
+            self.saver.finish(seconds)
 
     def overdue(self) -> None:
         """Say, from another thread, that the process ends in mid-step, and what is saved."""
-        done = None if self.checkpoints is None else self.checkpoints.latest()
+        last = None if self.saver is None else self.saver.last  # the disk itself may hang
+        done = None if last is None else last[1]
         what = (
             "terminated in something that takes long and cannot be interrupted (a compilation, a batch, a controller)"
         )
@@ -377,5 +379,4 @@ class Run:
             how = f"it could not be saved in {where}, but is in this exception's .state"
         else:
             how = "nothing was saved (no checkpoint_dir); the state is in this exception's .state"
-        by = "terminated" if number == signal.SIGTERM else "interrupted"
-        raise TrainingInterrupted(f"{by} at step {step}: {how}", state, where, number)
+        raise TrainingInterrupted(f"{ended_by(number)} at step {step}: {how}", state, where, number)

@@ -33,6 +33,9 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="esper_jax saver")
         self._writing: Future[Saved] | None = None
         self._told: list[Saved] = []
+        latest = store.latest()
+        self.last: tuple[int | None, int] | None = None if latest is None else (None, latest)
+        """Tick and step of what was stored last, or lay there at the beginning (of whose tick nothing is known)."""
         self.gone: set[int] = set()
         """Processes of the job that are gone: their parts of a step are waited for no more."""
 
@@ -96,4 +99,6 @@ class Saver:
             error = CheckpointError(f"step {step} could not be saved ({one_line(failure)}); the next save tries again")
         except CheckpointError as failure:
             error = failure
+        else:
+            self.last = (tick, step)
         return Saved(tick, step, best, error)

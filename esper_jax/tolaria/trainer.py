@@ -218,7 +218,7 @@ class Tolaria:
         if swap == "asap" and not alone():
             raise ValueError("swap='asap' hangs on each process's own clock; with several processes use 'epoch'")
         self._compile_cache = compile_cache
-        self._resumed: tuple[Morph, Session] | None = None
+        self._resumed: tuple[Morph, Session, pathlib.Path] | None = None
         self.bus: MemoryBus | RedisBus = MemoryBus()
         if oona is not None:
             spool = None if self.checkpoint_dir is None else self.checkpoint_dir / "oona"
@@ -276,11 +276,11 @@ class Tolaria:
             raise ValueError(
                 "the optimizer state in this TrainState is that of another optimizer; init() makes a new one"
             )
-        session, resumed = self._session(state)
+        session, whence = self._session(state)
         log = ListSink()
         with (
-            self._checkpoints(state) as checkpoints,
-            self._sinks(state, log, epochs, resumed) as sink,
+            self._checkpoints(state, whence) as checkpoints,
+            self._sinks(state, log, epochs, whence is not None) as sink,
             compile_cache(self._compile_cache),
             self._compiler(state.morph) as compiler,
         ):
@@ -298,7 +298,7 @@ class Tolaria:
                 tick_every=self.tick_every,
                 checkpoint_every=self.checkpoint_every,
                 patience=self.patience,
-                resumed=resumed,
+                resumed=whence is not None and whence == self._run_directory(),
             )
             for name, data in (("training", train), ("validation", validation)):
                 with agreed():
@@ -311,7 +311,7 @@ class Tolaria:
             batches = Batches(train, self.batch_size, state.key, self._check)
             feed = Feed(batches, self._calls, self._dispatch, self._resident_bytes, self.layout)
             now, started = (int(state.ticks), int(state.step)), time.perf_counter()
-            if resumed:
+            if whence is not None:
                 sink(events.resumed(*now, path=self.checkpoint_dir or ""))
             else:
                 sink(events.run_started(epochs, epoch=now[0], step=now[1], morph=repr(state.morph)))
@@ -376,7 +376,7 @@ class Tolaria:
                 checkpoints, self.tx, self._first_control, step, self._ticker.library, self.layout
             )
         state = state.replace(morph=state.morph.replace(form=getattr(self.forward, "form", None)))
-        self._resumed = (state.morph, session)
+        self._resumed = (state.morph, session, where.resolve())
         return state
 
     def __repr__(self) -> str:
@@ -389,12 +389,12 @@ class Tolaria:
             return governor, None
         return governor, self.controller.init(spec.unrolled, np.asarray(jax.random.key_data(key)))
 
-    def _session(self, state: TrainState) -> tuple[Session, bool]:
-        """The run's memory, and whether it goes on from a restored checkpoint."""
+    def _session(self, state: TrainState) -> tuple[Session, pathlib.Path | None]:
+        """The run's memory, and the directory of the checkpoint that it goes on from, or None."""
         resumed, self._resumed = self._resumed, None
         if resumed is not None and resumed[0] is state.morph:
-            return resumed[1], True
-        return Session(snapshot.take(state)), False
+            return resumed[1:]
+        return Session(snapshot.take(state)), None
 
     @contextlib.contextmanager
     def _compiler(self, host: Morph) -> Iterator[Compiler]:
@@ -430,8 +430,11 @@ class Tolaria:
                 fanout.open()
             yield fanout.emit
 
+    def _run_directory(self) -> pathlib.Path | None:
+        return None if self.checkpoint_dir is None else self.checkpoint_dir.resolve()
+
     @contextlib.contextmanager
-    def _checkpoints(self, state: TrainState) -> Iterator[Checkpoints | None]:
+    def _checkpoints(self, state: TrainState, whence: pathlib.Path | None) -> Iterator[Checkpoints | None]:
         if self.checkpoint_dir is None:
             yield None
             return
@@ -441,7 +444,8 @@ class Tolaria:
                 checkpoints = opened.enter_context(Checkpoints(folder, keep=self.keep))
                 if first():
                     opened.enter_context(directory.held(self.checkpoint_dir))
-                    directory.check_ahead(checkpoints, int(state.step))
+                    another = whence is not None and whence != self._run_directory()
+                    directory.check_ahead(checkpoints, int(state.step), another=another)
             yield checkpoints
 
 

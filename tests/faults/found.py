@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -17,6 +18,11 @@ from tests.tolaria import growing
 
 ROOT = pathlib.Path(__file__).parents[2]
 GATES = Gates(min_training_ticks=1, min_health=0.0)
+
+
+def examples(number: int) -> int:
+    """How many examples hypothesis draws: the full form says by `FAULTS_EXAMPLES` how many times as many."""
+    return number * int(os.environ.get("FAULTS_EXAMPLES", "1"))
 
 
 @dataclasses.dataclass

@@ -38,6 +38,26 @@ def poisoned(due: Callable[[Any], bool], poison: Callable[[Any], Any]) -> Iterat
         Run.dispatch = real
 
 
+@contextlib.contextmanager
+def watched(due: Callable[[Run], bool]) -> Iterator[list[Any]]:
+    """Parameters and optimizer state to the bit, before and after each call of the train program where it is due."""
+    real, seen = Run.dispatch, []
+
+    def dispatch(self: Run, batches: Any, count: int) -> None:
+        look = due(self)
+        for step in (None, real):
+            if step is not None:
+                step(self, batches, count)
+            if look:
+                seen.append(tuple(bits((self.state.morph.params, self.state.opt_state.host))))
+
+    Run.dispatch = dispatch
+    try:
+        yield seen
+    finally:
+        Run.dispatch = real
+
+
 def _spoiled(tree: Any) -> Any:
     return jax.tree.map(lambda x: x * jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
@@ -76,12 +96,16 @@ def not_finite(folder: pathlib.Path, random: np.random.Generator, trials: int) -
         made = growing.trainer(None, check_data=False, **{"controller": None, **options})
         return made.fit(growing.start(made), data, growing.VALIDATION, epochs=epochs)
 
-    state, history = run(_batches(lambda epoch, index: (epoch, index) == (2, 3)))
+    with watched(lambda run: (run.epoch, run.batch) == (2, 3)) as seen:
+        state, history = run(_batches(lambda epoch, index: (epoch, index) == (2, 3)), steps_per_dispatch=1)
+    found.expect(len(seen) == 2 and seen[0] == seen[1], "one bad batch changed params or optimizer state")
     skipped = [e.data["skipped"] for e in history.of_kind("warning") if "skipped" in e.data]
     found.expect(skipped == [1] and finite(state) and not history.of_kind("rollback"), f"one bad batch: {skipped}")
-    found.note("one batch: skipped")
+    found.note("one batch: skipped, no bit of params and optimizer state changed")
 
-    state, history = run(_batches(lambda epoch, index: epoch == 2))
+    with watched(lambda run: run.epoch == 2) as seen:
+        state, history = run(_batches(lambda epoch, index: epoch == 2), steps_per_dispatch=1)
+    found.expect(len(seen) == 16 and len(set(seen)) == 1, "eight bad batches changed params or optimizer state")
     rules = [e.data["rule"] for e in history.of_kind("rollback")]
     found.expect(rules == ["non-finite"] and finite(state), f"an epoch of bad batches: {rules}")
     found.note("an epoch of batches: rolled back once")
@@ -99,8 +123,8 @@ def not_finite(folder: pathlib.Path, random: np.random.Generator, trials: int) -
             epochs=5, controller=FixedSchedule(plan, gates=Gates(min_training_ticks=3, min_health=0.0))
         )
     gone = [e for e in history.of_kind("stage") if e.data["after"] == "PRUNED"]
-    host = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(state.morph.host))
-    found.expect(len(gone) == 1 and not history.of_kind("rollback") and host, f"a seed: {gone}")
+    host = bits(state.morph.host) == bits(run(epochs=5)[0].morph.host)
+    found.expect(len(gone) == 1 and not history.of_kind("rollback") and host, f"a seed: {gone}, host untouched: {host}")
     found.note("a seed: pruned, the host untouched")
 
     try:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper_jax import cli, watching
+from tests.faults.found import examples
 from tests.faults.test_input import NUMBERS, TEXT
 
 SETTING = st.tuples(
@@ -81,7 +82,7 @@ def ended(arguments: list[str]) -> tuple[int, str]:
 
 @pytest.mark.parametrize("command", CASES)
 def test_any_value_is_taken_or_refused_in_a_sentence(command):
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=examples(12), deadline=None)
     @given(values=CASES[command])
     def check(values: tuple[str, ...]) -> None:
         words = command.split()

@@ -7,6 +7,8 @@ import dataclasses
 import io
 import json
 import pathlib
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,8 +19,9 @@ from esper_jax import Decision, cli
 from esper_jax.experiment import BASELINE
 from esper_jax.options import CONFIG, Train, read_config, write_config
 from esper_jax.tasks import get_task
-from esper_jax.tolaria.asking import Asking
+from esper_jax.tolaria.asking import Asking, ControllerError
 from tests.faults.disk import full_disk
+from tests.faults.found import examples
 
 NAMES = [field.name for field in dataclasses.fields(Train)]
 TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=20)
@@ -59,7 +62,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[int, s
     raise AssertionError("the command came back")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(name=st.sampled_from([n for n in NAMES if n != "resume"]), value=TEXT | NUMBERS)
 def test_any_value_of_any_option_is_taken_or_refused_in_a_sentence(name, value):
     status, said = ended(pytest.MonkeyPatch(), [f"--{name.replace('_', '-')}={value}"])
@@ -69,7 +72,7 @@ def test_any_value_of_any_option_is_taken_or_refused_in_a_sentence(name, value):
         assert len(lines) == 1 and lines[0].startswith("esper-jax: ") and "Traceback" not in said, said
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(name=st.sampled_from(NAMES) | TEXT, value=JSON)
 def test_any_value_in_a_configuration_file_is_taken_or_refused_in_a_sentence(tmp_path_factory, name, value):
     directory = tmp_path_factory.mktemp("run")
@@ -295,6 +298,25 @@ def test_a_decision_of_other_kinds_of_values_is_told_and_left_out(given, words):
     assert ask(Odd(), 0, None, ()) == ([good], 1)
     (told,) = ask.complaints
     assert told.startswith(f"the controller gave a decision with {words}") and told.endswith("; it is left out")
+
+
+def test_a_controller_that_is_late_writes_into_a_state_of_its_own():
+    """It may have its state written over at any time, and what is saved and given back is not to change with it."""
+    kept, late = np.zeros(2), threading.Event()
+
+    class Late:
+        def decide(self, state, report, feedback):
+            late.wait(30)
+            state += 1
+            late.clear()
+            return (), state
+
+    with pytest.raises(ControllerError, match="did not answer within"):
+        Asking(0.05)(Late(), kept, None, ())
+    late.set()
+    while late.is_set():
+        time.sleep(0.01)
+    assert kept.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from esper_jax.nissa import JsonlSink, course, events, read_events
 from esper_jax.options import CONFIG, Train
 from esper_jax.tolaria.data import Batches
 from esper_jax.tolaria.evaluate import Evaluator
+from esper_jax.tolaria.interruption import interrupts
 from esper_jax.tolaria.saving import Saver
 from tests.tolaria import growing
 from tests.tolaria.test_resume import bits
@@ -215,6 +216,22 @@ def test_behind_the_last_step_the_last_save_is_of_the_end_all_the_same(whole, tm
     chex.assert_trees_all_equal(bits(growing.trainer(tmp_path).restore()), bits(whole[0]))
 
 
+def test_ctrl_c_after_sigterm_changes_nothing_of_it():
+    """The process ends soon in any case, and is perhaps being saved: with 143, and with no bare KeyboardInterrupt."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with interrupts() as stop:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+                signal.raise_signal(number)
+            assert stop.number() == signal.SIGTERM
+        with interrupts():
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_what_fails_while_a_validation_is_left_ends_the_run(tmp_path, monkeypatch):
     """It is not taken for contributions that cannot be measured."""
 
@@ -377,8 +394,10 @@ def test_a_disk_that_hangs_too_does_not_keep_the_process(tmp_path):
     until(process, run / "events.jsonl", '"kind": "epoch", "epoch": 2')
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143 and "nothing is saved" in said
+    assert time.monotonic() - began < 28  # within the half minute that schedulers give
 
 
 SLOW = """

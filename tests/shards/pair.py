@@ -40,6 +40,7 @@ parser.add_argument(
     "--terminate-waiting", action="store_true", help="the second process gets SIGTERM while it waits for a program"
 )
 parser.add_argument("--terminate-validating", type=int, help="validation batches until the second process gets SIGTERM")
+parser.add_argument("--slow-steps", type=float, default=0.0, help="seconds that each call of the train program takes")
 parser.add_argument("--resume", action="store_true")
 
 
@@ -71,6 +72,23 @@ def failing_in_save(tick: int) -> None:
     together.write_arrays = save
 
 
+def slowed(seconds: float) -> None:
+    """Have each call of the train program take so long."""
+    from esper_jax.tolaria.run import Run
+
+    real = Run.dispatch
+
+    def dispatch(self: Any, batches: Any, count: int) -> None:
+        time.sleep(seconds)
+        real(self, batches, count)
+
+    Run.dispatch = dispatch
+
+
+SIGNALLED: list[int] = []
+"""The steps that this process had made when it got SIGTERM behind a call of the train program."""
+
+
 def terminated_after(dispatches: int) -> None:
     """Have this process get SIGTERM behind so many calls of the train program."""
     from esper_jax.tolaria.run import Run
@@ -81,6 +99,7 @@ def terminated_after(dispatches: int) -> None:
         real(self, batches, count)
         made.append(count)
         if len(made) == dispatches:
+            SIGNALLED.append(self.made)
             signal.raise_signal(signal.SIGTERM)
 
     Run.dispatch = dispatch
@@ -168,6 +187,8 @@ def main(asked: argparse.Namespace) -> dict[str, Any]:
         made._evaluator.batch_size = 20
         if asked.process == 1:
             terminated_validating(asked.terminate_validating)
+    if asked.slow_steps:
+        slowed(asked.slow_steps)
     if asked.terminate_after and asked.process == 1:
         terminated_after(asked.terminate_after)
     train = share(run, asked.process, asked.processes, asked.raise_in_epoch) if asked.streamed else run.TRAIN
@@ -178,7 +199,7 @@ def main(asked: argparse.Namespace) -> dict[str, Any]:
     try:
         state, history = made.fit(state, train, validation, epochs=run.EPOCHS)
     except TrainingInterrupted as interrupted:
-        return {"interrupted": str(interrupted), "step": int(interrupted.state.step)}
+        return {"interrupted": str(interrupted), "step": int(interrupted.state.step), "signalled": SIGNALLED}
     return run.told(made, state, history)
 
 

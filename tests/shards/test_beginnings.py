@@ -46,6 +46,13 @@ def test_a_signal_to_one_process_in_a_validation_ends_both_as_before_the_tick_an
         assert len(ours["scores"]) == len(found["one"]["scores"])
 
 
+def test_where_steps_are_slow_a_signal_to_one_process_ends_both_behind_the_very_step(tmp_path):
+    """Else it would take the time of two more, which may be longer than a process that is told to end has."""
+    first, second = Job(tmp_path, 2, "--slow-steps", "0.8", "--terminate-after", "5").said()
+    assert second["signalled"] == [second["step"]] == [first["step"]]
+    assert f"terminated at step {first['step']}: saved" in first["interrupted"]
+
+
 def test_a_signal_to_one_process_that_waits_for_a_program_ends_both_in_time_and_they_go_on(found, tmp_path):
     """The other has its program already; a compilation cannot be interrupted, and nobody waits for it."""
     log = tmp_path / "run" / "events.jsonl"

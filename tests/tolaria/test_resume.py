@@ -116,6 +116,18 @@ def test_a_new_run_in_a_directory_with_a_run_is_refused_and_loses_nothing(whole)
     assert (directory / "events.jsonl").read_bytes() == before
 
 
+def test_another_run_that_is_as_far_is_not_gone_on_with(whole, tmp_path: pathlib.Path) -> None:
+    """What was restored elsewhere would be taken for saved here."""
+    first, second = (growing.trainer(tmp_path / name, controller=None) for name in "ab")
+    for made in (first, second):
+        made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=1)
+    with pytest.raises(CheckpointError, match="b already holds a run up to step 8"):
+        second.fit(second.restore(tmp_path / "a"), growing.TRAIN, growing.VALIDATION, epochs=2)
+    third = growing.trainer(tmp_path / "c", controller=None)
+    third.fit(third.restore(tmp_path / "a"), growing.TRAIN, growing.VALIDATION, epochs=1)
+    assert int(growing.trainer(tmp_path / "c", controller=None).restore().step) == 8
+
+
 def test_restoring_from_nothing_or_without_a_directory_says_what_to_do(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="restore\\(\\) needs a directory"):
         growing.trainer(None).restore()
