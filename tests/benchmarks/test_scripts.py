@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SMALL = ["--platform", "cpu", "--scale", "0.05", "--rounds", "3", "--budget", "0.2"]
 RUNS = {
     "dormant": "--models mlp --batch 2",
-    "scaling": "--base 1 2 8 --layers 1 --slots 2 --widths 8 --seeds 1 --repeats 1 "
+    "scaling": "--base 1 2 8 --layers 1 --sites 1 --slots 2 --widths 8 --seeds 1 --repeats 1 "
     "--divided 1 64 --devices 2 --rules fsdp",
     "growth_stall": "--models digits --ways lean --repeats 1 --steps 20 --patience 5 --gromo nowhere",
 }
@@ -61,9 +61,10 @@ def growth_stall(found: dict[str, Any]) -> None:
 def scaling(found: dict[str, Any]) -> None:
     """A seed adds to parameters and checkpoint; two devices send, two processes too, and 512 chips are estimated."""
     one, spread, large = (table["rows"] for table in found["tables"])
-    assert [row["seeds"] for row in one] == [0, 1]
-    assert one[1]["parameters"] - one[0]["parameters"] == 2 * 8 * 8
-    assert one[1]["bytes"] - one[0]["bytes"] > 3 * 4 * 2 * 8 * 8  # with both moments of Adam
+    assert [(row["sites"], row["seeds"]) for row in one] == [(2, 0), (1, 0), (2, 1)]
+    assert one[2]["parameters"] - one[0]["parameters"] == 2 * 8 * 8
+    assert one[2]["bytes"] - one[0]["bytes"] > 3 * 4 * 2 * 8 * 8  # with both moments of Adam
+    assert all(row["bytes"] > 3 * 4 * 64 * 64 for row in spread)
     assert [(row["devices"], row["processes"]) for row in spread] == [(2, 1), (8, 2)]
     assert all(0 < row["sent"] < row["grown"] for row in spread) and spread[1]["held"] < spread[0]["held"]
     assert [row["chips"] for row in large] == [512, 512] and large[0]["time"] == large[0]["sent"] / 100e9
