@@ -23,7 +23,7 @@ class Saved(NamedTuple):
 class Saver:
     """Saves one step at a time in a thread; the state that was given may be donated as soon as `save` returns.
 
-    A step that is there already, from before its tick, is replaced.
+    The step that was stored last, before its tick, is replaced by what is after it.
     Nothing is lost in silence: what became of each save is told by `told`, and an error that is no failure to write is
     raised there or by `wait`.
     """
@@ -94,7 +94,8 @@ class Saver:
         try:
             if before is not None:
                 before()
-            self.store.write(prepared, force=True, gone=self.gone.__contains__)
+            replaces = self.last is not None and self.last[1] == step
+            self.store.write(prepared, force=replaces, gone=self.gone.__contains__)
         except OSError as failure:
             error = CheckpointError(f"step {step} could not be saved ({one_line(failure)}); the next save tries again")
         except CheckpointError as failure:
