@@ -352,8 +352,11 @@ class Run:
 
     def overdue(self) -> None:
         """Say, from another thread, that the process ends in mid-step, and what is saved."""
-        last = None if self.saver is None else self.saver.last  # the disk itself may hang
-        done = None if last is None else last[1]
+        done = None
+        if self.saver is not None and first():  # what it knows: the disk itself may hang
+            done = None if self.saver.last is None else self.saver.last[1]
+        elif self.checkpoints is not None:
+            done = self.checkpoints.latest()
         what = (
             "terminated in something that takes long and cannot be interrupted (a compilation, a batch, a controller)"
         )
