@@ -298,12 +298,13 @@ def spread(rule: str, devices: int, host: tuple[int, int], folder: str) -> dict[
         state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - began)
-    began = time.perf_counter()
     tree, meta = persist.described(state, Session(take(state)), {})
     tree = parted(tree)
+    began = time.perf_counter()
     if peers.first() or is_spread(tree):
         with Checkpoints(folder) as store:
             store.save(1, tree, meta)
+    save = time.perf_counter() - began
     return {
         "rule": rule,
         "devices": devices,
@@ -311,7 +312,7 @@ def spread(rule: str, devices: int, host: tuple[int, int], folder: str) -> dict[
         "trace": marks[1] - marks[0],
         "compile": marks[2] - marks[1],
         "bytes": bytes_in(folder),
-        "save": time.perf_counter() - began,
+        "save": save,
         "step": [float(np.quantile(times[2:], q)) for q in (0.5, 0.25, 0.75)],
         "collectives": sum(count for count, _ in found.values()),
         "sent": sent(found, devices),

@@ -281,9 +281,8 @@ def to_copy(self: Any, dtype: Any = None, *args: Any, copy: bool = False) -> Any
 def gelu(self: Any, approximate: str = "none") -> Any:
     if approximate == "tanh":
         return jax.nn.gelu(self)
-    return (
-        0.5 * self * (1 + lax.erf(self * math.sqrt(0.5)))
-    )  # as torch has it; JAX's own, by erfc, takes an exponential
+    # as torch has it; JAX's own, by erfc, takes an exponential
+    return 0.5 * self * (1 + lax.erf(self * math.sqrt(0.5)))
 
 
 @op("silu.default", **pointwise)

@@ -61,10 +61,6 @@ class Rest:
             self._within = True
 
     def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def leave(self) -> None:
-        """Rest no more, within the block already."""
         with self._lock:  # held while the other thread saves: the run goes on from here no earlier
             self._within = False
 
