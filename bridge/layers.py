@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..kasmina.products import flat_dot_general
 from .ops.attention import attended, entered, joined, left, masks, one_mask
 from .ops.conv import convolve, from_last, to_last
 from .ops.linear import without_padding_gradient
@@ -61,10 +63,11 @@ class Attention(nn.MultiHeadDotProductAttention):
 
     def setup(self) -> None:
         split = (self.num_heads, (self.qkv_features or 0) // self.num_heads)
-        self.query = nn.DenseGeneral(split, use_bias=self.use_bias)
-        self.key = nn.DenseGeneral(split, use_bias=self.use_bias)
-        self.value = nn.DenseGeneral(split, use_bias=self.use_bias)
-        self.out = nn.DenseGeneral(self.out_features or 0, axis=(-2, -1), use_bias=self.out_bias)
+        dense = functools.partial(nn.DenseGeneral, dot_general=flat_dot_general)
+        self.query = dense(split, use_bias=self.use_bias)
+        self.key = dense(split, use_bias=self.use_bias)
+        self.value = dense(split, use_bias=self.use_bias)
+        self.out = dense(self.out_features or 0, axis=(-2, -1), use_bias=self.out_bias)
         if self.extra:
             shape = (1, 1, self.qkv_features or 0)
             self.bias_k = self.param("bias_k", nn.initializers.normal(), shape)
@@ -124,7 +127,7 @@ def make(layer: Layer) -> nn.Module:
 
 
 _CLASSES: dict[str, Any] = {
-    "dense": nn.Dense,
+    "dense": functools.partial(nn.Dense, dot_general=flat_dot_general),
     "conv_transpose": nn.ConvTranspose,
     "embed": nn.Embed,
     "batch_norm": BatchNorm,

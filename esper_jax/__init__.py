@@ -6,6 +6,7 @@ blended in, and are kept or pruned. Structure is static, life is data.
 
 from typing import Any
 
+from ._memory import keep_memory
 from .kasmina import (
     Blueprint,
     Comparison,
@@ -135,6 +136,7 @@ __all__ = [
     "graft",
     "growable",
     "growth_scores",
+    "keep_memory",
     "make_train_step",
     "morph",
     "observe",

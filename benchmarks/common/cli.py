@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 PLATFORMS = ("cpu", "gpu", "tpu")
+MEMORY = ("kept", "returned")
 DTYPES = ("float32", "bfloat16", "float16")
 MODEL_NAMES = ("mlp", "cnn", "transformer")
 
@@ -32,6 +33,9 @@ def parser(
     made.add_argument("--rounds", type=int, default=rounds, help="samples of each variant, at most")
     made.add_argument("--budget", type=_positive, default=budget, help="seconds for each group of variants")
     made.add_argument("--seed", type=int, default=0, help="of data, weights and the order of variants")
+    made.add_argument(
+        "--memory", choices=MEMORY, default="kept", help="freed memory of this process: esper_jax.keep_memory() or not"
+    )
     made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the results there as JSON")
     return made
 
@@ -45,6 +49,10 @@ def begin(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> a
         os.environ["JAX_PLATFORMS"] = args.platform
     import jax
 
+    import esper_jax
+
+    if args.memory == "kept":
+        esper_jax.keep_memory()
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...kasmina.products import product
 from .random import dropped
 from .registry import op
 
@@ -134,14 +135,14 @@ def attention(
     weights = jnp.split(in_weight, 3) if in_weight is not None else (q_weight, k_weight, v_weight)
     biases = jnp.split(in_bias, 3) if in_bias is not None else (0, 0, 0)
     q, k, v = (
-        (x @ w.T + b).reshape(*x.shape[:2], heads, -1)
+        (product(x, w.T) + b).reshape(*x.shape[:2], heads, -1)
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
     k, v = joined(k, bias_k, add_zero_attn), joined(v, bias_v, add_zero_attn)
     mask = one_mask(allowed, bias, k.shape[1] - key.shape[1])
     rate = dropout if training else 0.0
     output, scores = attended(q, k, v, mask, False, rate, draw, need_weights)
-    output = output.reshape(*query.shape[:2], -1) @ out_weight.T
+    output = product(output.reshape(*query.shape[:2], -1), out_weight.T)
     output = output if out_bias is None else output + out_bias
     return left(output, scores, average, batched, batch_first)
 

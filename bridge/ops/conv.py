@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ...kasmina.products import product
 from .registry import Last, op
 
 _SPATIAL = "XYZ"
 _MOST_TAPS = 49
 _FEW = 32  # output channels
+_ROWS, _CHANNELS = 8, 16  # at least: of the output, and in and out, for `_beside`
+_PATCHES = 16, 32, 16 << 20  # at most taps, at least channels in, at most bytes, for `_patches`
 _CACHE = 4 << 20  # bytes
 
 
@@ -42,8 +45,9 @@ def convolve(
 
     It has no kernel of its own for a convolution with as many groups as channels and computes each group alone: those
     are shifted multiply-adds. One with a kernel of one tap is a product of matrices, whose weight gradient it takes for
-    a convolution with a kernel of the image's size: written as a product, it is one. And an odd number of input
-    channels under few output channels takes it several times as long as the next multiple of four.
+    a convolution with a kernel of the image's size: written as a product, it is one. Strided ones over many channels
+    are products with the patches that each output sees (`_patches`), others leave YNNPACK (`_beside`). And an odd
+    number of input channels under few output channels takes it several times as long as the next multiple of four.
     """
     plain = functools.partial(
         lax.conv_general_dilated,
@@ -61,8 +65,13 @@ def convolve(
         return plain(x, kernel)
     if feature_group_count == 1:
         inputs, outputs = kernel.shape[-2:]
+        undilated = rhs_dilation is None or not any(d != 1 for d in rhs_dilation)
         if taps == 1 and not np.any(padding):
             ours: Any = functools.partial(_pointwise, strides, precision)
+        elif undilated and _is_beside(x, kernel, strides, padding):
+            ours = functools.partial(_beside, plain, tuple(map(tuple, padding)))
+        elif undilated and _has_patches(x, kernel, strides, padding):
+            ours = functools.partial(_patches, tuple(strides), tuple(map(tuple, padding)), precision)
         elif inputs > 1 and inputs % 2 == 1 and outputs <= _FEW:
             ours = functools.partial(_rounded, plain)
         else:
@@ -78,7 +87,59 @@ def convolve(
 def _pointwise(strides: Any, precision: Any, x: Any, kernel: Any) -> Any:
     """A convolution whose kernel has one tap, as a product of matrices."""
     seen = x[(slice(None), *(slice(None, None, stride) for stride in strides))]
-    return jnp.matmul(seen, kernel.reshape(kernel.shape[-2:]), precision=precision)
+    return product(seen, kernel.reshape(kernel.shape[-2:]), precision)
+
+
+def _is_beside(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
+    """Whether `_beside` pays: float32 in two dimensions, not strided, with enough channels and rows."""
+    enough = min(kernel.shape[-2:]) >= _CHANNELS and max(kernel.shape[-2:]) > _CHANNELS
+    if x.ndim != 4 or x.dtype != jnp.float32 or set(strides) != {1} or not enough:
+        return False
+    out = _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)
+    return all(_ROWS <= n <= size for n, size in zip(out, x.shape[1:-1], strict=True))
+
+
+def _beside(convolution: Any, padding: Any, x: Any, kernel: Any) -> Any:
+    """A convolution that XLA:CPU gives to Eigen, in every direction; YNNPACK takes up to twice as long for it.
+
+    It gives YNNPACK only those whose output is nowhere larger than their input. So one axis is padded until its output
+    is larger by one, which is cut off; and the other is padded beforehand, so that the gradient to the input is larger
+    than what it comes from. What is padded beforehand must have several taps for that.
+    """
+    before, more = (2, 1) if kernel.shape[1] > 1 else (1, 2)
+    size = x.shape[more] + sum(padding[more - 1]) - kernel.shape[more - 1] + 1
+    low, high = padding[more - 1]
+    inside: list[tuple[int, int]] = [(0, 0), (0, 0)]
+    inside[more - 1] = low, high + x.shape[more] + 1 - size
+    outside = [(0, 0)] * 4
+    outside[before] = padding[before - 1]
+    result = convolution(jnp.pad(x, outside), kernel, padding=inside)
+    return lax.slice_in_dim(result, 0, size, axis=more)
+
+
+def _has_patches(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
+    """Whether `_patches` pays: strided along all axes, few taps, many channels, and patches that are not too large."""
+    taps, channels, most = _PATCHES
+    count = math.prod(kernel.shape[:-2])
+    if min(strides) == 1 or count > taps or kernel.shape[-2] < channels or not isinstance(x.shape[0], int):
+        return False
+    out = _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)
+    return x.shape[0] * math.prod(out) * count * kernel.shape[-2] * x.dtype.itemsize <= most
+
+
+def _patches(strides: Any, padding: Any, precision: Any, x: Any, kernel: Any) -> Any:
+    """A convolution as the product of all that each output sees with the whole kernel."""
+    sizes = kernel.shape[:-2]
+    out = _outputs(x.shape[1:-1], sizes, strides, padding)
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    seen = jnp.concatenate([_window(x, at, out, strides, (1,) * len(sizes)) for at in _taps(sizes)], -1)
+    return product(seen, kernel.reshape(-1, kernel.shape[-1]), precision)
+
+
+def _outputs(space: Any, sizes: Any, strides: Any, padding: Any) -> list[int]:
+    """The size of the output along each axis, where nothing is dilated."""
+    axes = zip(space, sizes, strides, padding, strict=True)
+    return [(n + low + high - k) // s + 1 for n, k, s, (low, high) in axes]
 
 
 def _rounded(convolution: Any, x: Any, kernel: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...kasmina.products import product
 from ..graph import BridgeError
 from .registry import op, together
 
@@ -33,7 +34,7 @@ def kron(self: Any, other: Any) -> Any:
 
 @op("linear.default")
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    result = jnp.matmul(input, weight.T) if weight.ndim == 2 else jnp.matmul(input, weight)
+    result = product(input, weight.T) if weight.ndim == 2 else jnp.matmul(input, weight)
     return result if bias is None else result + bias
 
 

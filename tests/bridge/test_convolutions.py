@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 pytest.importorskip("torch")
-from bridge.ops.conv import convolve, dimension_numbers
+from esper_jax.bridge.ops.conv import convolve, dimension_numbers
 
 pytestmark = pytest.mark.torch
 
@@ -25,6 +25,26 @@ CASES = {  # spatial axes, inputs, kernel, outputs, strides, padding, dilation, 
     "seven channels, dilated": (2, 7, (3, 2), 8, (1, 1), ((2, 2), (0, 0)), (2, 1), 1),
     "five channels in one dimension": (1, 5, (4,), 16, (1,), ((2, 1),), (1,), 1),
     "three channels, many outputs": (2, 3, (3, 3), 48, (1, 1), ((1, 1), (1, 1)), (1, 1), 1),
+    "many channels": (2, 16, (3, 3), 24, (1, 1), ((1, 1), (1, 1)), (1, 1), 1),
+    "many channels, padded unevenly": (2, 24, (3, 4), 16, (1, 1), ((0, 2), (2, 1)), (1, 1), 1),
+    "many channels along an axis": (2, 16, (1, 3), 24, (1, 1), ((0, 0), (1, 1)), (1, 1), 1),
+    "many channels along the other": (2, 16, (3, 1), 24, (1, 1), ((1, 1), (0, 0)), (1, 1), 1),
+    "many channels, not padded": (2, 16, (2, 2), 24, (1, 1), ((0, 0), (0, 0)), (1, 1), 1),
+    "many channels, larger than the input": (2, 16, (3, 3), 24, (1, 1), ((2, 2), (2, 2)), (1, 1), 1),
+    "many channels, dilated": (2, 16, (3, 3), 24, (1, 1), ((2, 2), (2, 2)), (2, 2), 1),
+    "many channels, strided": (2, 32, (3, 3), 24, (2, 2), ((1, 1), (0, 1)), (1, 1), 1),
+    "many channels, strided along an axis": (2, 32, (3, 3), 24, (2, 1), ((1, 1), (0, 1)), (1, 1), 1),
+    "many channels, strided in one dimension": (1, 32, (3,), 24, (2,), ((1, 1),), (1,), 1),
+    "many channels, strided in three dimensions": (
+        3,
+        32,
+        (2, 1, 2),
+        8,
+        (2, 3, 2),
+        ((0, 1), (0, 0), (0, 0)),
+        (1,) * 3,
+        1,
+    ),
     "depthwise": (2, 4, (3, 3), 8, (2, 1), ((1, 1), (2, 0)), (1, 2), 4),
 }
 
@@ -41,6 +61,18 @@ def test_outputs_and_gradients_are_those_of_xlas_convolution(case):
     cotangent = random.normal(size=wanted.shape).astype(np.float32)
     for one, other in zip((found, *ours(cotangent)), (wanted, *back(cotangent)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+@pytest.mark.parametrize("size", [(3, 3), (4, 4), (1, 3), (3, 1), (2, 2)])
+def test_no_direction_of_many_channels_goes_to_ynnpack(size):
+    x, kernel = np.ones((2, 16, 16, 32), np.float32), np.ones((*size, 32, 32), np.float32)
+    padding = tuple((n // 2, (n - 1) // 2) for n in size)
+    call = functools.partial(convolve, strides=(1, 1), padding=padding, dimension_numbers=dimension_numbers(2))
+    compiled = jax.jit(jax.grad(lambda x, k: (call(x, k) ** 2).sum(), (0, 1))).lower(x, kernel).compile().as_text()
+    fused, entry = compiled.split("\nENTRY ")
+    assert entry.count(" convolution(") == 3
+    assert " convolution(" not in fused
 
 
 def test_one_tap_is_a_product_whose_gradients_are_products():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..blueprints import CONVS, register_blueprint
+from ..products import product
 from ..spec import Site
 from ._convolve import convolve
 from ._parts import at_least_one, group_norm, he, norm_params
@@ -33,7 +34,7 @@ def _conv_light_init(key: jax.Array, site: Site, *, kernel: int = 3, groups: int
 
 
 def _conv_light(params: Params, u: Image, groups: int) -> Image:
-    return jax.nn.relu(group_norm(params, convolve(u, params["conv"]), groups)) @ params["up"]
+    return product(jax.nn.relu(group_norm(params, convolve(u, params["conv"]), groups)), params["up"])
 
 
 def _depthwise_init(key: jax.Array, site: Site, *, kernel: int = 3, groups: int = 8) -> Params:
@@ -48,7 +49,7 @@ def _depthwise_init(key: jax.Array, site: Site, *, kernel: int = 3, groups: int 
 
 def _depthwise(params: Params, u: Image, groups: int) -> Image:
     filtered = convolve(u, params["conv"], groups=u.shape[-1])
-    return jax.nn.relu(group_norm(params, filtered, groups)) @ params["up"]
+    return product(jax.nn.relu(group_norm(params, filtered, groups)), params["up"])
 
 
 def _bottleneck_init(key: jax.Array, site: Site, *, reduction: int = 4, kernel: int = 3, groups: int = 8) -> Params:
@@ -65,8 +66,8 @@ def _bottleneck_init(key: jax.Array, site: Site, *, reduction: int = 4, kernel: 
 
 
 def _bottleneck(params: Params, u: Image, groups: int) -> Image:
-    inner = convolve(u @ params["down"], params["conv"])
-    return jax.nn.relu(group_norm(params, inner, groups)) @ params["up"]
+    inner = convolve(product(u, params["down"]), params["conv"])
+    return product(jax.nn.relu(group_norm(params, inner, groups)), params["up"])
 
 
 def _se_init(key: jax.Array, site: Site, *, reduction: int = 4) -> Params:
@@ -97,7 +98,7 @@ def _conv_small_init(key: jax.Array, site: Site, *, groups: int = 8) -> Params:
 
 
 def _conv_small(params: Params, u: Image, groups: int) -> Image:
-    return jax.nn.relu(group_norm(params, u @ params["mix"], groups)) @ params["up"]
+    return product(jax.nn.relu(group_norm(params, product(u, params["mix"]), groups)), params["up"])
 
 
 def _conv_heavy_init(key: jax.Array, site: Site, *, kernel: int = 3, groups: int = 8) -> Params:
@@ -119,7 +120,7 @@ def _conv_heavy_init(key: jax.Array, site: Site, *, kernel: int = 3, groups: int
 def _conv_heavy(params: Params, u: Image, groups: int) -> Image:
     inner = jax.nn.relu(group_norm(params, convolve(u, params["conv"]), groups))
     second = {"scale": params["scale2"], "bias": params["bias2"]}
-    return jax.nn.relu(group_norm(second, convolve(inner, params["conv2"]), groups)) @ params["up"]
+    return product(jax.nn.relu(group_norm(second, convolve(inner, params["conv2"]), groups)), params["up"])
 
 
 register_blueprint(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..blueprints import DENSE, register_blueprint
+from ..products import product
 from ..spec import Site
 from ._parts import at_least_one
 
@@ -29,8 +30,8 @@ def _mlp_init(key: jax.Array, site: Site, *, hidden: int = 64, activation: str =
 
 
 def _mlp(params: dict[str, Array], u: Float[Array, "... I"], activation: str) -> Float[Array, "... O"]:
-    hidden = ACTIVATIONS[activation](u @ params["down"] + params["down_bias"])
-    return hidden @ params["up"] + params["up_bias"]
+    hidden = ACTIVATIONS[activation](product(u, params["down"]) + params["down_bias"])
+    return product(hidden, params["up"]) + params["up_bias"]
 
 
 register_blueprint(

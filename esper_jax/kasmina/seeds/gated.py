@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..blueprints import DENSE, register_blueprint
+from ..products import product
 from ..spec import Site
 from ._parts import at_least_one
 
@@ -28,7 +29,8 @@ def _glu_init(key: jax.Array, site: Site, *, hidden: int = 64, activation: str =
 
 
 def _glu(params: dict[str, Array], u: Float[Array, "... I"], activation: str) -> Float[Array, "... O"]:
-    return (GATES[activation](u @ params["gate"]) * (u @ params["value"])) @ params["up"]
+    hidden = GATES[activation](product(u, params["gate"])) * product(u, params["value"])
+    return product(hidden, params["up"])
 
 
 register_blueprint(

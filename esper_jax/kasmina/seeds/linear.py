@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..blueprints import CONVS, DENSE, SPAN, register_blueprint
+from ..products import product
 from ..spec import Site
 from ._convolve import like_layer
 from .lora import form_of, merged, moves_known
@@ -32,7 +33,7 @@ def _apply(params: Params, u: Float[Array, "..."], site: Site, scale: float) -> 
         return params["kernel"][u] * scale
     if site.kind in CONVS:
         return like_layer(site.kind, form_of(site), u, params["kernel"]) * scale
-    return u @ params["kernel"] * scale
+    return product(u, params["kernel"]) * scale
 
 
 def _merge(host: Params, params: Params, alpha: Any, *, site: Site, scale: float) -> dict[str, Array]:

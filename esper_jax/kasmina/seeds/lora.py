@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from ..blueprints import CONVS, DENSE, register_blueprint
 from ..layout import kernel_order
+from ..products import product
 from ..spec import Site
 from ._convolve import like_layer
 from ._parts import at_least_one
@@ -38,10 +39,10 @@ def _apply(params: Params, u: Float[Array, "..."], site: Site, scale: float) -> 
     if site.kind == "embed":
         return down[u] @ up * scale
     if site.kind not in CONVS:
-        return (u @ down) @ up * scale
+        return product(product(u, down), up) * scale
     inner = like_layer(site.kind, form_of(site), u, down)
     if up.shape[0] == 1:
-        return inner @ up[0] * scale
+        return product(inner, up[0]) * scale
     grouped = inner.reshape(*inner.shape[:-1], up.shape[0], -1)
     return jnp.einsum("...gr,gro->...go", grouped, up).reshape(*inner.shape[:-1], -1) * scale
 

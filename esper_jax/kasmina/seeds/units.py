@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..blueprints import SPAN, register_blueprint
+from ..products import product
 from ..spec import Site
 from ._convolve import like_layer
 from ._parts import at_least_one
@@ -50,9 +51,9 @@ def _init(
 
 def _apply(params: Params, u: Float[Array, "... I"], site: Site, activation: str) -> Float[Array, "... O"]:
     if not site.spatial:
-        hidden = u @ params["enter"]
+        hidden = product(u, params["enter"])
         hidden = UNIT_ACTIVATIONS[activation](hidden + params["bias"] if "bias" in params else hidden)
-        return hidden @ params["leave"]
+        return product(hidden, params["leave"])
     first, second = _forms(site)
     hidden = like_layer("conv", first, u, params["enter"])
     hidden = UNIT_ACTIVATIONS[activation](hidden + params["bias"] if "bias" in params else hidden)

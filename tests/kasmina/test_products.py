@@ -1,0 +1,68 @@
+"""Products of two matrices in place of those of arrays with many axes."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from esper_jax.kasmina.products import flat_dot_general, product
+
+DIMS = {  # of x, of the kernel, what is contracted
+    "dense": ((2, 3, 4, 5), (5, 6), (((3,), (0,)), ((), ()))),
+    "two axes in": ((2, 3, 4, 5), (4, 5, 6), (((2, 3), (0, 1)), ((), ()))),
+    "two axes out": ((2, 3, 5), (5, 6, 7), (((2,), (0,)), ((), ()))),
+    "counted from behind": ((2, 3, 5), (5, 6), (((-1,), (0,)), ((), ()))),
+    "one axis": ((5,), (5, 6), (((0,), (0,)), ((), ()))),
+    "all axes in": ((4, 5), (4, 5, 6), (((0, 1), (0, 1)), ((), ()))),
+    "no rows": ((2, 0, 5), (5, 6), (((2,), (0,)), ((), ()))),
+    "a batch": ((2, 3, 5), (2, 5, 6), (((2,), (1,)), ((0,), (0,)))),
+    "an axis in the middle": ((2, 5, 3), (5, 6), (((1,), (0,)), ((), ()))),
+    "the kernel turned": ((2, 3, 5), (6, 5), (((2,), (1,)), ((), ()))),
+}
+
+
+@pytest.mark.parametrize("name", DIMS)
+def test_flat_dot_general_is_dot_general(name):
+    x, kernel, dims = DIMS[name]
+    random = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in (x, kernel))
+    plain = (tuple(tuple(a % x.ndim for a in dims[0][0]) if i == 0 else dims[0][1] for i in (0, 1)), dims[1])
+    wanted, back = jax.vjp(lambda x, k: lax.dot_general(x, k, plain), x, kernel)
+    found, ours = jax.vjp(lambda x, k: flat_dot_general(x, k, dims), x, kernel)
+    cotangent = jnp.asarray(random.normal(size=wanted.shape), jnp.float32)
+    for one, other in zip((found, *ours(cotangent)), (wanted, *back(cotangent)), strict=True):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_dtypes_are_those_of_dot_general():
+    x, kernel = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
+    dims = (((2,), (0,)), ((), ()))
+    assert flat_dot_general(x, kernel, dims).dtype == jnp.bfloat16
+    assert flat_dot_general(x, kernel, dims, preferred_element_type=jnp.float32).dtype == jnp.float32
+    assert product(x, kernel.astype(jnp.float32)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("space", [(), (3,), (2, 3), (2, 2, 3)])
+def test_product_is_matmul(space):
+    x, kernel = jax.random.normal(jax.random.key(0), (*space, 4)), jax.random.normal(jax.random.key(1), (4, 5))
+    np.testing.assert_allclose(product(x, kernel), x @ kernel, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+def test_nothing_is_transposed_for_the_gradient_to_a_kernel():
+    """The cotangent of a layer between others, which Flax's own product writes once more."""
+
+    def transposed(**options):
+        model = nn.Sequential([nn.Dense(64, **options), jnp.tanh, nn.Dense(64, **options)])
+        x = jnp.ones((4, 32, 64))
+        loss = lambda params: (model.apply(params, x) ** 2).sum()  # noqa: E731
+        text = jax.jit(jax.grad(loss)).lower(model.init(jax.random.key(0), x)).compile().as_text()
+        return text.split("\nENTRY ")[1].count("= f32[64,128]{1,0}")
+
+    assert transposed() > 0
+    assert transposed(dot_general=flat_dot_general) == 0
