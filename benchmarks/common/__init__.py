@@ -1,6 +1,6 @@
 """What all benchmark scripts share: options, models, interleaved timing, the machine's description, tables and JSON."""
 
-from .cli import begin, parser
+from .cli import begin, parser, settle
 from .machine import machine, versions
 from .models import MODELS, Workload, workload
 from .output import Column, Report, markdown, ratio_columns, shown, time_columns
@@ -23,6 +23,7 @@ __all__ = [
     "ratio",
     "ratio_columns",
     "roofline",
+    "settle",
     "shown",
     "summarise",
     "time_columns",

@@ -45,6 +45,19 @@ def begin(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> a
     args = made.parse_args(argv)
     if args.rounds < 1:
         made.error(f"--rounds must be 1 or more, got {args.rounds}")
+    settle(args)
+    import jax
+
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        print(f"this jax cannot use the platform {args.platform or 'asked for'}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return args
+
+
+def settle(args: argparse.Namespace) -> None:
+    """What the common options ask of this process, before jax starts."""
     if args.platform:
         os.environ["JAX_PLATFORMS"] = args.platform
     import jax
@@ -55,12 +68,6 @@ def begin(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> a
         esper_jax.keep_memory()
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        print(f"this jax cannot use the platform {args.platform or 'asked for'}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    return args
 
 
 def _positive(text: str) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from ...kasmina.products import product
 from .random import dropped
@@ -53,13 +55,32 @@ def attend(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: flo
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         allowed = mask if mask.dtype == jnp.bool_ else mask > -jnp.inf
         bias = None if mask.dtype == jnp.bool_ else jnp.where(allowed, mask, 0)
-    found = jax.nn.dot_product_attention(query, key, value, bias, allowed, scale=scale, is_causal=causal)
+    plain = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal)
+    if query.dtype == jnp.float32 and query.shape[2] == key.shape[2]:
+        written_out = functools.partial(_written_out, causal, scale)
+        found = lax.platform_dependent(query, key, value, bias, allowed, cpu=written_out, default=plain)
+    else:
+        found = plain(query, key, value, bias, allowed)
     if allowed is None:
         return found
     if causal:
         allowed = allowed & jnp.tril(jnp.ones((query.shape[1], key.shape[1]), bool))
     some = jnp.any(allowed, axis=-1, keepdims=True)
     return jnp.where(jnp.swapaxes(some, 1, 2), found, 0)
+
+
+def _written_out(causal: bool, scale: float, query: Any, key: Any, value: Any, bias: Any, allowed: Any) -> Any:
+    """`jax.nn.dot_product_attention` for a CPU: what is divided by the sums is the output, not the weights."""
+    logits = jnp.einsum("nqhd,nkhd->nhqk", query * jnp.float32(scale), key)
+    logits = logits if bias is None else logits + bias
+    if causal:
+        triangle = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        allowed = triangle if allowed is None else allowed & triangle
+    if allowed is not None:
+        logits = jnp.where(allowed, logits, jnp.finfo(logits.dtype).min)
+    shares = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
+    result = jnp.matmul(shares, jnp.swapaxes(value, 1, 2)) / jnp.sum(shares, -1, keepdims=True)
+    return jnp.swapaxes(result, 1, 2)
 
 
 def attention_weights(query: Any, key: Any, mask: Any, causal: bool, scale: float) -> Any:

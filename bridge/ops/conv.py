@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -19,8 +20,10 @@ _SPATIAL = "XYZ"
 _MOST_TAPS = 49
 _FEW = 32  # output channels
 _ROWS, _CHANNELS = 8, 16  # at least: of the output, and in and out, for `_beside`
-_PATCHES = 16, 32, 16 << 20  # at most taps, at least channels in, at most bytes, for `_patches`
+_PATCHES = 16, 32, 16 << 20  # at most taps, at least channels in if strided, at most bytes, for `_patches`
+_COLOURS = 3
 _CACHE = 4 << 20  # bytes
+_TOGETHER, _PRODUCTS = ((2, 8), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1)), 144  # images and blocks; at most
 
 
 def dimension_numbers(spatial: int) -> tuple[str, str, str]:
@@ -45,9 +48,10 @@ def convolve(
 
     It has no kernel of its own for a convolution with as many groups as channels and computes each group alone: those
     are shifted multiply-adds. One with a kernel of one tap is a product of matrices, whose weight gradient it takes for
-    a convolution with a kernel of the image's size: written as a product, it is one. Strided ones over many channels
-    are products with the patches that each output sees (`_patches`), others leave YNNPACK (`_beside`). And an odd
-    number of input channels under few output channels takes it several times as long as the next multiple of four.
+    a convolution with a kernel of the image's size: written as a product, it is one. Strided ones over many channels,
+    and those of an image's colours, are products with the patches that each output sees (`_patches`), others leave
+    YNNPACK (`_beside`). And an odd number of input channels under few output channels takes it several times as long
+    as the next multiple of four.
     """
     plain = functools.partial(
         lax.conv_general_dilated,
@@ -118,10 +122,11 @@ def _beside(convolution: Any, padding: Any, x: Any, kernel: Any) -> Any:
 
 
 def _has_patches(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
-    """Whether `_patches` pays: strided along all axes, few taps, many channels, and patches that are not too large."""
+    """Whether `_patches` pays: few taps, strided over many channels or of an image's colours, and not too large."""
     taps, channels, most = _PATCHES
-    count = math.prod(kernel.shape[:-2])
-    if min(strides) == 1 or count > taps or kernel.shape[-2] < channels or not isinstance(x.shape[0], int):
+    count, (inputs, outputs) = math.prod(kernel.shape[:-2]), kernel.shape[-2:]
+    fits = min(strides) > 1 and inputs >= channels or inputs == _COLOURS and outputs <= _FEW
+    if not fits or count > taps or not isinstance(x.shape[0], int):
         return False
     out = _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)
     return x.shape[0] * math.prod(out) * count * kernel.shape[-2] * x.dtype.itemsize <= most
@@ -181,7 +186,8 @@ def _depthwise_bwd(moves: Any, residuals: tuple[Any, Any], cotangent: Any) -> tu
 def _to_kernel(x: Any, kernel: Any, cotangent: Any, moves: Any) -> Any:
     """Each tap's products summed over batch and space.
 
-    XLA:CPU sums over all axes but the last slowly: the sum over images is a scan where its partial sums stay in cache.
+    XLA:CPU sums over all axes but the last slowly: the sum over images is a scan where its partial sums stay in cache,
+    a few images at a time and in each a few blocks of rows, which are added before anything is written.
     """
     strides, padding, dilation = moves
     spatial, sizes = kernel.ndim - 2, kernel.shape[: kernel.ndim - 2]
@@ -189,21 +195,30 @@ def _to_kernel(x: Any, kernel: Any, cotangent: Any, moves: Any) -> Any:
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
     out = cotangent.shape[1:-1]
 
-    def products(image: Any, given: Any) -> list[Any]:
-        return [_window(image, at, out, strides, dilation) * given for at in _taps(sizes)]
-
-    if math.prod(sizes) * math.prod(cotangent.shape[1:]) * cotangent.dtype.itemsize > _CACHE:
+    taps = math.prod(sizes)
+    if taps * math.prod(cotangent.shape[1:]) * cotangent.dtype.itemsize > _CACHE:
         axes = tuple(range(cotangent.ndim - 1))
-        summed = jnp.stack([product.sum(axes) for product in products(x, cotangent)])
-    else:
+        seen = (_window(x, at, out, strides, dilation) for at in _taps(sizes))
+        return jnp.stack([jnp.sum(each * cotangent, axes) for each in seen]).reshape(kernel.shape)
+    batch = x.shape[0] if isinstance(x.shape[0], int) else 1
+    images, blocks = next(
+        (n, b)
+        for n, b in _TOGETHER
+        if (n * b == 1 or n * b * taps <= _PRODUCTS) and not batch % n and not out[0] % b and b * strides[0] <= 8
+    )
+    rows = out[0] // blocks
 
-        def step(total: Any, given: Any) -> tuple[Any, None]:
-            return total + jnp.stack(products(*(each[None] for each in given)))[:, 0], None
+    def step(totals: Any, given: Any) -> tuple[Any, None]:
+        images, cotangents = given
+        parts = [(n, slice(b * rows, (b + 1) * rows)) for n in range(images.shape[0]) for b in range(blocks)]
+        seen = (_window(images, at, out, strides, dilation) for at in _taps(sizes))
+        sums = [functools.reduce(operator.add, [each[part] * cotangents[part] for part in parts]) for each in seen]
+        return [total + more for total, more in zip(totals, sums, strict=True)], None
 
-        start = jnp.zeros((math.prod(sizes), *cotangent.shape[1:]), cotangent.dtype)
-        total, _ = lax.scan(step, start, (x, cotangent))
-        summed = total.sum(tuple(range(1, spatial + 1)))
-    return summed.reshape(kernel.shape)
+    start = [jnp.zeros((rows, *cotangent.shape[2:]), cotangent.dtype)] * taps
+    by_images = [each.reshape(each.shape[0] // images, images, *each.shape[1:]) for each in (x, cotangent)]
+    totals, _ = lax.scan(step, start, by_images)
+    return jnp.stack(totals).sum(tuple(range(1, spatial + 1))).reshape(kernel.shape)
 
 
 _depthwise.defvjp(_depthwise_fwd, _depthwise_bwd)
@@ -227,7 +242,7 @@ def _shifted(x: Any, kernel: Any, strides: Any, padding: Any, dilation: Any) -> 
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
     out = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[1:-1], dilation, sizes, strides, strict=True)]
     terms = [_window(x, at, out, strides, dilation) * kernel[(*at, 0)] for at in _taps(sizes)]
-    return functools.reduce(lambda a, b: a + b, terms)
+    return functools.reduce(operator.add, terms)
 
 
 def pads(padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...]:

@@ -125,11 +125,7 @@ def vstack(tensors: Any) -> Any:
 
 
 def _pieces(x: Any, dim: int, sizes: Any) -> tuple[Any, ...]:
-    found, start = [], 0
-    for size in sizes:
-        found.append(lax.slice_in_dim(x, start, start + size, axis=dim % x.ndim))
-        start += size
-    return tuple(found)
+    return tuple(lax.split(x, tuple(sizes), dim % x.ndim))
 
 
 @op("split.Tensor", "split_copy.Tensor")
