@@ -7,6 +7,7 @@ cross-entropy. On a CPU both have the freed memory that `esper_jax.keep_memory()
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -50,6 +51,7 @@ def main() -> None:
     """Measure and print."""
     made = parser(__doc__ or "", rounds=60, budget=4.0, models=tuple(AIMS))
     made.add_argument("--batch", type=int, default=32, help="batch size")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU, which this process leaves to the others
     args = begin(made)
     report = Report("bridge", __doc__ or "", args, "torch")
     rows, floors, threads = [], [], ""
@@ -58,7 +60,9 @@ def main() -> None:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             try:
                 found, noise, threads = pool.submit(measured, args, name).result()
-            except ImportError:
+            except ModuleNotFoundError as error:
+                if error.name != "torch":
+                    raise
                 raise SystemExit("this benchmark needs PyTorch: pip install 'esper_jax[torch]'") from None
         rows += found
         floors += noise

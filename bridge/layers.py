@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..kasmina.products import flat_dot_general
+from ..kasmina.products import flat_products
 from .ops.attention import attended, entered, joined, left, masks, one_mask
 from .ops.conv import convolve, from_last, to_last
 from .ops.linear import without_padding_gradient
@@ -63,7 +63,7 @@ class Attention(nn.MultiHeadDotProductAttention):
 
     def setup(self) -> None:
         split = (self.num_heads, (self.qkv_features or 0) // self.num_heads)
-        dense = functools.partial(nn.DenseGeneral, dot_general=flat_dot_general)
+        dense = functools.partial(nn.DenseGeneral, dot_general_cls=flat_products)
         self.query = dense(split, use_bias=self.use_bias)
         self.key = dense(split, use_bias=self.use_bias)
         self.value = dense(split, use_bias=self.use_bias)
@@ -127,7 +127,7 @@ def make(layer: Layer) -> nn.Module:
 
 
 _CLASSES: dict[str, Any] = {
-    "dense": functools.partial(nn.Dense, dot_general=flat_dot_general),
+    "dense": functools.partial(nn.Dense, dot_general_cls=flat_products),
     "conv_transpose": nn.ConvTranspose,
     "embed": nn.Embed,
     "batch_norm": BatchNorm,

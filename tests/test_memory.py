@@ -47,7 +47,8 @@ def test_temporary_arrays_of_a_step_cost_no_page_faults():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(NAMES[0], "4"), (NAMES[2], "0"), ("GLIBC_TUNABLES", "glibc.malloc.check=0")]
+    ("name", "value"),
+    [(NAMES[0], "4"), (NAMES[2], "0"), ("LD_PRELOAD", "libjemalloc.so.2"), ("GLIBC_TUNABLES", "glibc.malloc.check=0")],
 )
 def test_what_the_environment_says_is_left_alone(monkeypatch, name, value):
     import esper_jax

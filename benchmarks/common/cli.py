@@ -64,8 +64,8 @@ def settle(args: argparse.Namespace) -> None:
 
     import esper_jax
 
-    if args.memory == "kept":
-        esper_jax.keep_memory()
+    if args.memory == "kept" and not esper_jax.keep_memory():
+        args.memory = "as malloc has it"
     if args.platform:
         jax.config.update("jax_platforms", args.platform)
 

@@ -56,11 +56,10 @@ def attend(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: flo
         allowed = mask if mask.dtype == jnp.bool_ else mask > -jnp.inf
         bias = None if mask.dtype == jnp.bool_ else jnp.where(allowed, mask, 0)
     plain = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal)
-    if query.dtype == jnp.float32 and query.shape[2] == key.shape[2]:
-        written_out = functools.partial(_written_out, causal, scale)
-        found = lax.platform_dependent(query, key, value, bias, allowed, cpu=written_out, default=plain)
-    else:
-        found = plain(query, key, value, bias, allowed)
+    some_keys = not isinstance(key.shape[1], int) or key.shape[1] > 0
+    if jax.default_backend() == "cpu" and query.dtype == jnp.float32 and query.shape[2] == key.shape[2] and some_keys:
+        plain = functools.partial(_written_out, causal, scale)
+    found = plain(query, key, value, bias, allowed)
     if allowed is None:
         return found
     if causal:
@@ -72,7 +71,7 @@ def attend(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: flo
 def _written_out(causal: bool, scale: float, query: Any, key: Any, value: Any, bias: Any, allowed: Any) -> Any:
     """`jax.nn.dot_product_attention` for a CPU: what is divided by the sums is the output, not the weights."""
     logits = jnp.einsum("nqhd,nkhd->nhqk", query * jnp.float32(scale), key)
-    logits = logits if bias is None else logits + bias
+    logits = logits if bias is None else (logits + bias).astype(logits.dtype)
     if causal:
         triangle = jnp.tril(jnp.ones(logits.shape[-2:], bool))
         allowed = triangle if allowed is None else allowed & triangle

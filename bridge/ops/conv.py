@@ -23,7 +23,7 @@ _ROWS, _CHANNELS = 8, 16  # at least: of the output, and in and out, for `_besid
 _PATCHES = 16, 32, 16 << 20  # at most taps, at least channels in if strided, at most bytes, for `_patches`
 _COLOURS = 3
 _CACHE = 4 << 20  # bytes
-_TOGETHER, _PRODUCTS = ((2, 8), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1)), 144  # images and blocks; at most
+_TOGETHER, _PRODUCTS = ((2, 8), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2)), 144  # images and blocks; at most
 
 
 def dimension_numbers(spatial: int) -> tuple[str, str, str]:
@@ -99,6 +99,8 @@ def _is_beside(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
     enough = min(kernel.shape[-2:]) >= _CHANNELS and max(kernel.shape[-2:]) > _CHANNELS
     if x.ndim != 4 or x.dtype != jnp.float32 or set(strides) != {1} or not enough:
         return False
+    if not _is_static(x.shape[1:-1]) or min(min(pair) for pair in padding) < 0:
+        return False
     out = _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)
     return all(_ROWS <= n <= size for n, size in zip(out, x.shape[1:-1], strict=True))
 
@@ -126,10 +128,10 @@ def _has_patches(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
     taps, channels, most = _PATCHES
     count, (inputs, outputs) = math.prod(kernel.shape[:-2]), kernel.shape[-2:]
     fits = min(strides) > 1 and inputs >= channels or inputs == _COLOURS and outputs <= _FEW
-    if not fits or count > taps or not isinstance(x.shape[0], int):
+    if not fits or count > taps or not _is_static(x.shape):
         return False
     out = _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)
-    return x.shape[0] * math.prod(out) * count * kernel.shape[-2] * x.dtype.itemsize <= most
+    return min(out) > 0 and x.shape[0] * math.prod(out) * count * kernel.shape[-2] * x.dtype.itemsize <= most
 
 
 def _patches(strides: Any, padding: Any, precision: Any, x: Any, kernel: Any) -> Any:
@@ -139,6 +141,11 @@ def _patches(strides: Any, padding: Any, precision: Any, x: Any, kernel: Any) ->
     x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
     seen = jnp.concatenate([_window(x, at, out, strides, (1,) * len(sizes)) for at in _taps(sizes)], -1)
     return product(seen, kernel.reshape(-1, kernel.shape[-1]), precision)
+
+
+def _is_static(shape: Any) -> bool:
+    """Whether all sizes are numbers: an exported program may leave some open."""
+    return all(isinstance(size, int) for size in shape)
 
 
 def _outputs(space: Any, sizes: Any, strides: Any, padding: Any) -> list[int]:
@@ -202,9 +209,12 @@ def _to_kernel(x: Any, kernel: Any, cotangent: Any, moves: Any) -> Any:
         return jnp.stack([jnp.sum(each * cotangent, axes) for each in seen]).reshape(kernel.shape)
     batch = x.shape[0] if isinstance(x.shape[0], int) else 1
     images, blocks = next(
-        (n, b)
-        for n, b in _TOGETHER
-        if (n * b == 1 or n * b * taps <= _PRODUCTS) and not batch % n and not out[0] % b and b * strides[0] <= 8
+        (
+            (n, b)
+            for n, b in _TOGETHER
+            if n * b * taps <= _PRODUCTS and b * strides[0] <= 8 and not batch % n + out[0] % b
+        ),
+        (1, 1),
     )
     rows = out[0] // blocks
 

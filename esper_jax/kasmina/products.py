@@ -2,7 +2,8 @@
 
 Where the left side has several leading axes, JAX's gradient to the kernel contracts them all, and XLA's CPU backend
 writes the cotangent once more, transposed, before it does: a fifth of a transformer block's step. Of two matrices it
-takes either side as it lies. Elsewhere the two are the same program.
+takes either side as it lies. On other platforms, and where an axis behind the first is sharded, which flattening would
+gather, the product stays as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -19,7 +21,7 @@ def product(
     x: Float[Array, "*space I"], kernel: Float[Array, "I O"], precision: Any = None
 ) -> Float[Array, "*space O"]:
     """`jnp.matmul(x, kernel, precision=precision)`."""
-    if x.ndim < 3:
+    if x.ndim < 3 or not _flattens(x):
         return jnp.matmul(x, kernel, precision=precision)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return jnp.matmul(rows, kernel, precision=precision).reshape(*x.shape[:-1], kernel.shape[-1])
@@ -33,7 +35,7 @@ def flat_dot_general(
     preferred_element_type: Any = None,
     **options: Any,
 ) -> Array:
-    """`lax.dot_general` for the `dot_general=` of Flax's `Dense` and `DenseGeneral`.
+    """`lax.dot_general` for Flax's `Dense` and `DenseGeneral`.
 
     Args:
       x: `[*space, *inputs]`.
@@ -47,10 +49,22 @@ def flat_dot_general(
     count = len(from_x)
     trailing = tuple(axis % x.ndim for axis in from_x) == tuple(range(x.ndim - count, x.ndim))
     options |= {"precision": precision, "preferred_element_type": preferred_element_type}
-    if batch or not trailing or tuple(from_kernel) != tuple(range(count)):
+    fits = tuple(from_kernel) == tuple(range(count)) and x.shape[x.ndim - count :] == kernel.shape[:count]
+    if batch or not trailing or not fits or not _flattens(x):
         return lax.dot_general(x, kernel, dimension_numbers, **options)
     space, outputs = x.shape[: x.ndim - count], kernel.shape[count:]
     rows = x.reshape(math.prod(space), math.prod(x.shape[len(space) :]))
     matrix = kernel.reshape(math.prod(kernel.shape[:count]), math.prod(outputs))
     found = lax.dot_general(rows, matrix, (((1,), (0,)), ((), ())), **options)
     return jnp.reshape(found, (*space, *outputs))
+
+
+def flat_products() -> Any:
+    """`flat_dot_general`, for the `dot_general_cls=` of Flax's layers."""
+    return flat_dot_general
+
+
+def _flattens(x: Array) -> bool:
+    """Whether leading axes may become one: on a CPU, unless an axis behind the first is known to be sharded."""
+    spec = getattr(getattr(jax.typeof(x), "sharding", None), "spec", ())
+    return jax.default_backend() == "cpu" and all(part is None for part in spec[1:])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -45,6 +47,10 @@ CASES = {  # spatial axes, inputs, kernel, outputs, strides, padding, dilation, 
         (1,) * 3,
         1,
     ),
+    "many channels, cut off": (2, 16, (3, 3), 24, (1, 1), ((0, 1), (-1, 1)), (1, 1), 1),
+    "many channels, strided, with no output": (2, 32, (10, 3), 24, (2, 2), ((0, 0), (0, 0)), (1, 1), 1),
+    "depthwise, in blocks": (2, 4, (2, 3), 4, (1, 1), ((0, 0), (1, 1)), (1, 1), 4),
+    "depthwise, far strides": (2, 4, (3, 3), 4, (9, 10), ((1, 1), (2, 3)), (1, 1), 4),
     "depthwise": (2, 4, (3, 3), 8, (2, 1), ((1, 1), (2, 0)), (1, 2), 4),
 }
 
@@ -53,7 +59,7 @@ CASES = {  # spatial axes, inputs, kernel, outputs, strides, padding, dilation, 
 def test_outputs_and_gradients_are_those_of_xlas_convolution(case):
     spatial, inputs, size, outputs, strides, padding, dilation, groups = CASES[case]
     random = np.random.default_rng(0)
-    x = random.normal(size=(2, *(9,) * spatial, inputs)).astype(np.float32)
+    x = random.normal(size=(6, *(9,) * spatial, inputs)).astype(np.float32)
     kernel = random.normal(size=(*size, inputs // groups, outputs)).astype(np.float32)
     given = (strides, padding, None, dilation, dimension_numbers(spatial), groups)
     wanted, back = jax.vjp(lambda x, k: lax.conv_general_dilated(x, k, *given), x, kernel)
@@ -61,6 +67,19 @@ def test_outputs_and_gradients_are_those_of_xlas_convolution(case):
     cotangent = random.normal(size=wanted.shape).astype(np.float32)
     for one, other in zip((found, *ours(cotangent)), (wanted, *back(cotangent)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_may_be_open_in_an_exported_program():
+    n, h, w = jax.export.symbolic_shape("n, h, w")
+    for inputs, outputs, stride in ((3, 16, 1), (32, 32, 1), (32, 32, 2)):
+        call = functools.partial(
+            convolve, strides=(stride,) * 2, padding=((1, 1), (1, 1)), dimension_numbers=dimension_numbers(2)
+        )
+        x, kernel = jnp.ones((3, 20, 10, inputs)), jnp.ones((3, 3, inputs, outputs))
+        for shape in ((n, h, w, inputs), (n, 20, 10, inputs)):
+            open_ = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(kernel.shape, jnp.float32)
+            found = jax.export.export(jax.jit(call))(*open_).call(x, kernel)
+            np.testing.assert_allclose(found, call(x, kernel), rtol=1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")

@@ -43,5 +43,4 @@ def test_attention_transposes_what_jaxs_own_attention_does_and_no_more():
     apply, arguments = imported(module, torch.randn(4, 10, 64))
     heads = jnp.ones((4, 10, 4, 16))
     own = transposes(jax.nn.dot_product_attention, heads, heads, heads)
-    layers, ways = 2, 2  # a way for the CPU and one for all else
-    assert transposes(apply, *arguments) <= layers * ways * own
+    assert transposes(apply, *arguments) <= 2 * own

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from esper_jax.kasmina.products import flat_dot_general, product
+from esper_jax.kasmina.products import flat_dot_general, flat_products, product
 
 DIMS = {  # of x, of the kernel, what is contracted
     "dense": ((2, 3, 4, 5), (5, 6), (((3,), (0,)), ((), ()))),
@@ -39,6 +39,11 @@ def test_flat_dot_general_is_dot_general(name):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_shapes_that_do_not_fit_are_refused_as_dot_general_does():
+    with pytest.raises(TypeError, match="same shape"):
+        flat_dot_general(jnp.ones((5, 3, 4)), jnp.ones((4, 3, 5)), (((1, 2), (0, 1)), ((), ())))
+
+
 def test_dtypes_are_those_of_dot_general():
     x, kernel = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
     dims = (((2,), (0,)), ((), ()))
@@ -65,4 +70,5 @@ def test_nothing_is_transposed_for_the_gradient_to_a_kernel():
         return text.split("\nENTRY ")[1].count("= f32[64,128]{1,0}")
 
     assert transposed() > 0
+    assert transposed(dot_general_cls=flat_products) == 0
     assert transposed(dot_general=flat_dot_general) == 0
