@@ -50,6 +50,7 @@ RATE = 1e-2
 def main() -> None:
     """Measure and print."""
     made = parser(__doc__ or "", rounds=60, budget=4.0, models=tuple(AIMS))
+    made.set_defaults(memory="kept")
     made.add_argument("--batch", type=int, default=32, help="batch size")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU, which this process leaves to the others
     args = begin(made)

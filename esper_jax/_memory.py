@@ -19,8 +19,9 @@ def keep_memory() -> bool:
     where they are larger than 32 MiB. From this call on one arena serves all threads, and returns blocks of more than
     1 GiB and what is free over 1 GiB at its end: the process may stay as large as it once was.
 
-    Call it before JAX computes anything: threads that have allocated keep their arenas. `esper-jax` calls it itself.
-    Arrays on an accelerator are not concerned.
+    Call it before JAX computes anything: threads that have allocated keep their arenas. Steps that allocate little
+    take longer with it, 5 to 25% below a few milliseconds, since their threads share the arena: measure. Arrays on an
+    accelerator are not concerned.
 
     Returns:
       Whether it took. Where the allocator is another than glibc's, or an old one that keeps no block over 32 MiB, or

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ._memory import keep_memory
 from .experiment import BASELINE, Interrupted, run
 from .kasmina.summary import blueprints
 from .nissa import read_events
@@ -112,7 +111,6 @@ def _run_of(directory: pathlib.Path | None) -> pathlib.Path | None:
 
 
 def _train(options: Train, given: Sequence[str]) -> None:
-    keep_memory()
     try:
         if options.resume is not None:
             options = resumed(options, _named(given))

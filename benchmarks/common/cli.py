@@ -34,7 +34,10 @@ def parser(
     made.add_argument("--budget", type=_positive, default=budget, help="seconds for each group of variants")
     made.add_argument("--seed", type=int, default=0, help="of data, weights and the order of variants")
     made.add_argument(
-        "--memory", choices=MEMORY, default="kept", help="freed memory of this process: esper_jax.keep_memory() or not"
+        "--memory",
+        choices=MEMORY,
+        default="returned",
+        help="freed memory of this process: esper_jax.keep_memory() or not",
     )
     made.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the results there as JSON")
     return made
