@@ -15,13 +15,13 @@ def keep_memory() -> bool:
     """Let this process keep the memory that it frees for what it allocates next. For training on a CPU.
 
     XLA's CPU backend allocates the temporary arrays of a program anew in each call. glibc returns blocks of that size
-    to the system when they are freed, so that each of their pages costs a page fault in every step: 10 to 50% of it,
-    where they are larger than 32 MiB. From this call on one arena serves all threads, and returns blocks of more than
-    1 GiB and what is free over 1 GiB at its end: the process may stay as large as it once was.
+    to the system when they are freed, so that each of their pages costs a page fault in every step. Where they are
+    larger than 32 MiB that was 15 to 30% of the train steps of `benchmarks/bridge.py`. From this call on one arena
+    serves all threads, and returns blocks of more than 1 GiB and what is free over 1 GiB at its end: the process may
+    stay as large as it once was.
 
     Call it before JAX computes anything: threads that have allocated keep their arenas. Steps that allocate little
-    take longer with it, 5 to 25% below a few milliseconds, since their threads share the arena: measure. Arrays on an
-    accelerator are not concerned.
+    take longer with it, since their threads share the arena: measure. Arrays on an accelerator are not concerned.
 
     Returns:
       Whether it took. Where the allocator is another than glibc's, or an old one that keeps no block over 32 MiB, or

@@ -55,11 +55,11 @@ def attend(query: Any, key: Any, value: Any, mask: Any, causal: bool, scale: flo
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         allowed = mask if mask.dtype == jnp.bool_ else mask > -jnp.inf
         bias = None if mask.dtype == jnp.bool_ else jnp.where(allowed, mask, 0)
-    plain = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal)
+    way: Any = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=causal)
     some_keys = not isinstance(key.shape[1], int) or key.shape[1] > 0
     if jax.default_backend() == "cpu" and query.dtype == jnp.float32 and query.shape[2] == key.shape[2] and some_keys:
-        plain = functools.partial(_written_out, causal, scale)
-    found = plain(query, key, value, bias, allowed)
+        way = functools.partial(_written_out, causal, scale)
+    found = way(query, key, value, bias, allowed)
     if allowed is None:
         return found
     if causal:

@@ -63,26 +63,24 @@ def convolve(
         feature_group_count=feature_group_count,
         precision=precision,
     )
-    taps = math.prod(kernel.shape[:-2])
-    stretched = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
-    if stretched or isinstance(padding, str):
+    taps, undilated = math.prod(kernel.shape[:-2]), (1,) * (kernel.ndim - 2)
+    if tuple(lhs_dilation or undilated) != undilated or isinstance(padding, str):
         return plain(x, kernel)
+    strides, padding, dilation = tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation or undilated)
     if feature_group_count == 1:
         inputs, outputs = kernel.shape[-2:]
-        undilated = rhs_dilation is None or not any(d != 1 for d in rhs_dilation)
         if taps == 1 and not np.any(padding):
             ours: Any = functools.partial(_pointwise, strides, precision)
-        elif undilated and _is_beside(x, kernel, strides, padding):
-            ours = functools.partial(_beside, plain, tuple(map(tuple, padding)))
-        elif undilated and _has_patches(x, kernel, strides, padding):
-            ours = functools.partial(_patches, tuple(strides), tuple(map(tuple, padding)), precision)
+        elif dilation == undilated and _is_beside(x, kernel, strides, padding):
+            ours = functools.partial(_beside, plain, padding)
+        elif dilation == undilated and _has_patches(x, kernel, strides, padding):
+            ours = functools.partial(_patches, strides, padding, precision)
         elif inputs > 1 and inputs % 2 == 1 and outputs <= _FEW:
             ours = functools.partial(_rounded, plain)
         else:
             return plain(x, kernel)
     elif kernel.shape[-2] == 1 and taps <= _MOST_TAPS:
-        moves = tuple(strides), tuple(map(tuple, padding)), tuple(rhs_dilation or (1,) * (kernel.ndim - 2))
-        ours = functools.partial(_depthwise, moves)
+        ours = functools.partial(_depthwise, (strides, padding, dilation))
     else:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=ours, default=plain)
@@ -137,8 +135,7 @@ def _has_patches(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
 def _patches(strides: Any, padding: Any, precision: Any, x: Any, kernel: Any) -> Any:
     """A convolution as the product of all that each output sees with the whole kernel."""
     sizes = kernel.shape[:-2]
-    out = _outputs(x.shape[1:-1], sizes, strides, padding)
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
+    out, x = _outputs(x.shape[1:-1], sizes, strides, padding), _padded(x, padding)
     seen = jnp.concatenate([_window(x, at, out, strides, (1,) * len(sizes)) for at in _taps(sizes)], -1)
     return product(seen, kernel.reshape(-1, kernel.shape[-1]), precision)
 
@@ -148,10 +145,15 @@ def _is_static(shape: Any) -> bool:
     return all(isinstance(size, int) for size in shape)
 
 
-def _outputs(space: Any, sizes: Any, strides: Any, padding: Any) -> list[int]:
-    """The size of the output along each axis, where nothing is dilated."""
-    axes = zip(space, sizes, strides, padding, strict=True)
-    return [(n + low + high - k) // s + 1 for n, k, s, (low, high) in axes]
+def _outputs(space: Any, sizes: Any, strides: Any, padding: Any, dilation: Any = None) -> list[int]:
+    """The size of the output along each axis; without `dilation` the kernel's taps are neighbours."""
+    axes = zip(space, sizes, strides, padding, dilation or (1,) * len(sizes), strict=True)
+    return [(n + low + high - d * (k - 1) - 1) // s + 1 for n, k, s, (low, high), d in axes]
+
+
+def _padded(x: Any, padding: Any) -> Any:
+    """`[N, *space, C]` with zeros around; less than none are cut off."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
 
 
 def _rounded(convolution: Any, x: Any, kernel: Any) -> Any:
@@ -199,9 +201,7 @@ def _to_kernel(x: Any, kernel: Any, cotangent: Any, moves: Any) -> Any:
     strides, padding, dilation = moves
     spatial, sizes = kernel.ndim - 2, kernel.shape[: kernel.ndim - 2]
     x = jnp.repeat(x, kernel.shape[-1] // x.shape[-1], axis=-1) if kernel.shape[-1] != x.shape[-1] else x
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
-    out = cotangent.shape[1:-1]
-
+    x, out = _padded(x, padding), cotangent.shape[1:-1]
     taps = math.prod(sizes)
     if taps * math.prod(cotangent.shape[1:]) * cotangent.dtype.itemsize > _CACHE:
         axes = tuple(range(cotangent.ndim - 1))
@@ -249,8 +249,7 @@ def _shifted(x: Any, kernel: Any, strides: Any, padding: Any, dilation: Any) -> 
     sizes = kernel.shape[: kernel.ndim - 2]
     repeats = kernel.shape[-1] // x.shape[-1]
     x = jnp.repeat(x, repeats, axis=-1) if repeats > 1 else x
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
-    out = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[1:-1], dilation, sizes, strides, strict=True)]
+    out, x = _outputs(x.shape[1:-1], sizes, strides, padding, dilation), _padded(x, padding)
     terms = [_window(x, at, out, strides, dilation) * kernel[(*at, 0)] for at in _taps(sizes)]
     return functools.reduce(operator.add, terms)
 
