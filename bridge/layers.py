@@ -13,7 +13,7 @@ from ..kasmina.products import flat_products
 from .ops.attention import attended, entered, joined, left, masks, one_mask
 from .ops.conv import convolve, from_last, to_last
 from .ops.linear import without_padding_gradient
-from .ops.norm import normalised, statistics, unbiased, updated
+from .ops.norm import normalised, standardised, unbiased, updated
 from .ops.registry import Last
 from .recognise import Layer
 
@@ -34,12 +34,13 @@ class BatchNorm(nn.BatchNorm):
         bias = self.param("bias", self.bias_init, shape) if self.use_bias else None
         if frozen:
             return normalised(x, scale, bias, mean.value, var.value, self.epsilon, True)
-        batch_mean, batch_var, count = statistics(x, True)
+        result, batch_mean, batch_var = standardised(x, scale, bias, self.epsilon, True)
+        count = x.size // batch_mean.size
         if not self.is_initializing():
             kept_mean, kept_var = jax.lax.stop_gradient((batch_mean, batch_var))
             mean.value = updated(mean.value, kept_mean, self.momentum)
             var.value = updated(var.value, unbiased(kept_var, count), self.momentum)
-        return normalised(x, scale, bias, batch_mean, batch_var, self.epsilon, True)
+        return result
 
 
 class Attention(nn.MultiHeadDotProductAttention):
