@@ -1,10 +1,11 @@
 """What Tolaria's loop costs beside the best loop that can be written by hand for the same model.
 
 By hand: one epoch as a `lax.scan` in one program, as a Python loop of jitted steps, and as such a loop with four steps
-written out in each call; the bare model, optax alone, donated buffers, shuffled and gathered in the program. Tolaria:
-the loop that `fit` runs between ticks, probes at the default interval included, in the mode it chooses by itself and in
-each mode by name, from data on the device and from data on the host. XLA's CPU backend is slow at convolutions inside
-control flow: the rows of the CNN are where a wrong choice shows.
+written out in each call; the bare model, optax alone, donated buffers, shuffled and gathered in the program, its losses
+kept. None of these looks whether a gradient is finite, as Tolaria does in every step; the guarded one does, by optax's
+`apply_if_finite`. Tolaria: the loop that `fit` runs between ticks, probes at the default interval included, in the mode
+it chooses by itself and in each mode by name, from data on the device and from data on the host. XLA's CPU backend is
+slow at convolutions inside control flow: the rows of the CNN are where a wrong choice shows.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ AGAIN = {"scan": "hand scan", "loop": "hand loop", "unroll": "hand unrolled"}
 class Hand:
     """Loops that someone would write for the bare model: an epoch from arrays on the device."""
 
-    def __init__(self, work: Any, data: Any, steps: int) -> None:
-        self.work, self.data, self.steps, self.tx = work, data, steps, work.optimizer()
+    def __init__(self, work: Any, data: Any, steps: int, tx: Any) -> None:
+        self.work, self.data, self.steps, self.tx = work, data, steps, tx
         params, rest = work.variables["params"], {k: work.variables[k] for k in work.collections}
         self.first = lambda: jax.tree.map(jnp.array, (params, rest, self.tx.init(params)))
         self.state: dict[str, Any] = {}
@@ -55,32 +56,36 @@ class Hand:
         def loss(params: Any) -> Any:
             return self.work.mean_loss(self.work.model.apply, {"params": params, **rest}, batch)
 
-        (_, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (value, rest), grads = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt_state = self.tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), rest, opt_state
+        return (optax.apply_updates(params, updates), rest, opt_state), value
 
     def _scan(self, state: Any, key: Any, data: Any) -> Any:
         order = shuffled(key, 0, self.steps * self.work.batch, self.work.batch)
-        return jax.lax.scan(lambda state, rows: (self.step(state, rows, data), None), state, order)[0]
+        return jax.lax.scan(lambda state, rows: self.step(state, rows, data), state, order)
 
     def _several(self, count: int, state: Any, order: Any, start: Any, data: Any) -> Any:
+        losses = []
         for i in range(count):
-            state = self.step(state, order[start + i], data)
-        return state
+            state, loss = self.step(state, order[start + i], data)
+            losses.append(loss)
+        return state, losses
 
     def epoch(self, name: str, number: int) -> Any:
-        """One epoch; the state after it."""
+        """One epoch; the state after it, and the losses."""
         key, state = jax.random.key(number), self.state.pop(name, None) or self.first()
-        kind = name.removesuffix(" again")
+        kind = name.removesuffix(" again").removesuffix(", guarded")
         if kind == "hand scan":
-            state = self.scan(state, key, self.data)
+            state, losses = self.scan(state, key, self.data)
         else:
             size, call = (1, self.one) if kind == "hand loop" else (WRITTEN_OUT, self.four)
             order = shuffled(key, 0, self.steps * self.work.batch, self.work.batch)
+            losses = []
             for start in range(0, self.steps, size):
-                state = call(state, order, start, self.data)
+                state, some = call(state, order, start, self.data)
+                losses += some
         self.state[name] = state
-        return state
+        return state, losses
 
 
 class Ours:
@@ -128,20 +133,25 @@ def measure(name: str, args: Any, report: Report) -> None:
     steps = args.steps or STEPS[name]
     work = workload(name, scale=args.scale, dtype=args.dtype, sets=steps, seed=args.seed)
     data = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *work.batches)
-    hand = Hand(work, data, steps)
+    hand = Hand(work, data, steps, work.optimizer())
+    with_guard = Hand(work, data, steps, optax.apply_if_finite(work.optimizer(), max_consecutive_errors=1 << 30))
     ours = {"tolaria": Ours(work, data, "auto"), "tolaria, data on the host": Ours(work, data, "auto", resident=False)}
     ours |= {f"tolaria, {mode}": Ours(work, data, mode) for mode in ("scan", "loop", "unroll")}
     ours["tolaria, auto, no probes"] = Ours(work, data, "auto", probe_every=0)
     ours["tolaria"].epoch(0)
     copied = AGAIN[ours["tolaria"].feed.mode]
     variants = {n: functools.partial(hand.epoch, n) for n in (*HAND, f"{copied} again")}
+    guarded = f"{copied}, guarded"
+    variants[guarded] = functools.partial(with_guard.epoch, guarded)
     variants |= {n: o.epoch for n, o in ours.items()}
-    timed = interleave(variants, rounds=args.rounds, sets=4, warmup=1, budget=args.budget, least=5, seed=args.seed)
+    timed = interleave(variants, rounds=args.rounds, sets=4, warmup=2, budget=args.budget, least=5, seed=args.seed)
     best = min(HAND, key=lambda n: timed[n].median)
     rows = []
     for n, timing in timed.items():
         row = {"variant": n, **time_columns(timing), **ratio_columns(ratio(timing, timed[best]))}
         row["step"] = timing.median / steps
+        against = ratio(timing, timed[guarded])
+        row |= {"guarded": against.median, "guarded interval": [against.low, against.high]}
         row["least"] = float(timing.samples.min() / timed[best].samples.min())
         rows.append(row)
     floor = noise_floor([ratio(timed[f"{copied} again"], timed[copied])])
@@ -151,6 +161,8 @@ def measure(name: str, args: Any, report: Report) -> None:
         Column("step", "a step", "time"),
         Column("ratio", "over the best by hand", "ratio"),
         Column("interval", "95%", "interval"),
+        Column("guarded", "over the guarded", "ratio"),
+        Column("guarded interval", "95%", "interval"),
         Column("least", "of the fastest epochs", "ratio"),
         Column("samples", "epochs", "count"),
     )

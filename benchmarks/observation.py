@@ -30,6 +30,10 @@ from esper_jax.tolaria.step import Calls
 
 EVERY = 50
 LIMITS = {"transformer": 1.01, "mlp": 1.02, "cnn": 1.02}
+SITES = {
+    "planted": "a dormant seed planted at each of {} sites",
+    "all": "nothing planted at {} sites, as morph(params) has them",
+}
 VARIANTS = {"no probes": 0, "no probes again": 0, f"probes every {EVERY}": EVERY, "probes every step": 1}
 MARK = "observation: counting"
 
@@ -37,9 +41,10 @@ MARK = "observation: counting"
 class Steps:
     """`EVERY` steps of one variant, in as many calls as the platform's own way of dispatch takes."""
 
-    def __init__(self, work: Any, probe_every: int, sites: str = "planted") -> None:
+    def __init__(self, work: Any, probe_every: int, sites: str) -> None:
         calls, tx = Calls(graft(work.model), work.loss), growable(work.optimizer())
         morph = work.morph(planted=sites == "planted")
+        self.sites = len(morph.spec.sites)
         self.state = TrainState.create(morph, tx, key=jax.random.key(0))
         alone = Dispatch().chosen(calls, morph, work.batches[0]) != "scan"
         places = 1 if alone else EVERY
@@ -88,12 +93,12 @@ def hidden(text: str) -> tuple[int, int]:
     return total, sum(len(lines) for name, lines in marked.items() if name not in inside)
 
 
-def count(name: str, args: argparse.Namespace, probe_every: int) -> float | None:
+def count(name: str, sites: str, args: argparse.Namespace, probe_every: int) -> float | None:
     """Instructions a step, by callgrind in a process of its own; None where they could not be counted."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *("valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"),
-            *(sys.executable, __file__, "--models", name, "--counted", str(probe_every)),
+            *(sys.executable, __file__, "--models", name, "--counted", str(probe_every), "--sites", sites),
             *("--dtype", args.dtype, "--scale", str(args.scale), "--seed", str(args.seed), "--platform", "cpu"),
         ]
         flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -106,7 +111,9 @@ def count(name: str, args: argparse.Namespace, probe_every: int) -> float | None
 
 def counted(args: argparse.Namespace) -> None:
     """In the process that callgrind watches: warm up, then `EVERY` steps with counting on."""
-    steps = Steps(workload(args.models[0], scale=args.scale, dtype=args.dtype, seed=args.seed), args.counted)
+    steps = Steps(
+        workload(args.models[0], scale=args.scale, dtype=args.dtype, seed=args.seed), args.counted, args.sites[0]
+    )
     for _ in range(2):
         jax.block_until_ready(steps())
     print(MARK, flush=True)
@@ -119,6 +126,7 @@ def counted(args: argparse.Namespace) -> None:
 
 def main() -> None:
     made = parser(__doc__ or "", rounds=40, budget=4.0)
+    made.add_argument("--sites", nargs="+", choices=tuple(SITES), default=list(SITES), help="which sites are probed")
     made.add_argument("--instructions", action="store_true", help="count instructions too; minutes for each model")
     made.add_argument("--counted", type=int, help=argparse.SUPPRESS)
     args = begin(made)
@@ -129,14 +137,15 @@ def main() -> None:
     if args.instructions and not counting:
         report.note("Instructions are not counted: that needs valgrind and --platform cpu.")
     for name in args.models:
-        measure(name, args, report, counting)
+        for sites in args.sites:
+            measure(name, sites, args, report, counting)
     report.finish()
     return None
 
 
-def measure(name: str, args: argparse.Namespace, report: Report, counting: bool) -> None:
+def measure(name: str, sites: str, args: argparse.Namespace, report: Report, counting: bool) -> None:
     work = workload(name, scale=args.scale, dtype=args.dtype, seed=args.seed)
-    variants = {n: Steps(work, every) for n, every in VARIANTS.items()}
+    variants = {n: Steps(work, every, sites) for n, every in VARIANTS.items()}
     timed = interleave(variants, rounds=args.rounds, warmup=2, budget=args.budget, least=6, seed=args.seed)
     base, counts, rows = timed["no probes"], {}, []
     for n, timing in timed.items():
@@ -146,7 +155,7 @@ def measure(name: str, args: argparse.Namespace, report: Report, counting: bool)
         row |= {"step": timing.median / EVERY, "least": float(timing.samples.min() / base.samples.min())}
         row |= {"flops": flops(compiled), "probing": total, "outside": outside}
         if counting and not n.endswith("again"):
-            counts[n] = count(name, args, VARIANTS[n])
+            counts[n] = count(name, sites, args, VARIANTS[n])
             row["instructions"] = counts[n]
             if counts[n] and counts["no probes"]:
                 row["instruction_ratio"] = counts[n] / counts["no probes"]
@@ -164,7 +173,7 @@ def measure(name: str, args: argparse.Namespace, report: Report, counting: bool)
         Column("outside", "outside a conditional", "count"),
         Column("samples", "samples", "count"),
     )
-    title = f"{name}: {EVERY} steps of {work.batch}, a dormant seed planted at each site"
+    title = f"{name}: {EVERY} steps of {work.batch}, {SITES[sites].format(variants['no probes'].sites)}"
     note = f"Noise floor, from a second copy without probes: {floor:.3f}. To be reached: {LIMITS[name]:.2f}."
     report.table(title, columns, rows, note)
 

@@ -35,6 +35,8 @@ No GPU was available when these were made. On a machine with one, and a jax that
 
 ```sh
 make bench BENCH_PLATFORM=gpu BENCH_ARGS="--scale 8 --dtype bfloat16"
+.venv/bin/python benchmarks/bridge.py --platform gpu --json benchmarks/results/gpu/bridge.json
+.venv/bin/python benchmarks/report.py
 ```
 """
 NEEDED = ("benchmark", "about", "date", "machine", "versions", "options", "tables", "notes")

@@ -111,6 +111,7 @@ def test_of_two_rows_the_gradient_is_as_exact_as_it_can_be():
 def test_networks_beside_each_other_have_the_statistics_of_each():
     x, weight, bias = given()
     several = jnp.stack([x, 2 * x + 1])
-    together = jax.vmap(lambda x: standardised(x, weight, bias, 1e-5, True))(several)
-    alone = [standardised(one, weight, bias, 1e-5, True) for one in several]
+    weights = jnp.stack([weight, 3 * weight])
+    together = jax.vmap(lambda x, weight: standardised(x, weight, bias, 1e-5, True))(several, weights)
+    alone = [standardised(x, weight, bias, 1e-5, True) for x, weight in zip(several, weights, strict=True)]
     chex.assert_trees_all_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone), rtol=1e-5, atol=1e-5)
