@@ -102,12 +102,13 @@ def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict
     x = jnp.asarray(example.numpy())
     logits = jax.eval_shape(model.apply, variables, x).shape
     labels = np.random.default_rng(seed).integers(0, logits[-1], logits[:-1])
+    labels = jnp.asarray(labels)
     module, given = module.to(device), example.to(device)
-    wanted = torch.from_numpy(labels).to(device)
+    wanted = torch.from_numpy(np.array(labels)).long().to(device)
     apply = jax.jit(model.apply)
     still = model.clone(every_unit=False)
 
-    def loss(params: Any, others: Any) -> Any:
+    def loss(params: Any, others: Any, x: Any, labels: Any) -> Any:
         mutable = list(others)
         out, changed = still.apply(
             {**others, "params": params}, x, train=True, mutable=mutable, rngs={"dropout": jax.random.key(0)}
@@ -115,9 +116,9 @@ def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict
         return optax.softmax_cross_entropy_with_integer_labels(out, labels).mean(), changed
 
     @functools.partial(jax.jit, donate_argnums=0)  # torch writes over its parameters too
-    def train(variables: Any) -> Any:
+    def train(variables: Any, x: Any, labels: Any) -> Any:
         others = {k: v for k, v in variables.items() if k != "params"}
-        grads, changed = jax.grad(loss, has_aux=True)(variables["params"], others)
+        grads, changed = jax.grad(loss, has_aux=True)(variables["params"], others, x, labels)
         params = jax.tree.map(lambda p, g: p - RATE * g, variables["params"], grads)
         return {**others, **changed, "params": params}
 
@@ -139,7 +140,7 @@ def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict
         synchronise(torch, device)
 
     def jax_train(_: int) -> Any:
-        held["variables"] = train(held["variables"])
+        held["variables"] = train(held["variables"], x, labels)
         return held["variables"]
 
     again = "torch, the same once more"

@@ -39,6 +39,9 @@ def capture(
     for mode in (False, True) if train else (False,):
         copied = copy_of(module)
         with modes_kept(module):
+            if copied is not module:
+                with plain_attention():
+                    _refuse_functions(_functions_of(copy_of(module).train(mode), args, kwargs), name)
             try:
                 exported = _export(copied.train(mode), args, kwargs, shapes, name)
             except BridgeError as error:
@@ -100,6 +103,17 @@ def modes_kept(module: torch.nn.Module) -> Iterator[None]:
             child.training = training
 
 
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Meanwhile torch's attention takes no fast path, which has values of its own where keys are masked."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def copy_of(module: torch.nn.Module) -> torch.nn.Module:
     """The module itself where it cannot be copied (e.g. a weight that is computed before each call)."""
     try:
@@ -117,6 +131,13 @@ def _check_tensors(module: torch.nn.Module, name: str) -> None:
                 "modules have "
                 "no parameters to train: give the float module"
             )
+        if child._backward_hooks or child._backward_pre_hooks:
+            raise BridgeError(
+                f"{name}: {path or 'the module'} has a backward hook, which the captured graph would lose; remove it"
+            )
+    for path, parameter in module.named_parameters():
+        if parameter._backward_hooks:
+            raise BridgeError(f"{name}: parameter {path!r} has a hook on its gradient, which would be lost; remove it")
     for path, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_complex() and isinstance(tensor, torch.nn.Parameter):
             raise BridgeError(
@@ -189,12 +210,12 @@ def _custom_functions() -> Iterator[list[str]]:
 def _export(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any, name: str
 ) -> ExportedProgram:
-    fast, silenced = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
+    silenced = logging.root.manager.disable
     said = io.StringIO()  # and prints some; what the user's own forward says is said again below
     logging.disable(logging.CRITICAL)  # torch logs whole graphs for what the error below says in a sentence
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
+            plain_attention(),
             warnings.catch_warnings(record=True) as told,
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
             attention_as_one_op(module),
@@ -204,21 +225,100 @@ def _export(
         ):
             warnings.simplefilter("always")
             exported = export(module, args, kwargs, strict=False, dynamic_shapes=shapes)
+            _stop_gradients(exported, name)
             exported = exported.run_decompositions({})
+    except BridgeError:
+        raise
     except Exception as error:
-        raise BridgeError(f"{name} cannot be captured: {_cause(error)}") from error
+        shared, cause = _shared_buffers(module), _cause(error)
+        if shared is not None and "compiled_fn" in str(error):
+            cause = (
+                f"{shared[0]} and {shared[1]} are one buffer, which the forward changes under both names, and torch "
+                "cannot export that: give each place a module of its own"
+            )
+        raise BridgeError(f"{name} cannot be captured: {cause}") from error
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         logging.disable(silenced)
     if said.getvalue():
         print(said.getvalue(), end="")  # noqa: T201
     _check_memory(told, module, name)
+    _refuse_functions(custom, name)
+    return exported
+
+
+def _refuse_functions(custom: list[str], name: str) -> None:
     if custom:
         raise BridgeError(
             f"{name} calls {', '.join(sorted(set(custom)))}, an autograd Function whose backward the captured graph "
             "would lose: write it with torch operations, or as a torch.library operator and register_op() its JAX form"
         )
-    return exported
+
+
+def _functions_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The user's `torch.autograd.Function`s on the way back from one call's outputs, however they were called."""
+
+    def learnt(leaf: Any) -> Any:
+        floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.detach().clone().requires_grad_() if floating else leaf
+
+    args, kwargs = pytree.tree_map(learnt, (args, kwargs))
+    try:
+        with (
+            torch.random.fork_rng(devices=()),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            outputs = module(*args, **kwargs)
+    except Exception:  # the export says what is wrong
+        return []
+    todo = [leaf.grad_fn for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    seen, found = set(), []
+    while todo:
+        step = todo.pop()
+        if step is None or step in seen:
+            continue
+        seen.add(step)
+        function = getattr(type(step), "_forward_cls", None)
+        if function is not None and not function.__module__.startswith("torch."):
+            found.append(f"{function.__module__}.{function.__qualname__}")
+        todo += [before for before, _ in step.next_functions]
+    return found
+
+
+def _stop_gradients(exported: ExportedProgram, name: str) -> None:
+    """Mark what `no_grad` gives as detached, and refuse autocast: decomposing forgets both."""
+    for graph_module in exported.graph_module.modules():
+        for node in getattr(graph_module, "graph", torch.fx.Graph()).nodes:
+            called = str(node.target) if node.op == "call_function" else ""
+            if "wrap_with_autocast" in called and True in node.args[:4]:
+                raise BridgeError(f"{name} runs under autocast; give a module in the dtype it should compute in")
+            if "wrap_with_set_grad_enabled" not in called or node.args[0] is not False:
+                continue
+            body = graph_module.get_submodule(node.args[1].target)
+            (output,) = (inner for inner in body.graph.nodes if inner.op == "output")
+            with body.graph.inserting_before(output):
+
+                def detached(given: Any, body: Any = body) -> Any:
+                    if not isinstance(given.meta.get("val"), torch.Tensor):
+                        return given
+                    stopped = body.graph.call_function(torch.ops.aten.detach.default, (given,))
+                    stopped.meta = dict(given.meta)
+                    return stopped
+
+                output.args = torch.fx.node.map_arg(output.args, detached)
+            body.recompile()
+
+
+def _shared_buffers(module: torch.nn.Module) -> tuple[str, str] | None:
+    """Two names of one buffer."""
+    first: dict[int, str] = {}
+    for path, buffer in module.named_buffers(remove_duplicate=False):
+        if first.setdefault(id(buffer), path) != path:
+            return first[id(buffer)], path
+    return None
 
 
 def _cause(error: Exception) -> str:

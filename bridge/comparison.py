@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .capture import copy_of, modes_kept
+from .capture import copy_of, modes_kept, plain_attention
 from .convert import numpy_of, tensor_of, to_state
 from .graph import BridgeError, Graph, flatten, nest
 from .module import Imported
@@ -110,7 +110,7 @@ def verify(
     kwargs: Mapping[str, Any],
 ) -> Report:
     """Compare with torch on the example and on a batch two larger; nothing is raised for what differs."""
-    with modes_kept(module):
+    with modes_kept(module), plain_attention():
         return _verified(model, variables, copy_of(module), args, kwargs)
 
 

@@ -15,9 +15,12 @@ LAYER = "layer"
 _LAYER_CLASSES = {
     "Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Embedding",
     "LayerNorm", "GroupNorm", "RMSNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "InstanceNorm1d",
-    "InstanceNorm2d", "MultiheadAttention", "EmbeddingBag", "Bilinear", "LSTM", "GRU", "RNN",
-    "NonDynamicallyQuantizableLinear",
+    "InstanceNorm2d", "MultiheadAttention", "NonDynamicallyQuantizableLinear",
 }  # fmt: skip
+
+
+_NO_SITES = {"EmbeddingBag", "Bilinear", "LSTM", "GRU", "RNN"}
+_COPIES = {"aten._to_copy.default", "aten.copy.default", "aten.clone.default"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +115,16 @@ def _bare_modules(graph: Graph, chosen: dict[Any, Layer], refused: dict[str, str
         if path in chosen or any(path[: len(outer)] == outer for outer in inside):
             continue
         kind = classes.get(owner, "module")
-        reason = refused.get(owner) or (
-            f"{kind} that the forward never calls as one layer"
-            if kind in _LAYER_CLASSES
-            else f"{kind} with parameters " + ", ".join(leaves) + " of its own"
-        )
-        if not owner:
+        if owner in refused:
+            reason = refused[owner]
+        elif kind in _NO_SITES:
+            reason = f"{kind}: Flax has no layer of this kind that can be a site"
+        elif kind not in _LAYER_CLASSES:
+            reason = f"{kind} with parameters " + ", ".join(leaves) + " of its own"
+        elif not owner:
             reason = f"the module itself is the layer ({kind}); wrap it, e.g. in nn.Sequential, to make it a site"
+        else:
+            reason = f"{kind} that the forward never calls as one layer"
         yield owner or ".", reason
 
 
@@ -140,6 +146,9 @@ def _rewritten(program: Program, tensors: dict[str, Tensor], chosen: dict[Any, L
                 renamed[node.name] = Ref(f"stale:{node.name}")
                 continue
             nodes.append(node._replace(args=(Ref(f"{node.args[0].name}:1"),), op="getitem0"))
+            continue
+        if node.op in _COPIES and isinstance(node.args[0], Ref) and node.args[0].name[:6] == "stale:":
+            renamed[node.name] = node.args[0]  # cast to the buffer's dtype
             continue
         call = recognise(node, tensors)
         if not isinstance(call, Call) or chosen.get(call.layer.path) != call.layer:

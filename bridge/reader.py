@@ -313,7 +313,9 @@ def _line(node: Any) -> str:
 
 
 def _size(size: Any) -> int | str:
-    return size if isinstance(size, int) else str(size.node.expr)
+    if isinstance(size, int):
+        return size
+    return int(size.node.expr) if size.node.expr.is_number else str(size.node.expr)
 
 
 def _structure(spec: Any) -> Any:

@@ -131,12 +131,12 @@ class _Given:
 
 def _watch(layer: nn.Module) -> _Given:
     given = _Given()
-
-    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
-        given.value = args[0]
-
-    layer.register_forward_pre_hook(note)
+    layer.register_forward_pre_hook(functools.partial(_note, given))  # no closure: a copy notes its own
     return given
+
+
+def _note(given: _Given, _: nn.Module, args: tuple[Any, ...]) -> None:
+    given.value = args[0]
 
 
 def _hook(bank: nn.ModuleDict, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -97,6 +97,15 @@ def unknown(name: str, path: str) -> BridgeError:
 # --- dtypes ---
 
 
+def beyond(value: Any, dtype: Any) -> bool:
+    """Whether a numpy array holds integers that the dtype does not."""
+    integers = isinstance(value, np.ndarray | np.generic) and np.issubdtype(value.dtype, np.integer) and value.size
+    if not integers or value.dtype == dtype or not np.issubdtype(np.dtype(dtype), np.integer):
+        return False
+    limits = np.iinfo(np.dtype(dtype))
+    return bool(value.max() > limits.max or value.min() < limits.min)
+
+
 def dtype_of(given: Any) -> Any:
     """A dtype as JAX computes with it: 64 bit only where x64 is on."""
     name = given.name if isinstance(given, Dtype) else given

@@ -108,6 +108,47 @@ class Packed(nn.Module):
         return self.rnn(packed)[1][0]
 
 
+class SavedApply(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clip, self.linear = Clipped.apply, nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.clip(self.linear(x))
+
+
+def hooked_module() -> nn.Module:
+    module = nn.Sequential(nn.Linear(4, 4))
+    module[0].register_full_backward_hook(lambda module, inputs, outputs: None)
+    return module
+
+
+def hooked_parameter() -> nn.Module:
+    module = nn.Linear(4, 4)
+    module.weight.register_hook(lambda gradient: gradient / 2)
+    return module
+
+
+class Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.linear(x).float()
+
+
+class TwoPlaces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.again = self.norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.linear(self.norm(x)))
+
+
 def quantised() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}, torch.qint8)
 
@@ -124,6 +165,19 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
         Custom,
         X,
         "Clipped, an autograd Function whose backward the captured graph would lose",
+    ),
+    "custom autograd function by a saved apply": (
+        SavedApply,
+        X,
+        "Clipped, an autograd Function whose backward the captured graph would lose",
+    ),
+    "module hook on the way back": (hooked_module, X, "0 has a backward hook, which the captured graph would lose"),
+    "parameter hook": (hooked_parameter, X, "parameter 'weight' has a hook on its gradient"),
+    "autocast": (Autocast, X, "runs under autocast; give a module in the dtype it should compute in"),
+    "one batch norm in two places": (
+        TwoPlaces,
+        X,
+        "norm.running_mean and again.running_mean are one buffer.*give each place a module of its own",
     ),
     "integer constant": (Overflow, torch.ones(2, dtype=torch.long), "overflows the 32 bit integers.*jax_enable_x64"),
     "integer buffer": (BigBuffer, X, "hashes holds values beyond int32.*jax_enable_x64"),

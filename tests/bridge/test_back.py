@@ -82,6 +82,18 @@ def test_a_span_reads_the_earlier_layers_input_and_folds_into_wider_layers():
     close(outputs_of(wide, (x,), {}), want, 1e-5)
 
 
+def test_a_copy_of_a_regrown_module_reads_its_own_layers():
+    module = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    x, other = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    model, variables = esper_jax.from_torch(module, x)
+    morph = esper_jax.morph(variables, model=model, example=x.numpy())
+    morph = esper_jax.germinate(morph, span=("0", "2"), blueprint="units", units=2, key=jax.random.key(0))
+    sent = esper_jax.to_torch(in_stage(morph.replace(seeds=stirred(morph.seeds, 0.3)), Stage.FOSSILIZED), module)
+    copied = copy.deepcopy(sent)
+    sent(x)
+    assert torch.equal(copied(other), sent(other))
+
+
 @pytest.mark.parametrize("name", ["mixer", "lenet", "unet", "gpt"])
 def test_folded_models_go_back_as_plain_state_dicts(name):
     given = case(name)

@@ -284,6 +284,87 @@ def test_gradients_that_torch_itself_rounds_away_are_held_to_no_more(seed):
     assert report.passed and 1e-3 < check.error <= check.limit <= 5e-2
 
 
+class Halted(torch.nn.Module):
+    """One way with a gradient, one without, and a buffer that moves in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taught, self.teacher = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            aim = torch.tanh(self.teacher(x))
+            if self.training:
+                self.seen.add_(aim.mean(0))
+        return self.taught(x) * aim + self.seen
+
+
+def test_what_runs_under_no_grad_has_no_gradient():
+    model, variables = found = esper_jax.from_torch(Halted(), torch.randn(3, 4))
+    assert found.report.passed
+    grads = jax.grad(lambda params: jnp.sum(model.apply({**variables, "params": params}, jnp.ones((2, 4)))))(
+        variables["params"]
+    )
+    assert np.abs(grads["taught"]["kernel"]).max() > 0 and not np.any(grads["teacher"]["kernel"])
+    old = torch.nn.Sequential(torch.nn.utils.spectral_norm(torch.nn.Linear(4, 3)))
+    assert esper_jax.from_torch(old, torch.randn(3, 4)).report.passed
+
+
+class Sequence(torch.nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rnn = getattr(torch.nn, kind)(4, 3, num_layers=2, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_recurrent_layers_take_time_first_and_single_sequences(kind):
+    for shape in ((5, 2, 4), (5, 4)):
+        report = esper_jax.from_torch(Sequence(kind), torch.randn(shape)).report
+        assert report.passed
+        assert dict(report.bare)["rnn"] == f"{kind}: Flax has no layer of this kind that can be a site"
+
+
+def test_an_encoder_whose_keys_are_masked_is_held_to_torchs_plain_attention():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.TransformerEncoder(layer, 1)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return self.body(x, src_key_padding_mask=mask)
+
+    mask = torch.tensor([[False, False, True], [False, True, True]])
+    assert esper_jax.from_torch(Masked(), (torch.randn(2, 3, 8), mask)).report.passed
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_integers_that_jax_would_wrap_are_refused():
+    class Low(torch.nn.Module):
+        def forward(self, i: torch.Tensor) -> torch.Tensor:
+            return torch.remainder(i, 7).float()
+
+    model, variables = esper_jax.from_torch(Low(), torch.arange(4))
+    assert np.array_equal(model.apply(variables, np.arange(9, 12)), [2, 3, 4])
+    with pytest.raises(BridgeError, match="input i holds values beyond int32; run jax.config.update"):
+        model.apply(variables, np.array([2**40, 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_batch_norm_in_16_bits_trains_and_keeps_its_statistics(dtype):
+    module = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.BatchNorm2d(4)).to(dtype)
+    model, variables = found = esper_jax.from_torch(module, torch.randn(3, 2, 6, 6, dtype=dtype))
+    assert found.report.passed
+    _, changed = model.apply(variables, jnp.ones((2, 2, 6, 6)), train=True, mutable=["batch_stats", "buffers"])
+    before, after = (tree["batch_stats"]["1"]["mean"] for tree in (variables, changed))
+    assert np.any(np.asarray(before, np.float32) != np.asarray(after, np.float32))
+
+
 @pytest.mark.parametrize("name", ["lenet", "gpt", "lstm", "sorting"])
 def test_it_is_exported_with_a_free_batch(name):
     given = case(name)

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from esper_jax.bridge import register_op, supported_ops  # noqa: E402
+from esper_jax.bridge import BridgeError, register_op, supported_ops  # noqa: E402
 from esper_jax.bridge.convert import numpy_of  # noqa: E402
 from esper_jax.bridge.graph import Dtype  # noqa: E402
 from esper_jax.bridge.ops import registry  # noqa: E402
@@ -24,7 +24,7 @@ INDIRECT = {
     "aten.native_dropout.default", "aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default",
     "aten.bernoulli.p",
 }  # fmt: skip
-"""Random ones: tested by the share that they keep (test_dropout.py)."""
+"""Random ones: tested by the share that they keep (`test_module.py`)."""
 
 
 def ours(value):
@@ -134,6 +134,11 @@ UNTESTED_HERE = {
     "sym_size.int", "sym_numel.default",  # sizes: every model of the zoo
     "as_strided.default",  # refused: below
 }  # fmt: skip
+
+
+def test_memory_as_torch_lays_it_out_is_refused():
+    with pytest.raises(BridgeError, match="JAX arrays have no strides"):
+        find("aten.as_strided.default").fn(jnp.ones(4), (2, 2), (1, 1))
 
 
 def test_an_operator_of_ones_own_is_registered_and_used(monkeypatch):
