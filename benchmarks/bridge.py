@@ -101,8 +101,7 @@ def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict
     model, variables = esper_jax.from_torch(module, example)
     x = jnp.asarray(example.numpy())
     logits = jax.eval_shape(model.apply, variables, x).shape
-    labels = np.random.default_rng(seed).integers(0, logits[-1], logits[:-1])
-    labels = jnp.asarray(labels)
+    labels = jnp.asarray(np.random.default_rng(seed).integers(0, logits[-1], logits[:-1]))
     module, given = module.to(device), example.to(device)
     wanted = torch.from_numpy(np.array(labels)).long().to(device)
     apply = jax.jit(model.apply)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .graph import BridgeError, Dtype, Graph
 from .layout import from_flax, get, put
-from .ops.registry import beyond, dtype_of
+from .ops.registry import check_fits, dtype_of
 from .plan import plan_of
 
 
@@ -20,11 +20,7 @@ def to_variables(graph: Graph, values: Mapping[str, Any]) -> dict[str, Any]:
     for tensor in graph.tensors:
         value = np.asarray(values[tensor.name])
         wanted = dtype_of(Dtype(tensor.dtype))
-        if beyond(value, wanted):
-            raise BridgeError(
-                f"{graph.name}: {tensor.name} holds values beyond {wanted}; run "
-                'jax.config.update("jax_enable_x64", True) before anything else'
-            )
+        check_fits(f"{graph.name}: {tensor.name}", value, wanted)
         for place in plan_of(graph).places[tensor.name]:
             put(variables.setdefault(place.collection, {}), place.path, jnp.asarray(place.to_flax(value), wanted))
     return variables

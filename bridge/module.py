@@ -13,7 +13,7 @@ import numpy as np
 from .graph import BridgeError, Dtype, Graph, Input, Node, Program, Ref, evaluate, flatten, mapped, nest
 from .layers import call, make, plain
 from .layout import from_flax
-from .ops.registry import Last, beyond, dtype_of, find, is_array, unknown
+from .ops.registry import Last, check_fits, dtype_of, find, is_array, unknown
 from .plan import LAYER, plan_of
 
 
@@ -321,10 +321,7 @@ def _checked(graph: Graph, spec: Input, value: Any) -> Any:
     if not (is_array(value) or isinstance(value, int | float | bool | list)):
         raise BridgeError(f"{where} must be an array, got {type(value).__name__}")
     wanted = dtype_of(Dtype(spec.dtype))
-    if beyond(value, wanted):
-        raise BridgeError(
-            f'{where} holds values beyond {wanted}; run jax.config.update("jax_enable_x64", True) before anything else'
-        )
+    check_fits(where, value, wanted)
     array = jnp.asarray(value)
     kinds = [jnp.issubdtype(array.dtype, kind) == jnp.issubdtype(wanted, kind) for kind in (jnp.inexact, jnp.bool_)]
     if not all(kinds):

@@ -97,8 +97,15 @@ def unknown(name: str, path: str) -> BridgeError:
 # --- dtypes ---
 
 
-def beyond(value: Any, dtype: Any) -> bool:
-    """Whether a numpy array holds integers that the dtype does not."""
+def check_fits(where: str, value: Any, dtype: Any) -> None:
+    """BridgeError if a numpy array holds integers that the dtype does not."""
+    if _beyond(value, dtype):
+        raise BridgeError(
+            f'{where} holds values beyond {dtype}; run jax.config.update("jax_enable_x64", True) before anything else'
+        )
+
+
+def _beyond(value: Any, dtype: Any) -> bool:
     integers = isinstance(value, np.ndarray | np.generic) and np.issubdtype(value.dtype, np.integer) and value.size
     if not integers or value.dtype == dtype or not np.issubdtype(np.dtype(dtype), np.integer):
         return False

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from esper_jax.bridge.ops.norm import standardised
+from esper_jax.tolaria.step import _equations as equations
 
 LARGE = (16, 6, 5, 8)
 
@@ -84,13 +84,6 @@ def test_the_way_back_takes_two_sums_over_the_input_and_keeps_one_array_beside_i
     assert sums(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*args).jaxpr) <= forward + 3  # one of them on the way forward
     _, back = jax.vjp(lambda *args: standardised(*args, 1e-5, True)[0], *args)
     assert sum(leaf.shape == LARGE for leaf in jax.tree.leaves(back)) == 1
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 def test_of_two_rows_the_gradient_is_as_exact_as_it_can_be():
