@@ -1,7 +1,9 @@
 """What an imported PyTorch model costs in JAX: jitted forward and train step against torch eager on the same machine.
 
-Both run the same weights on the same batches, interleaved in one process for each model; each train step is SGD on a
-cross-entropy. On a CPU both have the freed memory that `esper_jax.keep_memory()` keeps; `--memory returned` leaves it.
+Both run the same weights on the same batches, interleaved in one process; each train step is SGD on a cross-entropy.
+Each model has several processes one after another, since where a process finds its memory moves convolutions by a
+third: ratios are over the rounds of all of them. On a CPU both sides have the freed memory that
+`esper_jax.keep_memory()` keeps; `--memory returned` leaves it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import optax
 from common import (
     Column,
     Report,
+    Timing,
     begin,
     interleave,
     noise_floor,
@@ -42,58 +45,79 @@ COLUMNS = (
     Column("ratio", "over torch", "ratio"),
     Column("interval", "95% interval", "interval"),
     Column("spread", "spread", "ratio"),
+    Column("processes", "processes", "interval"),
     Column("aim", "aim"),
 )
 RATE = 1e-2
+AGAIN = "torch, the same once more"
+
+Timed = dict[str, dict[str, Timing]]
+"""Timings of variants, of the forward pass and of the train step."""
 
 
 def main() -> None:
     """Measure and print."""
-    made = parser(__doc__ or "", rounds=60, budget=4.0, models=tuple(AIMS))
+    made = parser(__doc__ or "", rounds=60, budget=2.0, models=tuple(AIMS))
     made.set_defaults(memory="kept")
+    made.add_argument("--processes", type=int, default=5, help="of each model, one after another")
     made.add_argument("--batch", type=int, default=32, help="batch size")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU, which this process leaves to the others
     args = begin(made)
     report = Report("bridge", __doc__ or "", args, "torch")
-    rows, floors, threads = [], [], ""
+    rows, floors, device, threads = [], [], "", ""
     for name in args.models:
-        # one process a model: what the one before it left in memory would slow it down
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            try:
-                found, noise, threads = pool.submit(measured, args, name).result()
-            except ModuleNotFoundError as error:
-                if error.name != "torch":
-                    raise
-                raise SystemExit("this benchmark needs PyTorch: pip install 'esper_jax[torch]'") from None
-        rows += found
-        floors += noise
+        processes: list[Timed] = []
+        for _ in range(args.processes):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                try:
+                    timed, device, threads = pool.submit(measured, args, name).result()
+                except ModuleNotFoundError as error:
+                    if error.name != "torch":
+                        raise
+                    raise SystemExit("this benchmark needs PyTorch: pip install 'esper_jax[torch]'") from None
+            processes.append(timed)
+        for what in processes[0]:
+            each = [timed[what] for timed in processes]
+            rows += compared(name, what, each, 1.0 if device == "cuda" else AIMS[name])
+            floors.append(ratio(joined(each, AGAIN), joined(each, "torch")))
     report.table("Forward pass and train step of imported models", COLUMNS, rows, f"Base: {threads}.")
+    report.note("processes: the least and the greatest median ratio of one process.")
     report.note(f"Noise floor, from a second copy of torch's: {noise_floor(floors):.3f}.")
     report.finish()
 
 
-def measured(args: Any, name: str) -> tuple[list[dict[str, Any]], list[Any], str]:
-    """The rows of one model, how far apart torch and its copy are, and what torch ran on."""
+def compared(name: str, what: str, processes: list[dict[str, Timing]], aim: float) -> list[dict[str, Any]]:
+    """The rows of one model's forward pass or train step."""
+    rows = []
+    for variant in processes[0]:
+        row = {"model": name, "what": what, "variant": variant, **time_columns(joined(processes, variant))}
+        if variant != "torch":
+            found = ratio(joined(processes, variant), joined(processes, "torch"))
+            medians = [ratio(timed[variant], timed["torch"]).median for timed in processes]
+            row |= {**ratio_columns(found), "processes": [min(medians), max(medians)]}
+        if variant == "jax":
+            row["aim"] = f"{'met' if found.median <= aim else 'NOT met'} ({aim})"
+        rows.append(row)
+    return rows
+
+
+def joined(processes: list[dict[str, Timing]], variant: str) -> Timing:
+    """The rounds of all processes."""
+    return Timing(variant, np.concatenate([timed[variant].samples for timed in processes]))
+
+
+def measured(args: Any, name: str) -> tuple[Timed, str, str]:
+    """One process: what one model's variants take, and what torch ran on, in a word and in words."""
     settle(args)
     import torch
 
     device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
-    rows, floors = [], []
     torch.manual_seed(args.seed)
     module, example = MODELS[name](torch, args.scale, args.batch)
-    for what, variants in pairs(torch, module, example, device, args.seed).items():
-        timed = interleave(variants, rounds=args.rounds, budget=args.budget, seed=args.seed, sets=1, min_sample=0.1)
-        floors.append(ratio(timed["torch, the same once more"], timed["torch"]))
-        for variant, timing in timed.items():
-            row = {"model": name, "what": what, "variant": variant, **time_columns(timing)}
-            if variant != "torch":
-                found = ratio(timing, timed["torch"])
-                row |= ratio_columns(found)
-            if variant == "jax":
-                aim = 1.0 if device.type == "cuda" else AIMS[name]
-                row["aim"] = f"{'met' if found.median <= aim else 'NOT met'} ({aim})"
-            rows.append(row)
-    return rows, floors, f"torch {torch.__version__} eager on {device} with {torch.get_num_threads()} threads"
+    options = {"rounds": args.rounds, "budget": args.budget, "seed": args.seed, "sets": 1, "min_sample": 0.1}
+    timed = {k: interleave(v, **options) for k, v in pairs(torch, module, example, device, args.seed).items()}
+    ran = f"torch {torch.__version__} eager on {device} with {torch.get_num_threads()} threads"
+    return timed, device.type, ran
 
 
 def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict[str, dict[str, Callable[[int], Any]]]:
@@ -142,10 +166,9 @@ def pairs(torch: Any, module: Any, example: Any, device: Any, seed: int) -> dict
         held["variables"] = train(held["variables"], x, labels)
         return held["variables"]
 
-    again = "torch, the same once more"
     return {
-        "forward": {"torch": torch_forward, again: torch_forward, "jax": lambda _: apply(variables, x)},
-        "train step": {"torch": torch_train, again: torch_train, "jax": jax_train},
+        "forward": {"torch": torch_forward, AGAIN: torch_forward, "jax": lambda _: apply(variables, x)},
+        "train step": {"torch": torch_train, AGAIN: torch_train, "jax": jax_train},
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import io
 import logging
 import re
@@ -13,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram, export
+from torch.export import ExportedProgram, export
 from torch.utils import _pytree as pytree
 
 from .graph import BridgeError, Graph, Tensor
-from .reader import Reader, forward_names, numpy_dtype
+from .inputs import called_as, forward_names, free_axes, signature_of, two_examples
+from .reader import Reader, numpy_dtype
 from .torch_attention import attention_as_one_op
 
 
@@ -33,8 +33,9 @@ def capture(
     """
     name = type(module).__name__
     _check_tensors(module, name)
-    args, kwargs = _two_examples(args), _two_examples(dict(kwargs))
-    shapes = _dynamic(module, args, kwargs)
+    args, kwargs = two_examples(args), two_examples(dict(kwargs))
+    signature = signature_of(module, kwargs)
+    shapes = free_axes(signature, args, kwargs, name)
     programs, constants, takes = [], {}, None
     for mode in (False, True) if train else (False,):
         copied = copy_of(module)
@@ -43,13 +44,16 @@ def capture(
                 with plain_attention():
                     _refuse_functions(_functions_of(copy_of(module).train(mode), args, kwargs), name)
             try:
-                exported = _export(copied.train(mode), args, kwargs, shapes, name)
+                with called_as(copied, signature):
+                    exported = _export(copied.train(mode), args, kwargs, shapes, name)
+                program, large, takes = Reader(
+                    exported, module, signature, name, "train" if mode else "evaluate"
+                ).read()
             except BridgeError as error:
                 if not mode:
                     raise
                 hint = "this is training mode alone: from_torch(..., train=False) imports evaluation"
                 raise BridgeError(f"{error} ({hint})") from error.__cause__
-        program, large, takes = Reader(exported, module, name, "train" if mode else "evaluate").read()
         programs.append(program)
         constants.update(large)
     tensors, aliases = _tensors(module, constants)
@@ -150,43 +154,6 @@ def _check_tensors(module: torch.nn.Module, name: str) -> None:
             )
         if tensor.is_meta:
             raise BridgeError(f"{name}: {path!r} is on the meta device and has no values; load the weights first")
-
-
-def _two_examples(tree: Any) -> Any:
-    """Inputs with a batch of 1 repeated: torch would take a dimension of 1 for a constant."""
-    tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.ndim]
-    if not tensors or tensors[0].shape[0] != 1:
-        return tree
-
-    def twice(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == 1:
-            return torch.cat([leaf, leaf])
-        return leaf
-
-    return pytree.tree_map(twice, tree)
-
-
-def _dynamic(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.ndim]
-    batch = tensors[0].shape[0] if tensors else None
-
-    def of(leaf: Any) -> Any:
-        free = isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == batch
-        return {0: Dim.AUTO} if free else None
-
-    try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise BridgeError(f"{type(module).__name__}.forward does not take these example inputs: {error}") from error
-    parameters = inspect.signature(module.forward).parameters
-    shapes: dict[str, Any] = {}
-    for key, value in bound.items():
-        tree = pytree.tree_map(of, value)
-        if parameters[key].kind is inspect.Parameter.VAR_KEYWORD:
-            shapes.update(tree)
-        else:
-            shapes[key] = tree
-    return shapes
 
 
 @contextlib.contextmanager
@@ -334,7 +301,7 @@ def _cause(error: Exception) -> str:
             f"its control flow or its shapes depend on the values of a tensor{at}: a compiled program has one path for "
             f"all values; use torch.where or a mask instead. torch said: {first}"
         )
-    if "aten::nonzero" in text or "unbacked" in text.lower():
+    if "aten::nonzero" in text or "unbacked" in text.lower() or "DynamicOutputShape" in known:
         return f"a shape depends on the values of a tensor{at}; torch said: {first}"
     return f"{known}: {first}{at}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,12 +50,14 @@ class Report:
         of the largest of all.
       layers: how many layers can be sites.
       bare: `(torch module, why it is no site)`.
+      frozen: the parameters with `requires_grad=False`, which JAX differentiates all the same (`Imported.frozen`).
     """
 
     name: str
     checks: tuple[Check, ...]
     layers: int
     bare: tuple[tuple[str, str], ...]
+    frozen: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -87,6 +89,9 @@ class Report:
         else:
             lines.append("  not compared with torch (verify=False)")
         lines += [f"  no site: {path} ({reason})" for path, reason in self.bare]
+        if self.frozen:
+            first = f"{', '.join(self.frozen[:3])}{', ...' if len(self.frozen) > 3 else ''}"
+            lines.append(f"  frozen in torch: {len(self.frozen)} parameters ({first}); see model.frozen(params)")
         return "\n".join(lines)
 
 
@@ -111,7 +116,11 @@ def verify(
 ) -> Report:
     """Compare with torch on the example and on a batch two larger; nothing is raised for what differs."""
     with modes_kept(module), plain_attention():
-        return _verified(model, variables, copy_of(module), args, kwargs)
+        report = _verified(model, variables, copy_of(module), args, kwargs, quickly=True)
+        if report.passed:
+            return report
+        # compiled quickly, the largest of a product may be none of its values, which leaves no gradient
+        return _verified(model, variables, copy_of(module), args, kwargs, quickly=False)
 
 
 def _verified(
@@ -120,6 +129,7 @@ def _verified(
     module: torch.nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    quickly: bool,
 ) -> Report:
     graph, still = model.graph, model.clone(every_unit=True)
     dtype = next((t.dtype for t in graph.tensors if t.dtype in LIMITS), "float32")
@@ -137,20 +147,24 @@ def _verified(
                 raise
             continue  # torch itself takes no other size: the first axis is no batch
         _restore(module, before)
-        found = _jit(lambda v, a, k: still.apply(v, *a, **k))(variables, *arrays)
+        found = _jit(lambda v, a, k: still.apply(v, *a, **k), quickly)(variables, *arrays)
         for name, want, got in _pairs(graph, wanted, found):
             checks.append(Check(f"forward: {name}", batch, _error(got, want), forward_limit))
         if graph.train is not None:
-            checks += _step(
-                model, variables, module, given_args, given_kwargs, arrays, batch, gradient_limit, forward_limit
-            )
-    plan = plan_of(graph)
-    return Report(graph.name, tuple(checks), len(plan.layers), plan.bare)
+            limits = gradient_limit, forward_limit
+            checks += _step(model, variables, module, given_args, given_kwargs, arrays, batch, limits, quickly)
+    return report_of(graph, checks)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compiled quickly rather than well: what is run twice is not worth the compiler's time."""
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+def report_of(graph: Graph, checks: Sequence[Check] = ()) -> Report:
+    """What is known of a graph, with what was compared."""
+    plan, frozen = plan_of(graph), tuple(tensor.name for tensor in graph.tensors if tensor.frozen)
+    return Report(graph.name, tuple(checks), len(plan.layers), plan.bare, frozen)
+
+
+def _jit(function: Callable[..., Any], quickly: bool) -> Any:
+    """Compiled quickly or well: what is run twice is not worth the compiler's time."""
+    quick = {"xla_backend_optimization_level": 0} if quickly and jax.default_backend() == "cpu" else None
     return jax.jit(function, compiler_options=quick)
 
 
@@ -298,9 +312,10 @@ def _step(
     kwargs: Any,
     arrays: Any,
     batch: int,
-    gradient_limit: float,
-    forward_limit: float,
+    limits: tuple[float, float],
+    quickly: bool,
 ) -> list[Check]:
+    gradient_limit, forward_limit = limits
     before = _state(module)
     carries = differentiable_outputs(module, args, kwargs)
     loss, size, grads = torch_step(module, args, kwargs)
@@ -308,10 +323,10 @@ def _step(
     module.zero_grad()
     _restore(module, before)
     others = {name: value for name, value in variables.items() if name != "params"}
-    compute = _jit(jax.value_and_grad(jax_loss(model, carries), has_aux=True))
+    compute = _jit(jax.value_and_grad(jax_loss(model, carries), has_aux=True), quickly)
     (got_loss, changed), got = compute(variables["params"], others, *arrays)
     found = to_state(model.graph, {**others, **changed, "params": got})
-    frozen = {tensor.name for tensor in model.graph.tensors if tensor.frozen}
+    frozen = report_of(model.graph).frozen
     grads = {name: grad for name, grad in grads.items() if name not in frozen}  # torch gives them none
     largest = max((float(np.abs(g.astype(np.float64)).max(initial=0)) for g in grads.values()), default=0.0)
     error = max((_error(found[n], g, largest * 1e-2) for n, g in grads.items() if n in found), default=0.0)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
-_TAKEN = frozenset(dir(nn.Module)) | {"graph", "at", "name", "parent", "scope", "held", "every_unit"}
+_TAKEN = frozenset(dir(nn.Module)) | {"graph", "at", "name", "parent", "scope", "held", "every_unit", "save", "frozen"}
 
 
 class Place(NamedTuple):

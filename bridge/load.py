@@ -11,7 +11,7 @@ import numpy as np
 
 from .convert import numpy_of, to_state, to_variables
 from .graph import BridgeError, Graph, dumps, loads
-from .module import Imported
+from .module import Imported, check_runs
 from .recent import recall_variables, remember
 
 GRAPH, WEIGHTS = "graph.json", "weights.safetensors"
@@ -32,7 +32,7 @@ def load_imported(directory: Any) -> tuple[Imported, dict[str, Any]]:
     """The model and variables that `model.save(directory, variables)` wrote; torch is not needed.
 
     Raises:
-      BridgeError: what is missing or damaged there, by file.
+      BridgeError: what is missing or damaged there, by file; and an operator without a form here (`register_op` first).
     """
     where = pathlib.Path(directory)
     for name in (GRAPH, WEIGHTS):
@@ -41,6 +41,7 @@ def load_imported(directory: Any) -> tuple[Imported, dict[str, Any]]:
                 f"{where} holds no imported model: there is no {name}; model.save(directory, variables) writes one"
             )
     graph = loads((where / GRAPH).read_text(), str(where / GRAPH))
+    check_runs(graph)
     remember(graph)
     return Imported(graph), to_variables(graph, _matched(graph, _read(where / WEIGHTS), where / WEIGHTS, {}))
 

@@ -16,6 +16,8 @@ from .layout import from_flax
 from .ops.registry import Last, check_fits, dtype_of, find, is_array, unknown
 from .plan import LAYER, plan_of
 
+_INNER = (LAYER, "input", "constant", "getitem", "getitem0")
+
 
 class _Holder(nn.Module):
     """What the model and each torch module in it have in common: children and tensors by torch's names."""
@@ -105,11 +107,35 @@ class Imported(_Holder):
             f"{len(plan.programs[0].nodes)} operations)"
         )
 
+    def frozen(self, params: Any) -> Any:
+        """Which parameters torch had frozen (`requires_grad=False`): params' tree, with True at each that was.
+
+        JAX differentiates with respect to all of them; this keeps them as they are, whatever optimizer `tx` is:
+
+            optax.chain(tx, optax.masked(optax.set_to_zero(), model.frozen(variables["params"])))
+        """
+        places = plan_of(self.graph).places
+        held = {place.path for tensor in self.graph.tensors if tensor.frozen for place in places[tensor.name]}
+        return jax.tree.map_with_path(lambda path, _: tuple(key.key for key in path) in held, params)
+
     def save(self, directory: Any, variables: Mapping[str, Any]) -> None:
         """Write graph and variables; `esper_jax.load_imported(directory)` reads them without torch."""
         from .load import save_imported
 
         save_imported(self, variables, directory)
+
+
+def check_runs(graph: Graph) -> None:
+    """BridgeError for operators without a form here, and for 64 bit tensors where JAX runs in 32."""
+    for program in plan_of(graph).programs:
+        for node in program.nodes:
+            if node.op not in _INNER and find(node.op) is None:
+                raise unknown(node.op, f"{node.path or 'the module'} of {graph.name}")
+    if any(tensor.dtype == "float64" for tensor in graph.tensors) and not jax.config.jax_enable_x64:
+        raise BridgeError(
+            f"{graph.name} has float64 tensors, and JAX runs in 32 bit: give module.float(), or run "
+            'jax.config.update("jax_enable_x64", True) before anything else'
+        )
 
 
 class _Run:
@@ -213,7 +239,7 @@ class _Run:
                 values = [complex(re, im) for re, im in values]
             return jnp.asarray(np.asarray(values).reshape(shape), dtype_of(dtype))
         op = find(node.op)
-        if op is None:
+        if op is None:  # its form was taken away since the import
             raise unknown(node.op, node.path)
         more = {"draw": self._draw} if op.random else {}
         if op.elementwise or op.channels:
@@ -283,10 +309,8 @@ def _bind(graph: Graph, program: Program, args: tuple[Any, ...], kwargs: dict[st
     for name in graph.names[len(given) : count]:
         if name in rest:
             given.append(rest.pop(name))
-    if len(given) > count:
-        for name, value in zip(graph.names[count:], given[count:], strict=False):
-            rest[name] = value
-        given = given[:count]
+    beyond, given = given[count:], given[:count]  # of those that the example named
+    rest.update(zip(graph.names[count:], beyond, strict=False))
     constants = {i.name: i.value for i in program.inputs if not i.dtype}
     for name in [*graph.names[len(given) : count]]:
         if name in constants:
@@ -294,10 +318,9 @@ def _bind(graph: Graph, program: Program, args: tuple[Any, ...], kwargs: dict[st
     for key in keys:
         if key not in rest and key in constants:
             rest[key] = constants[key]
-    if len(given) != count or set(rest) != set(keys):
-        named = [*graph.names[:count], *keys]
+    if len(given) != count or len(beyond) > len(graph.names[count:]) or set(rest) != set(keys):
         raise BridgeError(
-            f"{graph.name} takes {', '.join(named)}; got {len(args)} positional input(s)"
+            f"{graph.name} takes {', '.join(spec.name for spec in program.inputs)}; got {len(args)} positional input(s)"
             + (f" and {', '.join(sorted(kwargs))}" if kwargs else "")
         )
     found = flatten(graph.takes, (tuple(given), rest))

@@ -19,6 +19,9 @@ _LAYER_CLASSES = {
 }  # fmt: skip
 
 
+_FUNCTIONS = {"linear", "embedding", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"} | {
+    f"conv{form}{n}d" for form in ("", "_transpose") for n in (1, 2, 3)
+}
 _NO_SITES = {"EmbeddingBag", "Bilinear", "LSTM", "GRU", "RNN"}
 _COPIES = {"aten._to_copy.default", "aten.copy.default", "aten.clone.default"}
 
@@ -32,24 +35,31 @@ class Plan:
       places: the leaves of each torch tensor, by its name.
       programs: evaluation, and training if it was captured, with layers called.
       bare: the torch modules that hold parameters and are no site, with the reason.
-      calls: the torch modules in whose forward each layer is called (several where they share its weights).
+      homes: the torch modules in whose forward each layer is called (several where they share its weights).
+      functions: of torch.nn.functional, that compute each layer.
     """
 
     layers: dict[tuple[str, ...], Layer]
     places: dict[str, tuple[Place, ...]]
     programs: tuple[Program, ...]
     bare: tuple[tuple[str, str], ...]
-    calls: dict[tuple[str, ...], tuple[str, ...]]
+    homes: dict[tuple[str, ...], tuple[str, ...]]
+    functions: dict[tuple[str, ...], str]
 
-    def unreachable(self, graph: Graph) -> dict[str, str]:
-        """The sites that no hook on a torch module reaches, so that their seeds cannot go back, with the reason."""
+    def hooked(self, graph: Graph, site: str) -> tuple[list[str], list[str]]:
+        """The modules whose forward is a site's layer and no more, and those that compute it and do more."""
         plain = {path for path, _, is_plain in graph.modules if is_plain}
-        found = {}
-        for path, homes in self.calls.items():
-            if odd := [home for home in homes if home not in plain]:
-                kind = {p: cls for p, cls, _ in graph.modules}.get(odd[0], "module")
-                found["/".join(path)] = f"it is called inside {odd[0] or 'the model'} ({kind}), whose forward does more"
-        return found
+        homes = self.homes[tuple(site.split("/"))]
+        return [home for home in homes if home in plain], [home for home in homes if home not in plain]
+
+    def unreachable(self, graph: Graph, site: str) -> str:
+        """Why a site's seeds have no place in torch, if so: it is computed beside other things by no known function."""
+        hooks, inside = self.hooked(graph, site)
+        if not inside or not hooks and len(inside) == 1 and self.functions[tuple(site.split("/"))] in _FUNCTIONS:
+            return ""
+        kind = {p: cls for p, cls, _ in graph.modules}.get(inside[0], "module")
+        others = f" and by {', '.join([*inside[1:], *hooks])}" if hooks or inside[1:] else ""
+        return f"it is computed inside {inside[0] or 'the model'} ({kind}), whose forward does more than that{others}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,12 +96,19 @@ def plan_of(graph: Graph) -> Plan:
             )
         places.update({name: tuple(each) for name, each in found_places.items()})
     programs = tuple(_rewritten(program, tensors, chosen) for program in graph.programs())
+    functions = {call.layer.path: _function(node.op) for node, call in calls}
     homes: dict[tuple[str, ...], dict[str, None]] = {}
     for node in programs[0].nodes:
         if node.op == LAYER:
             homes.setdefault(tuple(node.args[0].split("/")), {})[node.path] = None
-    calls = {path: tuple(found) for path, found in homes.items()}
-    return Plan(chosen, places, programs, tuple(_bare_modules(graph, chosen, refused)), calls)
+    called = {path: tuple(found) for path, found in homes.items()}
+    return Plan(chosen, places, programs, tuple(_bare_modules(graph, chosen, refused)), called, functions)
+
+
+def _function(op: str) -> str:
+    """`layer_norm` of `aten.layer_norm.default`."""
+    name = op.split(".")[1]
+    return "batch_norm" if name.startswith("_native_batch_norm") else name
 
 
 def _bare_place(tensor: Tensor) -> Place:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from .graph import BridgeError, Dtype, Input, Node, Program, Ref, evaluate
+from .inputs import leaf_names
 from .ops.registry import find
 
 _INT32 = 2**31
@@ -27,7 +28,8 @@ _NOTHING = {
     "aten._assert_scalar.default",
 }
 _RANDOM = re.compile(
-    r"aten\.(rand|normal|bernoulli(?!\.p$)|exponential|multinomial|poisson|cauchy|log_normal|geometric)"
+    r"aten\.(rand\w*|normal\w*|bernoulli(?!\.p$)|exponential|multinomial|poisson|cauchy|log_normal|geometric|binomial"
+    r"|_standard_gamma|_sample_dirichlet|rrelu_with_noise\w*)_?\."
 )
 _READS_VALUES = {"aten.item.default", "aten._local_scalar_dense.default"}
 _BIG_INTS = {"aten.slice.Tensor", "aten.slice_scatter.default", "aten.unfold.default"}
@@ -39,24 +41,21 @@ def numpy_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def forward_names(module: torch.nn.Module) -> tuple[str, ...]:
-    """The positional parameters of a module's forward."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY))
-
-
 class Reader:
     """Reads one exported program.
 
     Args:
       exported: what torch.export gave.
       module: the module itself, for the names of tensors that share memory.
+      signature: of its forward as it was called, for the names of inputs.
       name: the torch class, for messages.
       mode: `evaluate` or `train`, for the names of large constants.
     """
 
-    def __init__(self, exported: ExportedProgram, module: torch.nn.Module, name: str, mode: str) -> None:
-        self.exported, self.module, self.name, self.mode = exported, module, name, mode
+    def __init__(
+        self, exported: ExportedProgram, module: torch.nn.Module, signature: inspect.Signature, name: str, mode: str
+    ) -> None:
+        self.exported, self.signature, self.name, self.mode = exported, signature, name, mode
         self.values: dict[str, Any] = {}  # what a node of torch's graph became
         self.nodes: list[Node] = []
         self.large: dict[str, Any] = {}
@@ -69,7 +68,7 @@ class Reader:
         exported = self.exported
         inputs: list[Input] = []
         specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs if hasattr(spec.arg, "name")}
-        where = _leaf_names(exported.call_spec.in_spec, forward_names(self.module))
+        where = leaf_names(exported.call_spec.in_spec, self.signature)
         for node in exported.graph.nodes:
             if node.op == "placeholder":
                 spec = specs[node.name]
@@ -87,7 +86,7 @@ class Reader:
         outputs, updates = self._outputs()
         structure = _structure(exported.call_spec.out_spec)
         takes = _structure(exported.call_spec.in_spec)
-        tokens = {f"{place}": i for i, place in enumerate(where)}
+        tokens = {place: i for i, place in enumerate(where)}
         guards = tuple(_guard(text, tokens, self.name) for text in getattr(exported, "_guards_code", None) or [])
         ranges = tuple(
             (str(symbol), int(r.lower), None if r.upper > _INT32 else int(r.upper))
@@ -158,7 +157,7 @@ class Reader:
                 "compiled program "
                 "cannot: keep it a tensor"
             )
-        if _RANDOM.match(op) and find(op) is None:
+        if _draws(node, op):
             raise BridgeError(
                 f"{where} draws random numbers beside dropout ({op}: {_line(node)}), which cannot be compared "
                 "with torch's: "
@@ -192,27 +191,13 @@ class Reader:
                 f"{where} uses {op}, which the bridge has no form for; write it with plain torch operations"
             )
         at = next(i for i, arg in enumerate(node.args) if self._get(arg) is bodies[0])
-        if "autocast" in op and node.args[1] is not False and node.args[2:3] != (False,):
-            enabled = [arg for arg in node.args[:at] if isinstance(arg, bool)]
-            if any(enabled):
-                raise BridgeError(f"{where} runs under autocast; give a module in the dtype it should compute in")
         outer, given = dict(self.values), [self._value(arg) for arg in node.args[at + 1 :]]
         body = bodies[0]
         places = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         for place, value in zip(places, given, strict=True):
             self.values[place.name] = value
         result = self._run(body, f"{prefix}{node.name}_")
-        self.values = outer
-        if "set_grad_enabled" in op and node.args[0] is False:
-            stopped = []
-            for i, value in enumerate(result):
-                name = f"{prefix}{node.name}_{i}"
-                if isinstance(value, Ref):
-                    self.nodes.append(Node(name, "aten.detach.default", (value,), (), _path(node)))
-                    value = Ref(name)
-                stopped.append(value)
-            result = tuple(stopped)
-        self.values[node.name] = result
+        self.values = {**outer, node.name: result}
 
     def _get(self, arg: Any) -> Any:
         return self.values.get(arg.name) if isinstance(arg, torch.fx.Node) else arg
@@ -291,6 +276,14 @@ def _alive(nodes: list[Node], outputs: Any, updates: Any) -> list[Node]:
     return kept[::-1]
 
 
+def _draws(node: Any, op: str) -> bool:
+    """Whether it draws random numbers, and no form is there that does."""
+    form = find(op)
+    if op == "aten.rrelu.default":  # ours is that of evaluation
+        return True in (*node.args[3:4], node.kwargs.get("training")) and not (form and form.random)
+    return form is None and bool(_RANDOM.match(op))
+
+
 def _target(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
@@ -333,26 +326,6 @@ def _encode(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return ["dict", [str(key) for key in tree], *(_encode(value) for value in tree.values())]
     return ["list" if isinstance(tree, list) else "tuple", *(_encode(value) for value in tree)]
-
-
-def _leaf_names(spec: Any, names: tuple[str, ...]) -> list[str]:
-    args, kwargs = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
-    named = {names[i] if i < len(names) else f"args[{i}]": value for i, value in enumerate(args)}
-    found: dict[int, str] = {}
-
-    def walk(tree: Any, where: str) -> None:
-        if isinstance(tree, int):
-            found[tree] = where
-        elif isinstance(tree, Mapping):
-            for key, value in tree.items():
-                walk(value, f"{where}[{key!r}]")
-        else:
-            for i, value in enumerate(tree):
-                walk(value, f"{where}[{i}]")
-
-    for key, value in {**named, **kwargs}.items():
-        walk(value, key)
-    return [found[i] for i in range(spec.num_leaves)]
 
 
 def _guard(text: str, tokens: Mapping[str, int], name: str) -> str:

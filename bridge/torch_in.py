@@ -11,16 +11,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .capture import capture
-from .comparison import Report, refuse
+from .comparison import Report, refuse, report_of
 from .comparison import verify as compare
 from .convert import numpy_of, tensor_of, to_variables
 from .graph import BridgeError, Graph
-from .module import Imported
-from .ops.registry import find, unknown
-from .plan import LAYER, plan_of
+from .module import Imported, check_runs
 from .recent import remember
-
-_INNER = (LAYER, "input", "constant", "getitem", "getitem0")
 
 
 class Import(tuple[Imported, dict[str, Any]]):
@@ -83,12 +79,11 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True, train: 
         raise BridgeError(f"from_torch takes a torch.nn.Module, got {type(module).__name__}")
     args, kwargs = _inputs(example_inputs)
     graph, constants = capture(module, args, kwargs, train=train)
-    _check(graph)
+    check_runs(graph)
     remember(graph)
     variables = to_variables(graph, values_of(graph, module, constants))
     model = Imported(graph)
-    plan = plan_of(graph)
-    report = Report(graph.name, (), len(plan.layers), plan.bare)
+    report = report_of(graph)
     if verify:
         report = compare(model, variables, module, args, kwargs)
         refuse(report)
@@ -112,15 +107,3 @@ def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(args)):
         raise BridgeError("example_inputs hold no tensor: give a tensor, a tuple of inputs, or a dict of named inputs")
     return args, {}
-
-
-def _check(graph: Graph) -> None:
-    for program in plan_of(graph).programs:
-        for node in program.nodes:
-            if node.op not in _INNER and find(node.op) is None:
-                raise unknown(node.op, f"{node.path or 'the module'} of {graph.name}")
-    if any(tensor.dtype == "float64" for tensor in graph.tensors) and not jax.config.jax_enable_x64:
-        raise BridgeError(
-            f"{graph.name} has float64 tensors, and JAX runs in 32 bit: give module.float(), or run "
-            'jax.config.update("jax_enable_x64", True) before anything else'
-        )

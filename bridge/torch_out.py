@@ -129,9 +129,13 @@ def _entry(morph: Morph, graph: Graph, plant: Plant) -> dict[str, Any]:
             f"{', '.join(sorted(TWINS))}); give one with esper_jax.bridge.register_twin(name, fn)"
         )
     shapes = {name: list(np.shape(leaf)) for name, leaf in _flat(morph.seeds[plant.site][plant.key]).items()}
+    module, plan = _torch_path(graph, plant.site), plan_of(graph)
+    hooks, inside = plan.hooked(graph, plant.site)
     return {
-        "module": _torch_path(graph, plant.site),
-        "hooks": list(plan_of(graph).calls[tuple(plant.site.split("/"))]),
+        "module": module,
+        "function": plan.functions[tuple(plant.site.split("/"))],
+        "hooks": hooks,
+        "inside": inside,
         "slot": plant.slot,
         "site": plant.site,
         "blueprint": plant.blueprint,
@@ -143,7 +147,7 @@ def _entry(morph: Morph, graph: Graph, plant: Plant) -> dict[str, Any]:
         "form": _form(place),
         "shapes": shapes,
         "dtype": site.dtype,
-        "source": _torch_path(graph, plant.source) if plant.source else "",
+        "source": _source(graph, plant.source) if plant.source else "",
     }
 
 
@@ -162,8 +166,8 @@ def _plain(value: Any) -> Any:
 def _torch_path(graph: Graph, site: str) -> str:
     paths = {"/".join(module_path(name)): name for name, _, _ in graph.modules}
     if site in paths:
-        if reason := plan_of(graph).unreachable(graph).get(site):
-            raise BridgeError(f"a seed at {site!r} cannot go back to torch: {reason} than that layer; fold it first")
+        if reason := plan_of(graph).unreachable(graph, site):
+            raise BridgeError(f"a seed at {site!r} cannot go back to torch: {reason}; fold it first")
         return paths[site]
     outer = site.rpartition("/")[0]
     if outer in paths and outer in {
@@ -175,6 +179,16 @@ def _torch_path(graph: Graph, site: str) -> str:
             f"{outer!r} (give morph() model= and example=, and the attention is one site)"
         )
     raise BridgeError(f"site {site!r} is no module of torch's {graph.name}")
+
+
+def _source(graph: Graph, site: str) -> str:
+    path, (_, inside) = _torch_path(graph, site), plan_of(graph).hooked(graph, site)
+    if inside:
+        raise BridgeError(
+            f"a seed that reads what {site!r} reads cannot go back to torch: {inside[0] or 'the model'}, which "
+            "computes that layer, does more; fold it first"
+        )
+    return path
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

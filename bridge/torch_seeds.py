@@ -7,7 +7,8 @@ and the spec as JSON), and whoever loads them needs no JAX:
     module.load_state_dict(torch.load("grown.pt", weights_only=True))
 
 A seed is a child of its host layer (`layer.esper_seeds.0`), so that no key of the host changes, and enters the layer's
-output by a forward hook. Parameters have the shapes that they have in JAX; channels are last inside.
+output by a forward hook; where the layer is computed inside a forward that does more, right after torch's function.
+Parameters have the shapes that they have in JAX; channels are last inside.
 """
 
 from __future__ import annotations
@@ -20,15 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 CHILD = "esper_seeds"
 EPSILON = 1e-5
-_SPATIAL = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.instancenorm._InstanceNorm,
-    nn.GroupNorm,
-)
+_CHANNELS_FIRST = ("conv", "batch_norm", "group_norm", "instance_norm")
 Twin = Callable[[dict[str, Tensor], Any, dict[str, Any]], Tensor]
 
 
@@ -100,12 +97,14 @@ def regrow(module: nn.Module, spec: dict[str, Any]) -> nn.Module:
         _resize(module, name, tuple(shape))
     for entry in spec["seeds"]:
         layer = _layer(module, entry["module"])
-        hooked = [_layer(module, path) for path in entry.get("hooks") or [entry["module"]]]
+        hooked = [_layer(module, path) for path in entry["hooks"]]
         if not hasattr(layer, CHILD):
             bank = nn.ModuleDict()
             setattr(layer, CHILD, bank)
             for other in hooked:
                 other.register_forward_hook(functools.partial(_hook, bank), with_kwargs=True)
+            for path in entry["inside"]:
+                _look_inside(_layer(module, path), entry["module"], layer)
         bank = getattr(layer, CHILD)
         if str(entry["slot"]) in bank:
             raise ValueError(f"layer {entry['module']!r} has a seed in slot {entry['slot']} already")
@@ -121,6 +120,51 @@ def _layer(module: nn.Module, path: str) -> nn.Module:
     except AttributeError:
         close = ", ".join([name for name, _ in module.named_modules()][1:9])
         raise KeyError(f"the module has no layer {path!r} for a seed; it has {close}, ...") from None
+
+
+class _Inside(TorchFunctionMode):
+    """Meanwhile a function of torch's that is called with a layer's weight gives the layer's output with its seeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: dict[str, nn.Module] = {}
+        self.met: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What the function gives."""
+        output = func(*args, **(kwargs or {}))
+        given = {**dict(enumerate(args)), **(kwargs or {})}
+        for name, layer in self.layers.items():
+            bank = getattr(layer, CHILD)
+            if getattr(func, "__name__", "") == _function(bank) and any(v is layer.weight for v in given.values()):
+                self.met.add(name)
+                others = (v for v in given.values() if isinstance(v, Tensor) and v is not layer.weight)
+                output = _grown(bank, layer, given["input"] if "input" in given else next(others), output)
+        return output
+
+
+def _look_inside(home: nn.Module, name: str, layer: nn.Module) -> None:
+    """Have a layer's seeds where a module's forward computes the layer, beside what else it does."""
+    hooks = [hook.args[0] for hook in home._forward_pre_hooks.values() if getattr(hook, "func", None) is _enter]
+    inside = hooks[0] if hooks else _Inside()
+    inside.layers[name] = layer
+    if not hooks:
+        home.register_forward_pre_hook(functools.partial(_enter, inside))
+        home.register_forward_hook(functools.partial(_leave, inside), always_call=True, prepend=True)
+
+
+def _enter(inside: _Inside, home: nn.Module, args: tuple[Any, ...]) -> None:
+    inside.met.clear()
+    inside.__enter__()
+
+
+def _leave(inside: _Inside, home: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    inside.__exit__(None, None, None)
+    if output is not None and (missed := sorted(inside.layers.keys() - inside.met)):
+        raise RuntimeError(
+            f"{type(home).__name__}.forward no longer calls a function of torch.nn.functional with the weight of "
+            f"{', '.join(missed)}: the seeds there have no place"
+        )
 
 
 class _Given:
@@ -145,26 +189,36 @@ def _hook(bank: nn.ModuleDict, layer: nn.Module, args: tuple[Any, ...], kwargs: 
         for seed in bank.values():
             h = seed({"input": call[0], "output": h, "call": call}[seed.entry["reads"]], h)
         return back(h), *output[1:]
-    u = args[0] if args else next(iter(kwargs.values()))
-    h, back = _last(layer, output)
+    return _grown(bank, layer, args[0] if args else next(iter(kwargs.values())), output)
+
+
+def _grown(bank: nn.ModuleDict, layer: Any, u: Tensor, output: Tensor) -> Tensor:
+    """A layer's output with its seeds in it."""
+    function = _function(bank)
+    h, back = _last(function, layer, output)
     for seed in bank.values():
         if seed.entry.get("source"):
-            read = _last(layer, seed.given.value)[0]
+            read = _last(function, layer, seed.given.value)[0]
         elif seed.entry["reads"] == "output":
             read = h
         else:
-            read = u if seed.entry["kind"] == "embed" else _last(layer, u)[0]
+            read = u if seed.entry["kind"] == "embed" else _last(function, layer, u)[0]
         h = seed(read, h)
     return back(h)
 
 
-def _last(layer: nn.Module, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _last(function: str, layer: Any, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """An array of the layer's with its channels last, batch first, and the way back."""
-    if not isinstance(layer, _SPATIAL):
+    if not function.startswith(_CHANNELS_FIRST):
         return x, lambda y: y
-    if isinstance(layer, nn.modules.conv._ConvNd) and x.dim() == len(layer.kernel_size) + 1:
+    if function.startswith("conv") and x.dim() == layer.weight.dim() - 1:
         return x.movedim(0, -1)[None], lambda y: y[0].movedim(-1, 0)
     return x.movedim(1, -1), lambda y: y.movedim(-1, 1)
+
+
+def _function(bank: nn.ModuleDict) -> str:
+    """The function of torch.nn.functional that computes a layer with seeds."""
+    return str(next(iter(bank.values())).entry["function"])
 
 
 def _attended(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> tuple[Any, Tensor, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from .pointwise import absolute, clamp_min
+from .reduce import pairwise_distance
 from .registry import op
 
 _REDUCE = {0: lambda x: x, 1: jnp.mean, 2: jnp.sum}
@@ -19,7 +22,7 @@ def mse_loss(self: Any, target: Any, reduction: int = 1) -> Any:
 
 @op("l1_loss.default")
 def l1_loss(self: Any, target: Any, reduction: int = 1) -> Any:
-    return _REDUCE[reduction](jnp.abs(self - target))
+    return _REDUCE[reduction](absolute(self - target))
 
 
 @op("smooth_l1_loss.default")
@@ -51,11 +54,16 @@ def _nll(log_p: Any, target: Any, weight: Any, reduction: int, ignore_index: int
     counted = target != ignore_index
     safe = jnp.where(counted, target, 0)
     found = -jnp.squeeze(jnp.take_along_axis(log_p, jnp.expand_dims(safe, axis), axis), axis)
-    weights = jnp.where(counted, 1.0 if weight is None else weight[safe], 0.0).astype(log_p.dtype)
-    found = found * weights
+    weights = _weights(target, weight, counted, log_p.dtype)
+    found = jnp.where(counted, found * weights, 0)
     if reduction == 1:
         return jnp.sum(found) / jnp.sum(weights)
     return _REDUCE[reduction](found)
+
+
+def _weights(target: Any, weight: Any, counted: Any, dtype: Any) -> Any:
+    """What each target counts for."""
+    return jnp.where(counted, 1.0 if weight is None else weight[jnp.where(counted, target, 0)], 0.0).astype(dtype)
 
 
 @op("cross_entropy_loss.default")
@@ -69,18 +77,20 @@ def cross_entropy_loss(
 ) -> Any:
     axis = 0 if self.ndim == 1 else 1
     log_p = jax.nn.log_softmax(self, axis=axis)
+    classes = self.shape[axis]
+    weighted = log_p if weight is None else log_p * weight.reshape((-1,) + (1,) * (self.ndim - 1 - axis))
     if jnp.issubdtype(target.dtype, jnp.floating):
-        return (
-            _REDUCE[reduction](-jnp.sum(target * log_p, axis=axis))
-            if reduction != 1
-            else (-jnp.sum(target * log_p) / (self.size // self.shape[axis]))
-        )
+        target = target * (1 - label_smoothing) + label_smoothing / classes
+        return _REDUCE[reduction](-jnp.sum(target * weighted, axis=axis))
     plain = _nll(log_p, target, weight, reduction, ignore_index)
     if not label_smoothing:
         return plain
-    spread = _nll(
-        jnp.broadcast_to(jnp.mean(log_p, axis, keepdims=True), log_p.shape), target, weight, reduction, ignore_index
-    )
+    counted = target != ignore_index
+    spread = jnp.where(counted, -jnp.mean(weighted, axis=axis), 0)
+    if reduction == 1:
+        spread = jnp.sum(spread) / jnp.sum(_weights(target, weight, counted, spread.dtype))
+    else:
+        spread = _REDUCE[reduction](spread)
     return (1 - label_smoothing) * plain + label_smoothing * spread
 
 
@@ -90,3 +100,101 @@ def kl_div(self: Any, target: Any, reduction: int = 1, log_target: bool = False)
         return _REDUCE[reduction](jnp.exp(target) * (target - self))
     safe = jnp.where(target > 0, target, 1)
     return _REDUCE[reduction](jnp.where(target > 0, target * (jnp.log(safe) - self), 0))
+
+
+@op("binary_cross_entropy.default")
+def binary_cross_entropy(self: Any, target: Any, weight: Any = None, reduction: int = 1) -> Any:
+    found = _entropy(*jnp.broadcast_arrays(self, target))
+    return _REDUCE[reduction](found if weight is None else found * weight)
+
+
+@jax.custom_jvp
+def _entropy(p: Any, target: Any) -> Any:
+    return -(target * _log(p) + (1 - target) * _log(1 - p))
+
+
+def _log(p: Any) -> Any:
+    return jnp.maximum(jnp.log(p), -100)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Finite where a probability is 0 or 1, as torch has it."""
+    (p, target), (dp, dtarget) = primals, tangents
+    slope = (p - target) / jnp.maximum((1 - p) * p, 1e-12)
+    return _entropy(p, target), slope * dp + (_log(1 - p) - _log(p)) * dtarget
+
+
+@op("poisson_nll_loss.default")
+def poisson_nll_loss(input: Any, target: Any, log_input: bool, full: bool, eps: float, reduction: int) -> Any:
+    found = jnp.exp(input) - target * input if log_input else input - target * jnp.log(input + eps)
+    if full:  # Stirling's approximation of log(target!)
+        large = jnp.where(target > 1, target, 1).astype(found.dtype)
+        factorial = large * jnp.log(large) - large + 0.5 * jnp.log(2 * math.pi * large)
+        found = found + jnp.where(target > 1, factorial, 0)
+    return _REDUCE[reduction](found)
+
+
+@op("margin_ranking_loss.default")
+def margin_ranking_loss(input1: Any, input2: Any, target: Any, margin: float = 0.0, reduction: int = 1) -> Any:
+    return _REDUCE[reduction](clamp_min(-target * (input1 - input2) + margin, 0))
+
+
+@op("hinge_embedding_loss.default")
+def hinge_embedding_loss(self: Any, target: Any, margin: float = 1.0, reduction: int = 1) -> Any:
+    apart = jnp.where(target != 1, clamp_min(margin - self, 0), 0)
+    return _REDUCE[reduction](apart + jnp.where(target != -1, self, 0))
+
+
+@op("cosine_embedding_loss.default")
+def cosine_embedding_loss(input1: Any, input2: Any, target: Any, margin: float = 0.0, reduction: int = 1) -> Any:
+    axis = target.ndim
+    squares = (jnp.sum(x * x, axis) + 1e-12 for x in (input1, input2))
+    cosine = jnp.sum(input1 * input2, axis) / jnp.sqrt(math.prod(squares))
+    apart = jnp.where(target == -1, clamp_min(cosine - margin, 0), 0)
+    return _REDUCE[reduction](jnp.where(target == 1, 1 - cosine, 0) + apart)
+
+
+@op("triplet_margin_loss.default")
+def triplet_margin_loss(
+    anchor: Any,
+    positive: Any,
+    negative: Any,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    reduction: int = 1,
+) -> Any:
+    near, far = (pairwise_distance(anchor, x, p, eps) for x in (positive, negative))
+    if swap:
+        far = jnp.minimum(far, pairwise_distance(positive, negative, p, eps))
+    return _REDUCE[reduction](clamp_min(margin + near - far, 0))
+
+
+@op("soft_margin_loss.default")
+def soft_margin_loss(self: Any, target: Any, reduction: int = 1) -> Any:
+    return _REDUCE[reduction](jax.nn.softplus(-target * self))
+
+
+@op("multi_margin_loss.default")
+def multi_margin_loss(
+    self: Any, target: Any, p: Any = 1, margin: Any = 1, weight: Any = None, reduction: int = 1
+) -> Any:
+    places = target.reshape(self.shape[:-1])[..., None]
+    over = margin - jnp.take_along_axis(self, places, axis=-1) + self
+    above = (over > 0) & (jnp.arange(self.shape[-1]) != places)
+    found = jnp.where(above, jnp.where(above, over, 1) ** p, 0)
+    return _REDUCE[reduction](jnp.mean(found if weight is None else found * weight[places], axis=-1))
+
+
+@op("multilabel_margin_loss.default")
+def multilabel_margin_loss(self: Any, target: Any, reduction: int = 1) -> Any:
+    """Targets are the classes before the first -1."""
+    classes = self.shape[-1]
+    listed = jnp.cumsum(target < 0, axis=-1) == 0
+    labels = jnp.where(listed, target, 0)
+    wanted = jnp.any((labels[..., None] == jnp.arange(classes)) & listed[..., None], axis=-2)
+    over = 1 - jnp.take_along_axis(self, labels, axis=-1)[..., None] + self[..., None, :]
+    counted = listed[..., None] & ~wanted[..., None, :] & (over > 0)
+    return _REDUCE[reduction](jnp.sum(jnp.where(counted, over, 0), axis=(-2, -1)) / classes)

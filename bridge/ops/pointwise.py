@@ -56,9 +56,16 @@ for _name, _fn in {
     "rad2deg": jnp.rad2deg,
 }.items():
     _unary(_name, _fn)
+
+
+def absolute(x: Any) -> Any:
+    """Without a slope at 0, as torch has it; JAX's own has 1 there."""
+    return x * lax.stop_gradient(jnp.sign(x)) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.abs(x)
+
+
 for _name, _fn in {
     "neg": jnp.negative,
-    "abs": jnp.abs,
+    "abs": absolute,
     "sign": jnp.sign,
     "sgn": jnp.sign,
     "floor": jnp.floor,
@@ -315,6 +322,12 @@ def mish(self: Any) -> Any:
 @op("leaky_relu.default", **pointwise)
 def leaky_relu(self: Any, negative_slope: float = 0.01) -> Any:
     return jnp.where(self > 0, self, self * jnp.asarray(negative_slope, self.dtype))
+
+
+@op("rrelu.default", **pointwise)
+def rrelu(self: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> Any:
+    """In evaluation alone: in training it draws its slopes, which the reader refuses."""
+    return leaky_relu(self, (lower + upper) / 2)
 
 
 @op("elu.default", **pointwise)

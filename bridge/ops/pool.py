@@ -1,18 +1,19 @@
-"""Pooling, padding and resampling along spatial axes; arrays may have their channels last."""
+"""Pooling and padding along spatial axes; arrays may have their channels last."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..graph import BridgeError
 from .conv import each
-from .registry import Last, op
+from .registry import Last, dtype_of, op
 
 
 class _Window:
@@ -57,7 +58,13 @@ class _Window:
         return reduced[tuple(cut)]
 
     def largest(self, x: Any) -> Any:
-        """The largest of each window, from one slice for each of its places; its gradient goes to the first."""
+        """The largest of each window."""
+        if any(d > 1 for d in self.dilation):  # XLA has no gradient for a dilated window
+            return self._largest_of_slices(x)
+        return self.reduce(x, _lowest(x.dtype), lax.max)
+
+    def _largest_of_slices(self, x: Any) -> Any:
+        """From one slice for each place of a window; the gradient goes to the first of the largest."""
         widths = [(0, 0, 0)] * x.ndim
         for axis, (low, high) in zip(self.axes, self.pads, strict=True):
             widths[axis] = (low, high, 0)
@@ -104,10 +111,7 @@ def max_pool(
     last: bool = False,
 ) -> Any:
     window = _Window(self, last, kernel_size, stride, padding, dilation, ceil_mode)
-    if any(d > 1 for d in window.dilation):  # XLA has no gradient for a dilated window
-        result = window.largest(self)
-    else:
-        result = window.reduce(self, _lowest(self.dtype), lax.max)
+    result = window.largest(self)
     return Last(result) if last else result
 
 
@@ -116,7 +120,7 @@ def max_pool_with_indices(
     self: Any, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
 ) -> Any:
     window = _Window(self, False, kernel_size, stride, padding, dilation, ceil_mode)
-    value = window.reduce(self, _lowest(self.dtype), lax.max)
+    value = window.largest(self)
     flat = jnp.arange(math.prod(window.sizes), dtype=jnp.int32).reshape(window.sizes)
     flat = jnp.broadcast_to(flat, self.shape)
 
@@ -161,33 +165,59 @@ def _bounds(size: int, out: int) -> list[tuple[int, int]]:
     return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
 
 
-def _adaptive(x: Any, output_size: Any, last: bool, average: bool) -> Any:
-    n = len(output_size)
+@op("adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "adaptive_avg_pool3d.default", channels=True)
+@op("_adaptive_avg_pool2d.default", "_adaptive_avg_pool3d.default", channels=True)
+def adaptive_avg_pool(self: Any, output_size: Any, last: bool = False) -> Any:
+    x, n = self, len(output_size)
     axes = range(x.ndim - n - 1, x.ndim - 1) if last else range(x.ndim - n, x.ndim)
     for axis, out in zip(axes, output_size, strict=True):
         size = x.shape[axis]
-        out = size if out is None else out
         if out == size:
             continue
         if size % out == 0:
-            split = x.reshape(*x.shape[:axis], out, size // out, *x.shape[axis + 1 :])
-            x = split.mean(axis + 1) if average else split.max(axis + 1)
+            x = x.reshape(*x.shape[:axis], out, size // out, *x.shape[axis + 1 :]).mean(axis + 1)
             continue
-        parts = [lax.slice_in_dim(x, a, b, axis=axis) for a, b in _bounds(size, out)]
-        parts = [p.mean(axis, keepdims=True) if average else p.max(axis, keepdims=True) for p in parts]
+        parts = [lax.slice_in_dim(x, a, b, axis=axis).mean(axis, keepdims=True) for a, b in _bounds(size, out)]
         x = jnp.concatenate(parts, axis)
     return Last(x) if last else x
 
 
-@op("adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "adaptive_avg_pool3d.default", channels=True)
-@op("_adaptive_avg_pool2d.default", "_adaptive_avg_pool3d.default", channels=True)
-def adaptive_avg_pool(self: Any, output_size: Any, last: bool = False) -> Any:
-    return _adaptive(self, output_size, last, True)
-
-
 @op("adaptive_max_pool1d.default", "adaptive_max_pool2d.default", "adaptive_max_pool3d.default")
 def adaptive_max_pool(self: Any, output_size: Any) -> Any:
-    return _adaptive(self, output_size, False, False), None
+    """The first of the largest in each window, and where it lies in the input's spatial axes laid flat."""
+    n = len(output_size)
+    sizes = self.shape[-n:]
+    places = jnp.arange(math.prod(sizes), dtype=dtype_of("int64")).reshape(sizes)
+    value, index = self, jnp.broadcast_to(places, self.shape)
+    for axis in range(self.ndim - 1, self.ndim - n - 1, -1):
+        bounds = np.asarray(_bounds(self.shape[axis], output_size[axis - self.ndim]))
+        width = int(np.max(bounds[:, 1] - bounds[:, 0]))
+        window = np.minimum(bounds[:, :1] + np.arange(width), bounds[:, 1:] - 1)  # short ones repeat their last place
+        value, index = jnp.take(value, window, axis=axis), jnp.take(index, window, axis=axis)
+        best = jnp.argmax(value, axis=axis + 1, keepdims=True)
+        value, index = (jnp.take_along_axis(x, best, axis=axis + 1).squeeze(axis + 1) for x in (value, index))
+    return value, index
+
+
+@op("max_unpool2d.default", "max_unpool3d.default")
+def max_unpool(self: Any, indices: Any, output_size: Any, stride: Any = None, padding: Any = None) -> Any:
+    """Values put back where a max pool took them from, zeros elsewhere."""
+    lead = self.shape[: self.ndim - len(output_size)]
+    values, places = (x.reshape(math.prod(lead), -1) for x in (self, indices))
+    return _put(values, places, math.prod(output_size)).reshape(*lead, *output_size)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _put(values: Any, places: Any, size: int) -> Any:
+    return jnp.zeros((len(values), size), values.dtype).at[jnp.arange(len(values))[:, None], places].set(values)
+
+
+@_put.defjvp
+def _put_jvp(size: int, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """Of values at one place, each gets the whole gradient, as torch has it."""
+    (values, places), (tangent, _) = primals, tangents
+    rows = jnp.arange(len(values))[:, None]
+    return _put(values, places, size), jnp.zeros((len(values), size), tangent.dtype).at[rows, places].add(tangent)
 
 
 # --- padding ---
@@ -228,124 +258,3 @@ def reflection_pad(self: Any, padding: Any, last: bool = False) -> Any:
 @op("replication_pad1d.default", "replication_pad2d.default", "replication_pad3d.default", channels=True)
 def replication_pad(self: Any, padding: Any, last: bool = False) -> Any:
     return pad(self, padding, "replicate", None, last)
-
-
-# --- resampling ---
-
-
-def _targets(x: Any, last: bool, output_size: Any, scales: Any, spatial: int) -> list[tuple[int, int, int, Any]]:
-    """`(axis, size, size after, given factor)` of each spatial axis."""
-    axes = range(x.ndim - spatial - 1, x.ndim - 1) if last else range(x.ndim - spatial, x.ndim)
-    found = []
-    for i, axis in enumerate(axes):
-        factor = scales[i] if scales is not None else None
-        out = output_size[i] if output_size is not None else math.floor(x.shape[axis] * factor)
-        found.append((axis, x.shape[axis], out, factor))
-    return found
-
-
-def _interpolate(x: Any, targets: Any, form: str, align: bool) -> Any:
-    for axis, size, out, factor in targets:
-        if out == size and form != "nearest-exact" and (factor is None or factor == 1):
-            continue
-        places = np.arange(out, dtype=np.float64)
-        if form.startswith("nearest"):
-            step = 1 / factor if factor else size / out
-            at = np.floor((places + (0.5 if form == "nearest-exact" else 0)) * np.float32(step))
-            x = jnp.take(x, np.minimum(at, size - 1).astype(np.int32), axis=axis)
-            continue
-        step = ((size - 1) / (out - 1) if out > 1 else 0.0) if align else (1 / factor if factor else size / out)
-        at = places * step if align else (places + 0.5) * step - 0.5
-        if form == "linear":
-            at = np.maximum(at, 0)
-        low = np.floor(at)
-        share = at - low
-        shape = [1] * x.ndim
-        shape[axis] = out
-        if form == "linear":
-            taps = [(0, 1 - share), (1, share)]
-        else:
-            taps = [(k, _cubic(share, k)) for k in (-1, 0, 1, 2)]
-        total = None
-        for offset, weight in taps:
-            index = np.clip(low + offset, 0, size - 1).astype(np.int32)
-            term = jnp.take(x, index, axis=axis) * jnp.asarray(weight.reshape(shape), x.dtype)
-            total = term if total is None else total + term
-        x = total
-    return x
-
-
-def _cubic(share: Any, offset: int, a: float = -0.75) -> Any:
-    """Keys' cubic kernel (1981) at the distance of one tap."""
-    d = np.abs(share - offset)
-    near = ((a + 2) * d - (a + 3)) * d * d + 1
-    far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-    return np.where(d <= 1, near, far)
-
-
-def _resample(names: str, form: str, spatial: int, aligned: bool) -> None:
-    def vec(input: Any, output_size: Any, *rest: Any, last: bool = False, **named: Any) -> Any:
-        align, scales = _rest(rest, named, aligned)
-        scales = scales[0] if len(scales) == 1 and (scales[0] is None or isinstance(scales[0], tuple)) else scales
-        scales = None if scales in ((), None) or all(s is None for s in scales) else scales
-        result = _interpolate(input, _targets(input, last, output_size, scales, spatial), form, align)
-        return Last(result) if last else result
-
-    op(f"{names}.vec", f"{names}.default", channels=True)(vec)
-
-
-def _rest(rest: Any, named: dict[str, Any], aligned: bool) -> tuple[bool, tuple[Any, ...]]:
-    align = bool(rest[0]) if aligned and rest else bool(named.get("align_corners", False))
-    scales = tuple(rest[1:] if aligned else rest)
-    scales += tuple(v for k, v in named.items() if k.startswith("scale"))
-    return align, scales
-
-
-for _n, _name in ((1, "linear1d"), (2, "bilinear2d"), (3, "trilinear3d")):
-    _resample(f"upsample_{_name}", "linear", _n, True)
-    _resample(f"upsample_nearest{_n}d", "nearest", _n, False)
-    _resample(f"_upsample_nearest_exact{_n}d", "nearest-exact", _n, False)
-_resample("upsample_bicubic2d", "cubic", 2, True)
-
-
-@op("grid_sampler.default", "grid_sampler_2d.default")
-def grid_sampler(input: Any, grid: Any, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Any:
-    """Bilinear (0) or nearest (1) samples `[N, C, H, W]` at `grid` `[N, h, w, 2]`; outside 0 or the border."""
-    if input.ndim != 4 or interpolation_mode > 1 or padding_mode > 1:
-        raise BridgeError(
-            "grid_sample: bilinear or nearest, with zeros or border padding, over two axes is what is there"
-        )
-    height, width = input.shape[2:]
-
-    def place(g: Any, n: int) -> Any:
-        at = (g + 1) / 2 * (n - 1) if align_corners else ((g + 1) * n - 1) / 2
-        return jnp.clip(at, 0, n - 1) if padding_mode == 1 else at
-
-    x, y = place(grid[..., 0], width), place(grid[..., 1], height)
-
-    def pick(row: Any, column: Any) -> Any:
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        r, c = (jnp.clip(v, 0, n - 1).astype(jnp.int32) for v, n in ((row, height), (column, width)))
-        found = jnp.moveaxis(input, 1, -1)[jnp.arange(len(input))[:, None, None], r, c]
-        return jnp.where(inside[..., None], found, 0)
-
-    if interpolation_mode == 1:
-        return jnp.moveaxis(pick(jnp.round(y), jnp.round(x)), -1, 1)
-    x0, y0 = jnp.floor(x), jnp.floor(y)
-    dx, dy = (x - x0)[..., None], (y - y0)[..., None]
-    top = pick(y0, x0) * (1 - dx) + pick(y0, x0 + 1) * dx
-    bottom = pick(y0 + 1, x0) * (1 - dx) + pick(y0 + 1, x0 + 1) * dx
-    return jnp.moveaxis(top * (1 - dy) + bottom * dy, -1, 1)
-
-
-@op("affine_grid_generator.default")
-def affine_grid(theta: Any, size: Any, align_corners: bool) -> Any:
-    height, width = size[2:]
-
-    def line(n: int) -> Any:
-        full = jnp.linspace(-1, 1, n, dtype=theta.dtype)
-        return full if align_corners else full * (n - 1) / n
-
-    y, x = jnp.meshgrid(line(height), line(width), indexing="ij")
-    base = jnp.stack([x, y, jnp.ones_like(x)], -1)
-    return jnp.einsum("hwk,nik->nhwi", base, theta)

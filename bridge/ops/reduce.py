@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .pointwise import absolute
 from .registry import Last, axes_of, dtype_of, floating, full_float, op
 
 
@@ -160,7 +161,7 @@ def logsumexp(self: Any, dim: Any, keepdim: bool = False) -> Any:
 
 
 def _norm(x: Any, p: Any, axes: tuple[int, ...], keepdim: bool) -> Any:
-    x = jnp.abs(x)
+    x = absolute(x)
     if p == 2:
         squares = jnp.sum(x * x, axis=axes, keepdims=keepdim)
         safe = jnp.where(squares == 0, 1, squares)  # the norm's gradient at zero is zero, as in torch
@@ -173,7 +174,10 @@ def _norm(x: Any, p: Any, axes: tuple[int, ...], keepdim: bool) -> Any:
         return jnp.max(x, axis=axes, keepdims=keepdim)
     if p == float("-inf"):
         return jnp.min(x, axis=axes, keepdims=keepdim)
-    return jnp.sum(x**p, axis=axes, keepdims=keepdim) ** (1 / p)
+    nonzero = jnp.where(x == 0, 1, x)  # keeps gradients finite where torch has zero
+    powers = jnp.sum(jnp.where(x == 0, 0, nonzero**p), axis=axes, keepdims=keepdim)
+    safe = jnp.where(powers == 0, 1, powers)
+    return jnp.where(powers == 0, 0, safe ** (1 / p))
 
 
 @op("linalg_vector_norm.default")
@@ -239,11 +243,23 @@ def logcumsumexp(self: Any, dim: int) -> Any:
 
 @op("cummax.default")
 def cummax(self: Any, dim: int) -> Any:
-    axis = dim % self.ndim
-    best = lax.cummax(lax.stop_gradient(self), axis=axis)
-    places = lax.broadcasted_iota(dtype_of("int64"), self.shape, axis)
-    index = lax.cummax(jnp.where(self == best, places, 0), axis=axis)
-    return jnp.take_along_axis(self, index, axis=axis), index
+    return _running(self, dim, lax.cummax)
+
+
+@op("cummin.default")
+def cummin(self: Any, dim: int) -> Any:
+    return _running(self, dim, lax.cummin)
+
+
+def _running(x: Any, dim: int, scan: Any) -> tuple[Any, Any]:
+    """The best so far along an axis, and its last place."""
+    if x.ndim == 0:
+        return x, jnp.zeros((), dtype_of("int64"))
+    axis = dim % x.ndim
+    best = scan(lax.stop_gradient(x), axis=axis)
+    places = lax.broadcasted_iota(dtype_of("int64"), x.shape, axis)
+    index = lax.cummax(jnp.where(x == best, places, 0), axis=axis)
+    return jnp.take_along_axis(x, index, axis=axis), index
 
 
 @op("sort.default", "sort.stable")
@@ -300,7 +316,9 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
     x1, x2 = jnp.broadcast_arrays(x1, x2)
 
     def unit(x: Any) -> Any:
-        return x / jnp.maximum(_norm(x, 2, (dim % x.ndim,), True), eps)
+        length = _norm(x, 2, (dim % x.ndim,), True)
+        raised = eps + (length - lax.stop_gradient(length))  # torch's gradient knows nothing of eps
+        return x / jnp.where(length < eps, raised, length)
 
     return jnp.sum(unit(x1) * unit(x2), axis=dim)
 
@@ -308,6 +326,18 @@ def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
 @op("cdist.default", "_cdist_forward.default")
 def cdist(x1: Any, x2: Any, p: float = 2, compute_mode: Any = None) -> Any:
     return _norm(x1[..., :, None, :] - x2[..., None, :, :], p, (x1.ndim,), False)
+
+
+@op("pairwise_distance.default")
+def pairwise_distance(x1: Any, x2: Any, p: float = 2, eps: float = 1e-6, keepdim: bool = False) -> Any:
+    away = x1 - x2 + eps
+    return _norm(away, p, (away.ndim - 1,), keepdim)
+
+
+@op("pdist.default", "_pdist_forward.default")
+def pdist(self: Any, p: float = 2) -> Any:
+    first, second = jnp.triu_indices(len(self), 1)
+    return _norm(self[first] - self[second], p, (1,), False)
 
 
 @op("trace.default")

@@ -94,6 +94,56 @@ def test_a_copy_of_a_regrown_module_reads_its_own_layers():
     assert torch.equal(copied(other), sent(other))
 
 
+class Inside(torch.nn.Module):
+    """Layers that are computed in forwards that do more: a norm over channels, a convolution and a product by hand."""
+
+    class Norm(torch.nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).relu()
+
+    class Weighed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = torch.nn.Parameter(torch.randn(6, 3, 3, 3)), torch.nn.Parameter(torch.randn(6))
+            self.fails = False
+
+        def forward(self, x):
+            y = torch.nn.functional.conv2d(input=x, weight=self.weight * 1 if self.fails else self.weight)
+            return y.tanh() + self.bias[:, None, None]
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = self.Weighed(), self.Norm(6), torch.nn.Linear(6, 2)
+
+    def forward(self, x):
+        pooled = self.norm(self.conv(x)).mean((2, 3))
+        return torch.nn.functional.linear(pooled, self.head.weight, self.head.bias).exp()
+
+
+def test_seeds_go_back_to_layers_inside_forwards_that_do_more():
+    torch.manual_seed(0)
+    module, x = Inside(), torch.randn(3, 3, 5, 6)
+    model, variables = esper_jax.from_torch(module, x)
+    morph = esper_jax.morph(variables, model=model, example=x.numpy())
+    assert {site.path for site in morph.spec.sites} == {"conv", "norm", "head"}
+    for i, (site, name) in enumerate((("conv", "linear"), ("norm", "norm"), ("head", "mlp"))):
+        morph = esper_jax.germinate(morph, site, name, key=jax.random.key(i))
+    morph = in_stage(morph.replace(seeds=stirred(morph.seeds, 0.2)), Stage.FOSSILIZED)
+    want = np.asarray(esper_jax.graft(model)(morph, x.numpy()))
+    sent = esper_jax.to_torch(morph, module)
+    close(outputs_of(sent, (x,), {}), [want], 1e-5)
+    close(outputs_of(copy.deepcopy(sent), (x,), {}), [want], 1e-5)
+    close([torch.export.export(sent, (x,)).module()(x).detach().numpy()], [want], 1e-5)
+    assert not np.allclose(want, outputs_of(module, (x,), {})[0])
+    with pytest.raises(RuntimeError, match="expected input"):
+        sent(x[:, :2])
+    assert torch.overrides._get_current_function_mode() is None
+    close(outputs_of(sent, (x,), {}), [want], 1e-5)
+    sent.conv.fails = True
+    with pytest.raises(RuntimeError, match="Weighed.forward no longer calls .* with the weight of conv"):
+        sent(x)
+
+
 @pytest.mark.parametrize("name", ["mixer", "lenet", "unet", "gpt"])
 def test_folded_models_go_back_as_plain_state_dicts(name):
     given = case(name)

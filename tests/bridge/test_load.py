@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +145,35 @@ def test_a_saved_model_comes_back_with_its_outputs_to_the_bit(name, tmp_path):
     for a, b in zip(jax.tree.leaves(run(given.variables)), jax.tree.leaves(again(variables)), strict=True):
         assert jnp.array_equal(a, b, equal_nan=jnp.issubdtype(a.dtype, jnp.floating))
     assert list(esper_jax.to_torch(variables, given.module, model).state_dict()) == list(given.module.state_dict())
+
+
+def test_weights_in_bfloat16_and_an_operator_of_ones_own_are_read_without_torch(tmp_path):
+    given = case("mlp")
+    halves = {k: v.bfloat16() if v.is_floating_point() else v for k, v in given.module.state_dict().items()}
+    save_file(halves, tmp_path / "half.safetensors")
+    given.model.save(tmp_path / "saved", given.variables)
+    graph = tmp_path / "saved" / "graph.json"
+    graph.write_text(graph.read_text().replace("aten.relu.default", "mylib.my_relu.default"))
+    np.save(tmp_path / "want.npy", halves["4.weight"].float().numpy())
+    script = """
+import sys
+sys.modules["torch"] = None
+import numpy as np, jax, esper_jax
+try:
+    esper_jax.load_imported("saved")
+except esper_jax.bridge.BridgeError as error:
+    assert "mylib.my_relu.default, which the bridge does not know" in str(error) and "register_op" in str(error)
+else:
+    raise AssertionError
+esper_jax.bridge.register_op("mylib.my_relu.default", jax.nn.relu)
+model, variables = esper_jax.load_imported("saved")
+variables = esper_jax.bridge.load_weights(variables, "half.safetensors")
+assert variables["params"]["4"]["kernel"].dtype == "float32"
+assert np.array_equal(variables["params"]["4"]["kernel"], np.load("want.npy").T)
+assert np.isfinite(model.apply(variables, np.ones((2, 8), "float32"))).all()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_damaged_directory_is_told_by_file(tmp_path):

@@ -18,7 +18,7 @@ import esper_jax  # noqa: E402
 from esper_jax import FixedSchedule, Gates, Lifecycle, Stage, Tolaria  # noqa: E402
 from esper_jax.bridge import BridgeError, supported_ops, to_stablehlo  # noqa: E402
 
-from .world import case, close, outputs_of  # noqa: E402
+from .world import case, close, grown, outputs_of  # noqa: E402
 from .zoo import fresh, inputs  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:morph")]
@@ -159,6 +159,99 @@ def test_inputs_are_checked_by_name_dtype_and_nesting():
         case("tied").model.apply(case("tied").variables, jnp.ones((2, 5)))
     with pytest.raises(BridgeError, match="must have 2 axes"):
         given.model.apply(given.variables, jnp.ones((2, 7, 1)), left)
+
+
+class Several(torch.nn.Module):
+    """Its inputs have no names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 2)
+
+    def forward(self, *arrays, **more):
+        return self.layer(sum(arrays) + more["shift"] * more.get("scale", 1.0))
+
+
+def test_inputs_of_a_forward_with_stars_are_told_by_number_and_keyword():
+    x = torch.randn(4, 3)
+    module = Several()
+    model, variables = esper_jax.from_torch(module, {"shift": x, "scale": x})
+    assert model.apply(variables, shift=jnp.ones((2, 3)), scale=jnp.ones((2, 3))).shape == (2, 2)
+    with pytest.raises(BridgeError, match=r"Several takes shift, scale; got 0 positional input\(s\) and shift"):
+        model.apply(variables, shift=jnp.ones((2, 3)))
+
+    class Sum(torch.nn.Module):
+        def forward(self, *arrays):
+            return arrays[0] + arrays[1].sum(1, keepdim=True)
+
+    model, variables = esper_jax.from_torch(Sum(), (x, x))
+    with pytest.raises(BridgeError, match=r"input arrays\[1\] must have 3 along axis 1, got shape \(4, 2\)"):
+        model.apply(variables, jnp.ones((4, 3)), jnp.ones((4, 2)))
+    for wrong in (1, 3):
+        with pytest.raises(BridgeError, match=rf"Sum takes arrays\[0\], arrays\[1\]; got {wrong} positional"):
+            model.apply(variables, *[jnp.ones((4, 3))] * wrong)
+    assert "forward" not in vars(module), "the user's module is as it was"
+
+
+def test_frozen_parameters_are_reported_and_can_stay_as_they_are():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.MultiheadAttention(4, 2), torch.nn.Linear(4, 2))
+
+    class Head(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = module
+
+        def forward(self, x):
+            h = self.body[0](x)
+            return self.body[2](self.body[1](h, h, h)[0])
+
+    module[0].bias.requires_grad_(False)
+    module[1].requires_grad_(False)
+    model, variables = found = esper_jax.from_torch(Head(), torch.randn(2, 5, 3))
+    assert found.report.frozen[:2] == ("body.0.bias", "body.1.in_proj_weight") and len(found.report.frozen) == 5
+    assert "frozen in torch: 5 parameters (body.0.bias, body.1.in_proj_weight" in str(found.report)
+    still = model.frozen(variables["params"])
+    assert still["body"]["0"] == {"kernel": False, "bias": True} and all(jax.tree.leaves(still["body"]["1"]))
+    assert not any(jax.tree.leaves(still["body"]["2"]))
+    tx = optax.chain(optax.adam(0.1), optax.masked(optax.set_to_zero(), still))
+    params = variables["params"]
+    grads = jax.grad(lambda p: jnp.sum(model.apply({"params": p}, jnp.ones((2, 5, 3)))))(params)
+    moved = optax.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), params, moved)
+    assert same["body"]["0"] == {"kernel": False, "bias": True} and all(jax.tree.leaves(same["body"]["1"]))
+    assert same["body"]["2"]["bias"] is False
+
+
+def test_with_x64_float64_modules_and_wide_integers_are_torchs(tmp_path):
+    script = """
+import numpy as np, jax, torch, esper_jax
+jax.config.update("jax_enable_x64", True)
+torch.manual_seed(0)
+class Wide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.GELU()).double()
+        self.register_buffer("large", torch.tensor([2**40]))
+    def forward(self, x, i):
+        return self.layer(x), i * 3 + self.large
+x, i = torch.randn(5, 3, dtype=torch.float64), torch.arange(5) + 2**33
+model, variables = found = esper_jax.from_torch(Wide(), (x, i))
+assert found.report.worst("") < 1e-12, str(found.report)
+y, j = model.apply(variables, x.numpy(), i.numpy())
+assert y.dtype == "float64" and j.dtype == "int64" and int(j[0]) == 3 * 2**33 + 2**40
+model.save("saved", variables)
+again, loaded = esper_jax.load_imported("saved")
+assert np.array_equal(again.apply(loaded, x.numpy(), i.numpy())[0], y)
+jax.config.update("jax_enable_x64", False)
+try:
+    esper_jax.load_imported("saved")
+except esper_jax.bridge.BridgeError as error:
+    assert "float64 tensors, and JAX runs in 32 bit" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_constant_input_stays_what_it_was():
@@ -373,6 +466,17 @@ def test_it_is_exported_with_a_free_batch(name):
     want = given.flat(given.model.apply(given.variables, *more))
     close(given.flat(exported.call(given.variables, *more)), want, 1e-5)
     assert "stablehlo" in exported.mlir_module() and len(exported.serialize()) > 0
+
+
+@pytest.mark.parametrize("name", ["lenet", "gpt"])
+def test_a_grown_model_is_exported_with_a_free_batch(name):
+    given = case(name)
+    morph, forward = grown(given), esper_jax.graft(given.model)
+    exported = to_stablehlo(forward, morph, *given.arrays.values())
+    more = [jnp.concatenate([array, array[:1]]) for array in given.arrays.values()]
+    close(given.flat(exported.call(morph, *more)), given.flat(forward(morph, *more)), 1e-5)
+    plain = given.flat(given.model.apply(given.variables, *more))
+    assert not np.allclose(given.flat(forward(morph, *more))[0], plain[0])
 
 
 def test_it_grows_in_tolaria_with_its_statistics():

@@ -15,7 +15,7 @@ from esper_jax.bridge.graph import Dtype  # noqa: E402
 from esper_jax.bridge.ops import registry  # noqa: E402
 from esper_jax.bridge.ops.registry import Last, find, result_dtype  # noqa: E402
 
-from .op_cases import CASES  # noqa: E402
+from .layer_cases import CASES  # noqa: E402
 from .zoo import MODELS  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -128,6 +128,28 @@ def test_bags_of_any_length_are_torchs(mode, padding, last):
     np.testing.assert_allclose(gradient, weight.grad.numpy(), atol=1e-6)
 
 
+@pytest.mark.parametrize(("mode", "axes"), [(0, 2), (1, 2), (2, 2), (0, 3), (1, 3)])
+@pytest.mark.parametrize("padding", range(3))
+def test_sampling_learns_its_values_and_its_places_as_torch_does(mode, axes, padding):
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(2, 3, *range(4, 4 + axes), generator=generator)
+    grid = 1.5 * torch.randn(2, *[3] * axes, axes, generator=generator)
+    grid[0, 0] = torch.tensor([-1.0, 0.0, 1.0])[:, None]  # at the borders and in the middle
+    op = find("aten.grid_sampler.default")
+    for align in (False, True):
+        leaves = image.clone().requires_grad_(), grid.clone().requires_grad_()
+        output = torch.ops.aten.grid_sampler(*leaves, mode, padding, align)
+        weights = output.detach().cos()
+        want = torch.autograd.grad((output * weights).sum(), leaves)
+
+        def loss(image, grid, align=align, weights=ours(weights)):
+            return jnp.sum(op.fn(image, grid, mode, padding, align) * weights)
+
+        got = jax.jit(jax.grad(loss, (0, 1)))(ours(image), ours(grid))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b.numpy(), rtol=1e-4, atol=1e-4)
+
+
 UNTESTED_HERE = {
     "embedding_bag.padding_idx",  # of what it gives, its output only: above
     "empty.memory_format", "empty_like.default", "new_empty.default",  # zeros here, anything in torch
@@ -139,6 +161,84 @@ UNTESTED_HERE = {
 def test_memory_as_torch_lays_it_out_is_refused():
     with pytest.raises(BridgeError, match="JAX arrays have no strides"):
         find("aten.as_strided.default").fn(jnp.ones(4), (2, 2), (1, 1))
+
+
+class After(torch.nn.Module):
+    """A function of a convolution's output (which has its channels last) and of further inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = torch.nn.Conv2d(2, 3, 2), function
+
+    def forward(self, x, *more):
+        return self.function(self.conv(x), *more)
+
+
+def _losses(x, target):
+    """All that need no more than an output, its probability or its sign as a target."""
+    chance, sign, sure = target.sigmoid(), target.sign(), x.sigmoid()
+    functions = torch.nn.functional
+    return (
+        functions.poisson_nll_loss(x, target.exp(), full=True),
+        functions.poisson_nll_loss(sure, target.exp(), log_input=False, reduction="none"),
+        functions.binary_cross_entropy(sure, chance),
+        functions.margin_ranking_loss(x, target, sign, margin=0.5),
+        functions.hinge_embedding_loss(x, sign),
+        functions.cosine_embedding_loss(x.flatten(1), target.flatten(1), sign[:, 0, 0, 0], margin=-1.0),
+        functions.triplet_margin_loss(x, target, chance, swap=True),
+        functions.multi_margin_loss(x.flatten(1), (sign > 0).long()[:, 0, 0, 0]),
+        functions.multilabel_margin_loss(x.flatten(1), (sign > 0).long().flatten(1)),
+        functions.multilabel_soft_margin_loss(x.flatten(1), chance.flatten(1)),
+        functions.soft_margin_loss(x, sign),
+        functions.cross_entropy(x, chance.softmax(1), weight=sure[0, :, 0, 0].detach(), label_smoothing=0.1),
+        functions.pairwise_distance(x, target),
+    )
+
+
+def _unpooled(x):
+    values, places = torch.nn.functional.max_pool2d(x, 3, 1, return_indices=True)
+    flat = torch.nn.functional.max_pool1d(x.flatten(2), 2, return_indices=True)
+    unpooled = torch.nn.functional.max_unpool2d(values, places, 3, 1, output_size=x.shape)
+    return unpooled, torch.nn.functional.max_unpool1d(*flat, 2)
+
+
+IMPORTED = {
+    "sampling": (
+        lambda x, grid: torch.nn.functional.grid_sample(x, grid, "bicubic", "reflection", align_corners=True),
+        lambda: (torch.randn(2, 4, 4, 2),),
+    ),
+    "antialias": (
+        lambda x: torch.nn.functional.interpolate(x, (2, 7), mode="bicubic", antialias=True),
+        tuple,
+    ),
+    "unpooling": (_unpooled, tuple),
+    "places of an adaptive pool": (
+        lambda x: torch.nn.functional.adaptive_max_pool2d(x.relu(), (2, 3), return_indices=True),
+        tuple,
+    ),
+    "losses": (_losses, lambda: (torch.randn(2, 3, 5, 4),)),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_a_module_with_it_is_imported(name):
+    import esper_jax
+
+    function, more = IMPORTED[name]
+    found = esper_jax.from_torch(After(function), (torch.randn(2, 2, 6, 5), *more()))
+    assert found.report.checks and found.report.passed
+
+
+def test_drawn_slopes_are_their_mean_in_evaluation_and_refused_in_training():
+    import esper_jax
+
+    x = torch.randn(2, 2, 6, 5)
+    assert esper_jax.from_torch(After(torch.nn.RReLU(0.1, 0.4)), x, train=False).report.passed
+    with pytest.raises(BridgeError, match=r"(?s)draws random numbers beside dropout.*rrelu.*train=False\) imports"):
+        esper_jax.from_torch(After(torch.nn.RReLU(0.1, 0.4)), x)
+    always = After(lambda x: torch.nn.functional.rrelu(x, training=True))
+    with pytest.raises(BridgeError, match="draws random numbers beside dropout"):
+        esper_jax.from_torch(always, x, train=False)
 
 
 def test_an_operator_of_ones_own_is_registered_and_used(monkeypatch):

@@ -15,10 +15,11 @@ import esper_jax  # noqa: E402
 from esper_jax import Stage  # noqa: E402
 from esper_jax.bridge.comparison import EveryUnit, jax_loss, torch_step  # noqa: E402
 from esper_jax.bridge.convert import numpy_of, to_state  # noqa: E402
+from esper_jax.bridge.layout import module_path  # noqa: E402
 from esper_jax.kasmina.summary import equal_bits  # noqa: E402
 
 from ..kasmina.hosts import in_stage, slot_norm  # noqa: E402
-from .world import BATCH, Case, case, close, fully_planted, grown, outputs_of  # noqa: E402
+from .world import BATCH, Case, case, close, fully_planted, grown, morphed, outputs_of  # noqa: E402
 from .zoo import MODELS, inputs  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -41,6 +42,23 @@ def test_outputs_gradients_and_statistics_are_torchs(given):
     assert report.worst("training: loss") <= 1e-5, str(report)
     assert report.worst("training: gradients") <= 1e-4, str(report)
     assert report.worst("training: buffers") <= 1e-5, str(report)
+
+
+def test_every_layer_of_torchs_is_a_site_or_told_why_it_is_none(given):
+    sites = {site.path for site in morphed(given).spec.sites}
+    told = {path for path, _ in given.report.bare}
+    assert len(sites) == given.report.layers
+    for path, child in given.module.named_modules():
+        flax = "/".join(module_path(path))
+        attention = any(
+            isinstance(given.module.get_submodule(path[:n]), torch.nn.MultiheadAttention) for n in _dots(path)
+        )
+        if list(child.parameters(recurse=False)) and not attention:
+            assert (flax in sites) != ((path or ".") in told), path
+
+
+def _dots(path):
+    return [n for n, letter in enumerate(path) if letter == "."]
 
 
 def test_every_parameter_and_buffer_comes_back_to_the_bit_under_its_key(given):
@@ -94,7 +112,6 @@ def test_twenty_steps_of_sgd_stay_with_torchs(given):
     """Both begin at the same weights and see the same batches; the drift is relative to each tensor's largest value."""
     module = esper_jax.to_torch(given.variables, given.module)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=given.rate)
-    frozen = {t.name for t in given.model.graph.tensors if t.frozen}
     module.train()
     with EveryUnit():
         flags = [
@@ -104,13 +121,15 @@ def test_twenty_steps_of_sgd_stay_with_torchs(given):
         ]
     module.load_state_dict(given.module.state_dict())
     loss = jax_loss(given.model, lambda at: flags[at])
-    trainable = _trainable(given, frozen)
+    frozen = given.model.frozen(given.variables["params"])
 
     @quick
     def step(variables):
         others = {k: v for k, v in variables.items() if k != "params"}
         grads, others = jax.grad(loss, has_aux=True)(variables["params"], others, (), given.arrays)
-        params = jax.tree.map(lambda p, g, t: p - given.rate * g if t else p, variables["params"], grads, trainable)
+        params = jax.tree.map(
+            lambda p, g, still: p if still else p - given.rate * g, variables["params"], grads, frozen
+        )
         return {**others, "params": params}
 
     variables = given.variables
@@ -128,17 +147,6 @@ def test_twenty_steps_of_sgd_stay_with_torchs(given):
         assert np.array_equal(found[name][~finite], want[~finite]), name
         scale = max(float(np.abs(want[finite]).max(initial=0.0)), 1e-2 * largest)
         assert float(np.abs(found[name] - want)[finite].max(initial=0.0)) <= 1e-5 * scale, name
-
-
-def _trainable(given, frozen):
-    from esper_jax.bridge.layout import get
-    from esper_jax.bridge.plan import plan_of
-
-    places = plan_of(given.model.graph).places
-    still = {place.path for name in frozen for place in places[name]}
-    paths = jax.tree_util.tree_map_with_path(lambda path, _: tuple(k.key for k in path), given.variables["params"])
-    assert all(get(given.variables["params"], path) is not None for path in still)
-    return jax.tree.map(lambda path: path not in still, paths, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def test_the_inputs_of_the_zoo_are_drawn_anew_for_every_batch():

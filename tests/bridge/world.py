@@ -16,7 +16,6 @@ from esper_jax.bridge.comparison import verify as compare
 from esper_jax.bridge.convert import numpy_of
 from esper_jax.bridge.graph import flatten
 from esper_jax.bridge.layout import get
-from esper_jax.bridge.plan import plan_of
 from esper_jax.kasmina.blueprints import get_blueprint, make_plant, registered
 from esper_jax.kasmina.morph import with_spec
 
@@ -102,14 +101,11 @@ def morphed(given: Case) -> esper_jax.Morph:
         return esper_jax.morph(given.variables, model=given.model, example=(), **given.arrays)
 
 
-def fully_planted(given: Case, *, only: Any = None, back: bool = False) -> esper_jax.Morph:
+def fully_planted(given: Case, *, only: Any = None) -> esper_jax.Morph:
     """One seed at every site, blueprints and blends in turn, none of its parameters zero."""
     morph = morphed(given)
     spec = morph.spec
-    left = plan_of(given.model.graph).unreachable(given.model.graph) if back else {}
     for i, site in enumerate(spec.sites):
-        if site.path in left:
-            continue
         own = [b.name for b in registered() if b.fits(site) and b.init.__module__.startswith("esper_jax.kasmina")]
         names = [n for n in own if only is None or get_blueprint(n).merge is not None]
         names = [n for n in names if n != "norm" or site.out_features > 1] or own
@@ -125,5 +121,5 @@ def fully_planted(given: Case, *, only: Any = None, back: bool = False) -> esper
 
 
 def grown(given: Case, **options: Any) -> esper_jax.Morph:
-    """All those seeds in the output, wherever torch has a layer to hook them to."""
-    return in_stage(fully_planted(given, back=True, **options), esper_jax.Stage.FOSSILIZED)
+    """All those seeds in the output."""
+    return in_stage(fully_planted(given, **options), esper_jax.Stage.FOSSILIZED)
