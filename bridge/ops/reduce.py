@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -50,14 +51,34 @@ def product(self: Any, dim: int, keepdim: bool = False, dtype: Any = None) -> An
     return jnp.prod(self, axis=dim, keepdims=keepdim, dtype=_sum_dtype(self, dtype))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 2, 3))
+def _reduced(reduce: Any, x: Any, axes: tuple[int, ...], keepdims: bool) -> Any:
+    """`jnp.max` or `jnp.min`."""
+    return reduce(x, axis=axes, keepdims=keepdims)
+
+
+@_reduced.defjvp
+def _reduced_jvp(reduce: Any, axes: tuple[int, ...], keepdims: bool, primals: Any, tangents: Any) -> Any:
+    """The mean over the places of the extreme, one of which is known: XLA may compute the values twice, with other
+    roundings, and JAX's own rule then finds none that equals it."""
+    last = tuple(range(-len(axes), 0))
+    x, tangent = (jnp.moveaxis(given, axes, last) for given in (primals[0], tangents[0]))
+    x, tangent = (given.reshape(*given.shape[: given.ndim - len(axes)], -1) for given in (x, tangent))
+    first = jnp.expand_dims((jnp.argmax if reduce is jnp.max else jnp.argmin)(x, axis=-1), -1)
+    places = (x == jnp.take_along_axis(x, first, axis=-1)) | (jnp.arange(x.shape[-1]) == first)
+    result = _reduced(reduce, primals[0], axes, keepdims)
+    slope = jnp.sum(jnp.where(places, tangent, 0), axis=-1) / jnp.sum(places, axis=-1).astype(tangent.dtype)
+    return result, slope.reshape(result.shape)
+
+
 @op("amax.default")
 def amax(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
-    return jnp.max(self, axis=axes_of(dim, self.ndim), keepdims=keepdim)
+    return _reduced(jnp.max, self, axes_of(dim, self.ndim), keepdim)
 
 
 @op("amin.default")
 def amin(self: Any, dim: Any = (), keepdim: bool = False) -> Any:
-    return jnp.min(self, axis=axes_of(dim, self.ndim), keepdims=keepdim)
+    return _reduced(jnp.min, self, axes_of(dim, self.ndim), keepdim)
 
 
 def _extreme(x: Any, dim: int, keepdim: bool, pick: Any) -> tuple[Any, Any]:
@@ -80,18 +101,18 @@ def min_dim(self: Any, dim: int, keepdim: bool = False) -> Any:
 
 @op("max.default")
 def max_all(self: Any) -> Any:
-    return jnp.max(self)
+    return _reduced(jnp.max, self, axes_of(None, self.ndim), False)
 
 
 @op("min.default")
 def min_all(self: Any) -> Any:
-    return jnp.min(self)
+    return _reduced(jnp.min, self, axes_of(None, self.ndim), False)
 
 
 @op("aminmax.default")
 def aminmax(self: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    axis = None if dim is None else dim
-    return jnp.min(self, axis=axis, keepdims=keepdim), jnp.max(self, axis=axis, keepdims=keepdim)
+    low, high = (_reduced(reduce, self, axes_of(dim, self.ndim), keepdim) for reduce in (jnp.min, jnp.max))
+    return low, high
 
 
 @op("argmax.default")
@@ -171,9 +192,9 @@ def _norm(x: Any, p: Any, axes: tuple[int, ...], keepdim: bool) -> Any:
     if p == 0:
         return jnp.sum(x != 0, axis=axes, keepdims=keepdim).astype(x.dtype)
     if p == float("inf"):
-        return jnp.max(x, axis=axes, keepdims=keepdim)
+        return _reduced(jnp.max, x, axes, keepdim)
     if p == float("-inf"):
-        return jnp.min(x, axis=axes, keepdims=keepdim)
+        return _reduced(jnp.min, x, axes, keepdim)
     nonzero = jnp.where(x == 0, 1, x)  # keeps gradients finite where torch has zero
     powers = jnp.sum(jnp.where(x == 0, 0, nonzero**p), axis=axes, keepdims=keepdim)
     safe = jnp.where(powers == 0, 1, powers)

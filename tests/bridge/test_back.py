@@ -28,6 +28,7 @@ from .world import SMALL, case, close, fully_planted, grown, morphed, outputs_of
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:morph"), pytest.mark.filterwarnings("ignore:fold")]
 QUICK = {"xla_backend_optimization_level": 0}
 HOSTS = ("unet", "encoder", "masked_attention", "tied", "swiglu", "densenet", "superresolution", "cross_attention")
+_KEY = jax.random.key(0)
 OWN = {b.name for b in registered() if b.init.__module__.startswith("esper_jax.kasmina")}
 
 
@@ -142,6 +143,27 @@ def test_seeds_go_back_to_layers_inside_forwards_that_do_more():
     sent.conv.fails = True
     with pytest.raises(RuntimeError, match="Weighed.forward no longer calls .* with the weight of conv"):
         sent(x)
+
+
+def test_a_layer_that_is_called_here_and_computed_there_cannot_take_its_seeds_back():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(self.layer(x).relu(), self.layer.weight, self.layer.bias)
+
+    module, x = Twice(), torch.randn(3, 4)
+    model, variables = esper_jax.from_torch(module, x)
+    morph = esper_jax.germinate(esper_jax.morph(variables, model=model, example=x.numpy()), "layer", "lora", key=_KEY)
+    morph = in_stage(morph.replace(seeds=stirred(morph.seeds, 0.2)), Stage.FOSSILIZED)
+    with pytest.raises(
+        BridgeError, match=r"'layer' cannot go back .* inside the model \(Twice\), .* and by layer; fold"
+    ):
+        esper_jax.to_torch(morph, module)
+    want = np.asarray(esper_jax.graft(model)(morph, x.numpy()))
+    close(outputs_of(esper_jax.to_torch(esper_jax.fold(morph), module), (x,), {}), [want], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixer", "lenet", "unet", "gpt"])
