@@ -42,7 +42,7 @@ def capture(
         with modes_kept(module):
             if copied is not module:
                 with plain_attention():
-                    _refuse_functions(_functions_of(copy_of(module).train(mode), args, kwargs), name)
+                    _refuse_functions(_functions_of(copy_of(module).train(mode), args, kwargs, name), name)
             try:
                 with called_as(copied, signature):
                     exported = _export(copied.train(mode), args, kwargs, shapes, name)
@@ -65,7 +65,7 @@ def capture(
         names=forward_names(module),
         tensors=tensors,
         aliases=aliases,
-        modules=tuple((path, type(child).__name__, _is_plain(child)) for path, child in module.named_modules()),
+        modules=modules_of(module),
     )
     return graph, constants
 
@@ -88,12 +88,17 @@ _PLAIN = (
 )
 
 
+def modules_of(module: torch.nn.Module) -> tuple[tuple[str, str, bool], ...]:
+    """Path and class of each module in it, and whether its forward is a layer and no more."""
+    return tuple((path, type(child).__name__, _is_plain(child)) for path, child in module.named_modules())
+
+
 def _is_plain(module: torch.nn.Module) -> bool:
     """Whether the module's forward is its layer and no more, so that a hook on it sees the layer's input and output."""
     if (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return True
     base = next((cls for cls in _PLAIN if isinstance(module, cls)), None)
-    return base is not None and type(module).forward is base.forward
+    return base is not None and type(module).forward is base.forward and "forward" not in vars(module)
 
 
 @contextlib.contextmanager
@@ -221,7 +226,7 @@ def _refuse_functions(custom: list[str], name: str) -> None:
         )
 
 
-def _functions_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def _functions_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> list[str]:
     """The user's `torch.autograd.Function`s on the way back from one call's outputs, however they were called."""
 
     def learnt(leaf: Any) -> Any:
@@ -249,6 +254,11 @@ def _functions_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
             continue
         seen.add(step)
         function = getattr(type(step), "_forward_cls", None)
+        if function is torch.utils.checkpoint.CheckpointFunction:
+            raise BridgeError(
+                f"{name} checkpoints activations with use_reentrant=True, of which the captured graph would lose the "
+                "gradients: use_reentrant=False comes over"
+            )
         if function is not None and not function.__module__.startswith("torch."):
             found.append(f"{function.__module__}.{function.__qualname__}")
         todo += [before for before, _ in step.next_functions]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .capture import copy_of, modes_kept, plain_attention
-from .convert import numpy_of, tensor_of, to_state
+from .convert import numpy_of, to_state
 from .graph import BridgeError, Graph, flatten, nest
 from .module import Imported
 from .plan import plan_of
@@ -115,8 +116,19 @@ def verify(
     kwargs: Mapping[str, Any],
 ) -> Report:
     """Compare with torch on the example and on a batch two larger; nothing is raised for what differs."""
-    with modes_kept(module), plain_attention():
+    with modes_kept(module), _gradients_kept(module), plain_attention():
         return _verified(model, variables, copy_of(module), args, kwargs)
+
+
+@contextlib.contextmanager
+def _gradients_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile gradients may be computed anew (in the user's own module, where it cannot be copied)."""
+    held = [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, grad in held:
+            parameter.grad = grad
 
 
 def _verified(
@@ -258,7 +270,8 @@ def torch_step(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[float, 
         for at, output in enumerate(outputs):
             if isinstance(output, torch.Tensor) and output.is_floating_point() and output.requires_grad:
                 weights = torch.from_numpy(_weights(tuple(output.shape), at))
-                terms = output.float() * weights / output.numel()
+                finite = torch.where(output.isfinite(), output, torch.zeros_like(output))  # masked logits may be -inf
+                terms = finite.float() * weights / output.numel()
                 loss, size = loss + terms.sum(), size + float(terms.detach().abs().sum())
         if loss.requires_grad:
             loss.backward()
@@ -283,7 +296,8 @@ def jax_loss(model: Imported, differentiable: Callable[[int], bool]) -> Callable
         total = jnp.zeros((), jnp.float32)
         for at, value in enumerate(values):
             if jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating) and differentiable(at):
-                total += (value.astype(jnp.float32) * _weights(value.shape, at)).sum() / value.size
+                finite = jnp.where(jnp.isfinite(value), value, 0).astype(jnp.float32)
+                total += (finite * _weights(value.shape, at)).sum() / value.size
         return total, {**others, **changed}
 
     return loss
@@ -360,4 +374,4 @@ def refuse(report: Report) -> None:
         )
 
 
-__all__ = ["Check", "EveryUnit", "Report", "jax_loss", "refuse", "tensor_of", "torch_step", "verify"]
+__all__ = ["Check", "EveryUnit", "Report", "jax_loss", "refuse", "torch_step", "verify"]

@@ -24,12 +24,13 @@ def signature_of(module: torch.nn.Module, kwargs: Mapping[str, Any]) -> inspect.
     """Of the forward, with the names given for its `**kwargs` in their place: torch.export loses its way there."""
     signature = inspect.signature(module.forward)
     known = signature.parameters
-    taken = [name for name in kwargs if name not in known or known[name].kind is inspect.Parameter.POSITIONAL_ONLY]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    taken = [name for name in kwargs if name not in known or known[name].kind not in named]
     kept = [p for p in known.values() if p.kind is not p.VAR_KEYWORD]
     if not taken or len(kept) == len(known):
         return signature
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in taken]
-    return signature.replace(parameters=[*kept, *named])
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in taken]
+    return signature.replace(parameters=[*kept, *more])
 
 
 @contextlib.contextmanager

@@ -35,27 +35,37 @@ class Plan:
       places: the leaves of each torch tensor, by its name.
       programs: evaluation, and training if it was captured, with layers called.
       bare: the torch modules that hold parameters and are no site, with the reason.
-      homes: the torch modules in whose forward each layer is called (several where they share its weights).
+      homes: the torch modules in whose forward each layer is called (several where they share its weights), for
+        evaluation and for training.
       functions: of torch.nn.functional, that compute each layer.
+      others: the layers whose weight that function reads for something else, too.
     """
 
     layers: dict[tuple[str, ...], Layer]
     places: dict[str, tuple[Place, ...]]
     programs: tuple[Program, ...]
     bare: tuple[tuple[str, str], ...]
-    homes: dict[tuple[str, ...], tuple[str, ...]]
+    homes: tuple[dict[tuple[str, ...], tuple[str, ...]], ...]
     functions: dict[tuple[str, ...], str]
+    others: frozenset[tuple[str, ...]]
 
     def hooked(self, graph: Graph, site: str) -> tuple[list[str], list[str]]:
         """The modules whose forward is a site's layer and no more, and those that compute it and do more."""
         plain = {path for path, _, is_plain in graph.modules if is_plain}
-        homes = self.homes[tuple(site.split("/"))]
+        path = tuple(site.split("/"))
+        homes = dict.fromkeys(home for program in self.homes for home in program.get(path, ()))
         return [home for home in homes if home in plain], [home for home in homes if home not in plain]
+
+    def called(self, site: str) -> list[str]:
+        """In which modes a site is computed at all."""
+        return [m for m, homes in zip(("eval", "train"), self.homes, strict=False) if tuple(site.split("/")) in homes]
 
     def unreachable(self, graph: Graph, site: str) -> str:
         """Why a site's seeds have no place in torch, if so: it is computed beside other things by no known function."""
         hooks, inside = self.hooked(graph, site)
-        if not inside or not hooks and len(inside) == 1 and self.functions[tuple(site.split("/"))] in _FUNCTIONS:
+        path = tuple(site.split("/"))
+        known = self.functions[path] in _FUNCTIONS and path not in self.others
+        if not inside or known and not hooks and len(inside) == 1:
             return ""
         kind = {p: cls for p, cls, _ in graph.modules}.get(inside[0], "module")
         others = f" and by {', '.join([*inside[1:], *hooks])}" if hooks or inside[1:] else ""
@@ -96,18 +106,28 @@ def plan_of(graph: Graph) -> Plan:
             )
         places.update({name: tuple(each) for name, each in found_places.items()})
     programs = tuple(_rewritten(program, tensors, chosen) for program in graph.programs())
-    functions = {call.layer.path: _function(node.op) for node, call in calls}
-    homes: dict[tuple[str, ...], dict[str, None]] = {}
-    for node in programs[0].nodes:
+    functions = {c.layer.path: _function(node.op) for node, c in calls if chosen.get(c.layer.path) == c.layer}
+    reads = {(ref.name, _function(n.op)) for p in programs for n in p.nodes if n.op != LAYER for ref in n.refs()}
+    others = {
+        path
+        for path, layer in chosen.items()
+        if any((f"torch:{leaf[2]}", functions[path]) in reads for leaf in layer.leaves)
+    }
+    homes, bare = tuple(_homes(program) for program in programs), tuple(_bare_modules(graph, chosen, refused))
+    return Plan(chosen, places, programs, bare, homes, functions, frozenset(others))
+
+
+def _homes(program: Program) -> dict[tuple[str, ...], tuple[str, ...]]:
+    found: dict[tuple[str, ...], dict[str, None]] = {}
+    for node in program.nodes:
         if node.op == LAYER:
-            homes.setdefault(tuple(node.args[0].split("/")), {})[node.path] = None
-    called = {path: tuple(found) for path, found in homes.items()}
-    return Plan(chosen, places, programs, tuple(_bare_modules(graph, chosen, refused)), called, functions)
+            found.setdefault(tuple(node.args[0].split("/")), {})[node.path] = None
+    return {path: tuple(homes) for path, homes in found.items()}
 
 
 def _function(op: str) -> str:
     """`layer_norm` of `aten.layer_norm.default`."""
-    name = op.split(".")[1]
+    name = op.split(".")[-2] if "." in op else op
     return "batch_norm" if name.startswith("_native_batch_norm") else name
 
 

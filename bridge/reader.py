@@ -62,6 +62,8 @@ class Reader:
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
         first: dict[int, str] = {}
         self.canonical = {path: first.setdefault(id(tensor), path) for path, tensor in named}
+        modules = module.named_modules(remove_duplicate=False)
+        self.paths = {path: first.setdefault(id(child), path) for path, child in modules}
 
     def read(self) -> tuple[Program, dict[str, Any], Any]:
         """The program, its large constants by name, and how its inputs nest."""
@@ -145,6 +147,7 @@ class Reader:
 
     def _call(self, node: Any, prefix: str) -> None:
         op, path = _target(node.target), _path(node)
+        path = self.paths.get(path, path)
         if op in _NOTHING:
             return
         where = f"{path or 'the module'} of {self.name}"

@@ -14,23 +14,23 @@ _KEPT = 512
 _RECENT: OrderedDict[Any, Graph] = OrderedDict()
 
 
-def signature(name: str, tensors: Any) -> Any:
-    """What tells one architecture from another: its class, and names and shapes of its tensors."""
-    return name, tuple(sorted((path, tuple(shape)) for path, shape in tensors))
+def signature(name: str, tensors: Any, modules: Any) -> Any:
+    """What tells one architecture from another: its class, names and shapes of its tensors, and its modules."""
+    return name, tuple(sorted((path, tuple(shape)) for path, shape in tensors)), modules
 
 
 def remember(graph: Graph) -> None:
     """Keep a graph (the last 512); graphs hold no parameters."""
     own = [(t.name, t.shape) for t in graph.tensors if not t.name.startswith("constants.")]
-    _RECENT[signature(graph.name, own)] = graph
+    _RECENT[signature(graph.name, own, graph.modules)] = graph
     while len(_RECENT) > _KEPT:
         _RECENT.popitem(last=False)
 
 
-def recall(module: Any) -> Graph | None:
-    """The graph of a module like this one, if one was captured here."""
+def recall(module: Any, modules: tuple[tuple[str, str, bool], ...]) -> Graph | None:
+    """The graph of a torch module like this one, with these modules in it, if one was captured here."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return _RECENT.get(signature(type(module).__name__, [(path, t.shape) for path, t in named.items()]))
+    return _RECENT.get(signature(type(module).__name__, [(path, t.shape) for path, t in named.items()], modules))
 
 
 def recall_variables(variables: Any) -> Graph | None:

@@ -16,13 +16,14 @@ from ..kasmina.blueprints import get_blueprint
 from ..kasmina.spec import Plant, Site
 from ..kasmina.stages import LIVE, Stage
 from ..kasmina.state import blends
+from .capture import modules_of
 from .convert import tensor_of, to_state
 from .graph import BridgeError, Graph
 from .layout import module_path
 from .module import Imported
 from .plan import plan_of
 from .recent import recall
-from .torch_seeds import CHILD, TWINS, regrow
+from .torch_seeds import FORMAT, TWINS, Seed, attach
 
 
 def to_torch(morph: Any, module: Any, model: Imported | None = None) -> Any:
@@ -56,10 +57,10 @@ def to_torch(morph: Any, module: Any, model: Imported | None = None) -> Any:
         ) from error
     state = to_state(graph, _variables(morph))
     spec = _spec(morph, graph, state)
-    regrow(sent, spec)
+    seeds = attach(sent, spec)
     _load(sent, graph, state)
-    for entry in spec["seeds"]:
-        _load_seed(sent, entry, morph)
+    for seed in seeds:
+        _load_seed(seed, morph)
     return sent
 
 
@@ -75,18 +76,18 @@ def _spec(morph: Any, graph: Graph, state: Mapping[str, np.ndarray]) -> dict[str
         if state[tensor.name].shape != tensor.shape:
             sizes[tensor.name] = list(state[tensor.name].shape)
     if not isinstance(morph, Morph):
-        return {"format": 1, "seeds": [], "sizes": sizes}
+        return {"format": FORMAT, "seeds": [], "sizes": sizes}
     seeds = [_entry(morph, graph, plant) for plant in morph.spec.plants if _takes_part(morph, plant)]
     left = [f"{p.site} slot {p.slot} ({Stage(_stage(morph, p)).name})" for p in morph.spec.plants if _waits(morph, p)]
     if left:
         warnings.warn(
             f"{len(left)} seed(s) are not part of the output yet and stay behind: {', '.join(left)}", stacklevel=3
         )
-    return {"format": 1, "seeds": seeds, "sizes": sizes}
+    return {"format": FORMAT, "seeds": seeds, "sizes": sizes}
 
 
 def _graph(module: torch.nn.Module, model: Imported | None) -> Graph:
-    graph = model.graph if model is not None else recall(module)
+    graph = model.graph if model is not None else recall(module, modules_of(module))
     if graph is None:
         raise BridgeError(
             f"to_torch: no module like this {type(module).__name__} was imported in this process; give model=, "
@@ -136,6 +137,7 @@ def _entry(morph: Morph, graph: Graph, plant: Plant) -> dict[str, Any]:
         "function": plan.functions[tuple(plant.site.split("/"))],
         "hooks": hooks,
         "inside": inside,
+        "called": plan.called(plant.site),
         "slot": plant.slot,
         "site": plant.site,
         "blueprint": plant.blueprint,
@@ -210,9 +212,8 @@ def _load(module: torch.nn.Module, graph: Graph, state: Mapping[str, np.ndarray]
                 named[tensor.name].copy_(tensor_of(state[tensor.name]))
 
 
-def _load_seed(module: torch.nn.Module, entry: dict[str, Any], morph: Morph) -> None:
-    seed = getattr(module.get_submodule(entry["module"]), CHILD)[str(entry["slot"])]
-    plant = morph.spec.plant(entry["site"], entry["slot"])
+def _load_seed(seed: Seed, morph: Morph) -> None:
+    plant = morph.spec.plant(seed.entry["site"], seed.entry["slot"])
     assert plant is not None
     leaves = _flat(morph.seeds[plant.site][plant.key])
     with torch.no_grad():

@@ -7,14 +7,17 @@ and the spec as JSON), and whoever loads them needs no JAX:
     module.load_state_dict(torch.load("grown.pt", weights_only=True))
 
 A seed is a child of its host layer (`layer.esper_seeds.0`), so that no key of the host changes, and enters the layer's
-output by a forward hook; where the layer is computed inside a forward that does more, right after torch's function.
+output by a forward hook; where a forward computes the layer and does more, right behind torch's function.
 Parameters have the shapes that they have in JAX; channels are last inside.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 CHILD = "esper_seeds"
+FORMAT = 2
 EPSILON = 1e-5
 _CHANNELS_FIRST = ("conv", "batch_norm", "group_norm", "instance_norm")
 Twin = Callable[[dict[str, Tensor], Any, dict[str, Any]], Tensor]
@@ -91,27 +95,45 @@ def regrow(module: nn.Module, spec: dict[str, Any]) -> nn.Module:
       The module itself.
 
     Raises:
-      KeyError: a seed's layer is not in the module. ValueError: a blueprint without a twin, or seeds are there already.
+      KeyError: a seed's layer is not in the module. ValueError: a blueprint without a twin, or another format.
     """
+    attach(module, spec)
+    return module
+
+
+def attach(module: nn.Module, spec: dict[str, Any]) -> list[Seed]:
+    """What `regrow` does; the seeds, in the spec's order. Nothing is changed where it raises."""
+    if spec.get("format") != FORMAT:
+        raise ValueError(f"the spec is of format {spec.get('format')}, this file reads {FORMAT}: make it anew")
+    for path in {path for entry in spec["seeds"] for path in (entry["module"], *entry["hooks"], *entry["inside"])}:
+        _layer(module, path)
     for name, shape in spec.get("sizes", {}).items():
         _resize(module, name, tuple(shape))
-    for entry in spec["seeds"]:
-        layer = _layer(module, entry["module"])
-        hooked = [_layer(module, path) for path in entry["hooks"]]
-        if not hasattr(layer, CHILD):
-            bank = nn.ModuleDict()
-            setattr(layer, CHILD, bank)
-            for other in hooked:
-                other.register_forward_hook(functools.partial(_hook, bank), with_kwargs=True)
-            for path in entry["inside"]:
-                _look_inside(_layer(module, path), entry["module"], layer)
-        bank = getattr(layer, CHILD)
-        if str(entry["slot"]) in bank:
-            raise ValueError(f"layer {entry['module']!r} has a seed in slot {entry['slot']} already")
-        bank[str(entry["slot"])] = Seed(entry)
-        if entry.get("source"):
-            bank[str(entry["slot"])].given = _watch(_layer(module, entry["source"]))
-    return module
+    seeds = [Seed(entry) for entry in spec["seeds"]]
+    banks: dict[str, nn.ModuleDict] = {}
+    for seed in seeds:
+        entry = seed.entry
+        if entry["module"] not in banks:
+            banks[entry["module"]] = _bank(module, entry)
+        banks[entry["module"]][str(entry["slot"])] = seed
+        if entry["source"]:
+            seed.given = _watch(_layer(module, entry["source"]))
+    for child in module.modules() if seeds else ():
+        if isinstance(child, nn.TransformerEncoder):  # its nested tensors know nothing of hooks
+            child.enable_nested_tensor = child.use_nested_tensor = False
+    return seeds
+
+
+def _bank(module: nn.Module, entry: dict[str, Any]) -> nn.ModuleDict:
+    """Where a layer has the seeds of one growth. The last growth comes first, right behind the layer."""
+    layer, bank = _layer(module, entry["module"]), nn.ModuleDict()
+    names = (f"{CHILD}_{n}" if n else CHILD for n in itertools.count())
+    setattr(layer, next(name for name in names if not hasattr(layer, name)), bank)
+    for path in entry["hooks"]:
+        _layer(module, path).register_forward_hook(functools.partial(_hook, bank), with_kwargs=True, prepend=True)
+    for path in entry["inside"]:
+        _within(_layer(module, path)).banks.insert(0, (layer, bank))
+    return bank
 
 
 def _layer(module: nn.Module, path: str) -> nn.Module:
@@ -122,65 +144,105 @@ def _layer(module: nn.Module, path: str) -> nn.Module:
         raise KeyError(f"the module has no layer {path!r} for a seed; it has {close}, ...") from None
 
 
+class _Within:
+    """A module whose forward computes layers and does more: its own forward, and the layers with their seeds."""
+
+    def __init__(self, home: nn.Module) -> None:
+        self.home, self.own = home, vars(home).get("forward")
+        self.banks: list[tuple[Any, nn.ModuleDict]] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's forward gives without seeds."""
+        return (self.own or functools.partial(type(self.home).forward, self.home))(*args, **kwargs)
+
+
+def _within(home: nn.Module) -> _Within:
+    """The module with a forward that has seeds where it computes layers."""
+    forward = vars(home).get("forward")
+    if getattr(forward, "func", None) is _seeded:
+        return forward.args[0]  # type: ignore[no-any-return, union-attr]
+    within, signature = _Within(home), inspect.signature(home.forward)
+    home.forward = functools.partial(_seeded, within)
+    home.forward.__signature__ = signature  # type: ignore[attr-defined]
+    return within
+
+
+def _seeded(within: _Within, *args: Any, **kwargs: Any) -> Any:
+    active = _ACTIVE.__dict__.setdefault("homes", [])
+    if any(other is within for other in active):  # it calls itself
+        return within.forward(*args, **kwargs)
+    active.append(within)
+    try:
+        with _Inside(within.banks) as inside:
+            output = within.forward(*args, **kwargs)
+    finally:
+        active.pop()
+    mode = "train" if within.home.training else "eval"
+    for layer, bank in within.banks:
+        entry = _entry(bank)
+        if not any(bank is met for met in inside.met) and mode in entry["called"]:
+            raise RuntimeError(
+                f"{type(within.home).__name__}.forward calls no torch.nn.functional.{entry['function']} that can be "
+                f"seen with the weight of {entry['module']!r} ({type(layer).__name__}): its seeds have no place; fold "
+                "them before they go back"
+            )
+    return output
+
+
+_ACTIVE = threading.local()
+
+
 class _Inside(TorchFunctionMode):
     """Meanwhile a function of torch's that is called with a layer's weight gives the layer's output with its seeds."""
 
-    def __init__(self) -> None:
+    def __init__(self, banks: list[tuple[Any, nn.ModuleDict]]) -> None:
         super().__init__()
-        self.layers: dict[str, nn.Module] = {}
-        self.met: set[str] = set()
+        self.banks, self.met, self.learns = banks, list[nn.ModuleDict](), torch.is_grad_enabled()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What the function gives."""
-        output = func(*args, **(kwargs or {}))
+        output, name = func(*args, **(kwargs or {})), getattr(getattr(func, "overloadpacket", func), "__name__", "")
         given = {**dict(enumerate(args)), **(kwargs or {})}
-        for name, layer in self.layers.items():
-            bank = getattr(layer, CHILD)
-            if getattr(func, "__name__", "") == _function(bank) and any(v is layer.weight for v in given.values()):
-                self.met.add(name)
-                others = (v for v in given.values() if isinstance(v, Tensor) and v is not layer.weight)
-                output = _grown(bank, layer, given["input"] if "input" in given else next(others), output)
+        for layer, bank in self.banks:
+            if name != _entry(bank)["function"] or not any(value is layer.weight for value in given.values()):
+                continue
+            if self.learns and layer.training and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{_entry(bank)['module']!r} is computed without gradients, by no_grad or a reentrant checkpoint: "
+                    "its seeds would get none; checkpoint the module as a whole"
+                )
+            self.met.append(bank)
+            others = (value for value in given.values() if isinstance(value, Tensor) and value is not layer.weight)
+            output = _grown(bank, layer, given["input"] if "input" in given else next(others), output)
         return output
 
 
-def _look_inside(home: nn.Module, name: str, layer: nn.Module) -> None:
-    """Have a layer's seeds where a module's forward computes the layer, beside what else it does."""
-    hooks = [hook.args[0] for hook in home._forward_pre_hooks.values() if getattr(hook, "func", None) is _enter]
-    inside = hooks[0] if hooks else _Inside()
-    inside.layers[name] = layer
-    if not hooks:
-        home.register_forward_pre_hook(functools.partial(_enter, inside))
-        home.register_forward_hook(functools.partial(_leave, inside), always_call=True, prepend=True)
-
-
-def _enter(inside: _Inside, home: nn.Module, args: tuple[Any, ...]) -> None:
-    inside.met.clear()
-    inside.__enter__()
-
-
-def _leave(inside: _Inside, home: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    inside.__exit__(None, None, None)
-    if output is not None and (missed := sorted(inside.layers.keys() - inside.met)):
-        raise RuntimeError(
-            f"{type(home).__name__}.forward no longer calls a function of torch.nn.functional with the weight of "
-            f"{', '.join(missed)}: the seeds there have no place"
-        )
-
-
 class _Given:
-    """What a span's first layer was called with last."""
+    """What a span's first layer was called with last, in each thread; a copy has seen nothing yet."""
 
-    value: Tensor
+    def __init__(self) -> None:
+        self.values: dict[int, Tensor] = {}
+
+    def __deepcopy__(self, memo: Any) -> _Given:
+        return _Given()
+
+    def __reduce__(self) -> Any:
+        return _Given, ()
 
 
 def _watch(layer: nn.Module) -> _Given:
     given = _Given()
-    layer.register_forward_pre_hook(functools.partial(_note, given))  # no closure: a copy notes its own
+    layer.register_forward_pre_hook(functools.partial(_note, given), with_kwargs=True)
     return given
 
 
-def _note(given: _Given, _: nn.Module, args: tuple[Any, ...]) -> None:
-    given.value = args[0]
+def _note(given: _Given, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given.values[threading.get_ident()] = _first(args, kwargs)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _hook(bank: nn.ModuleDict, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -189,16 +251,16 @@ def _hook(bank: nn.ModuleDict, layer: nn.Module, args: tuple[Any, ...], kwargs: 
         for seed in bank.values():
             h = seed({"input": call[0], "output": h, "call": call}[seed.entry["reads"]], h)
         return back(h), *output[1:]
-    return _grown(bank, layer, args[0] if args else next(iter(kwargs.values())), output)
+    return _grown(bank, layer, _first(args, kwargs), output)
 
 
 def _grown(bank: nn.ModuleDict, layer: Any, u: Tensor, output: Tensor) -> Tensor:
     """A layer's output with its seeds in it."""
-    function = _function(bank)
+    function = _entry(bank)["function"]
     h, back = _last(function, layer, output)
     for seed in bank.values():
-        if seed.entry.get("source"):
-            read = _last(function, layer, seed.given.value)[0]
+        if seed.entry["source"]:
+            read = _last(function, layer, seed.given.values[threading.get_ident()])[0]
         elif seed.entry["reads"] == "output":
             read = h
         else:
@@ -216,9 +278,9 @@ def _last(function: str, layer: Any, x: Tensor) -> tuple[Tensor, Callable[[Tenso
     return x.movedim(1, -1), lambda y: y.movedim(-1, 1)
 
 
-def _function(bank: nn.ModuleDict) -> str:
-    """The function of torch.nn.functional that computes a layer with seeds."""
-    return str(next(iter(bank.values())).entry["function"])
+def _entry(bank: nn.ModuleDict) -> dict[str, Any]:
+    """The spec of a layer's first seed; what it says of the layer holds for all of them."""
+    return next(iter(bank.values())).entry  # type: ignore[return-value, union-attr]
 
 
 def _attended(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], h: Tensor) -> tuple[Any, Tensor, Any]:

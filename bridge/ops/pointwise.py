@@ -367,8 +367,8 @@ def relu6(self: Any) -> Any:
 
 @op("hardsigmoid.default", **pointwise)
 def hardsigmoid(self: Any) -> Any:
-    inside = (self > -3) & (self < 3)
-    return jnp.where(inside, self / 6 + 0.5, jnp.where(self >= 3, 1, 0).astype(self.dtype))
+    low, high = jnp.zeros((), self.dtype), jnp.ones((), self.dtype)
+    return jnp.where(self <= -3, low, jnp.where(self >= 3, high, self / 6 + 0.5))
 
 
 @op("hardswish.default", **pointwise)
@@ -388,7 +388,7 @@ def softshrink(self: Any, lambd: float = 0.5) -> Any:
 
 @op("threshold.default", **pointwise)
 def threshold(self: Any, threshold: float, value: float) -> Any:
-    return jnp.where(self > threshold, self, jnp.asarray(value, self.dtype))
+    return jnp.where(self <= threshold, jnp.asarray(value, self.dtype), self)
 
 
 @op("prelu.default", "_prelu_kernel.default")

@@ -226,7 +226,7 @@ _MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 @op("pad.default", channels=True)
-def pad(input: Any, pad: Any, mode: str = "constant", value: Any = None, last: bool = False) -> Any:
+def padded(input: Any, pad: Any, mode: str = "constant", value: Any = None, last: bool = False) -> Any:
     pairs = [(pad[i], pad[i + 1]) for i in range(0, len(pad), 2)][::-1]  # torch begins with the last axis
     widths = [(0, 0)] * (input.ndim - len(pairs)) + pairs
     if last:
@@ -247,14 +247,14 @@ def _padded(x: Any, widths: list[tuple[int, int]], mode: str, value: Any) -> Any
 
 @op("constant_pad_nd.default", channels=True)
 def constant_pad(self: Any, pad: Any, value: Any = 0, last: bool = False) -> Any:
-    return globals()["pad"](self, pad, "constant", value, last)
+    return padded(self, pad, "constant", value, last)
 
 
 @op("reflection_pad1d.default", "reflection_pad2d.default", "reflection_pad3d.default", channels=True)
 def reflection_pad(self: Any, padding: Any, last: bool = False) -> Any:
-    return pad(self, padding, "reflect", None, last)
+    return padded(self, padding, "reflect", None, last)
 
 
 @op("replication_pad1d.default", "replication_pad2d.default", "replication_pad3d.default", channels=True)
 def replication_pad(self: Any, padding: Any, last: bool = False) -> Any:
-    return pad(self, padding, "replicate", None, last)
+    return padded(self, padding, "replicate", None, last)

@@ -279,7 +279,7 @@ def _running(x: Any, dim: int, scan: Any) -> tuple[Any, Any]:
     axis = dim % x.ndim
     best = scan(lax.stop_gradient(x), axis=axis)
     places = lax.broadcasted_iota(dtype_of("int64"), x.shape, axis)
-    index = lax.cummax(jnp.where(x == best, places, 0), axis=axis)
+    index = lax.cummax(jnp.where((x == best) | jnp.isnan(x), places, 0), axis=axis)
     return jnp.take_along_axis(x, index, axis=axis), index
 
 
@@ -319,7 +319,11 @@ def kthvalue(self: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
 
 @op("median.dim")
 def median(self: Any, dim: int, keepdim: bool = False) -> Any:
-    return kthvalue(self, (self.shape[dim] + 1) // 2, dim, keepdim)
+    _, middle = kthvalue(self, (self.shape[dim] + 1) // 2, dim, True)
+    strange = jnp.isnan(self)  # one that is none comes before all others
+    place = jnp.where(jnp.any(strange, dim, keepdims=True), jnp.argmax(strange, dim, keepdims=True), middle)
+    pair = jnp.take_along_axis(self, place, axis=dim), place.astype(middle.dtype)
+    return pair if keepdim else tuple(jnp.squeeze(x, dim) for x in pair)
 
 
 @op("diff.default")

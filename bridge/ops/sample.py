@@ -120,8 +120,8 @@ _resample("_upsample_bicubic2d_aa", "cubic-antialias", 2, True)
 
 # --- at given places ---
 
-_BILINEAR, _NEAREST, _BICUBIC = range(3)
-_ZEROS, _BORDER, _REFLECTION = range(3)
+_NEAREST, _BICUBIC = 1, 2  # of interpolation; else bilinear
+_ZEROS, _REFLECTION = 0, 2  # of padding; else the border
 
 
 @op("grid_sampler.default", "grid_sampler_2d.default", "grid_sampler_3d.default")

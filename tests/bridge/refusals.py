@@ -158,6 +158,15 @@ def meta() -> nn.Module:
         return nn.Linear(4, 4)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=True)
+
+
 REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "control flow on values": (Branches, X, "control flow or its shapes depend on the values of a tensor \\(line"),
     "item": (Items, X, "the values of a tensor|reads a tensor's value as a number"),
@@ -170,6 +179,11 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
         SavedApply,
         X,
         "Clipped, an autograd Function whose backward the captured graph would lose",
+    ),
+    "reentrant checkpoint": (
+        Checkpointed,
+        X,
+        "use_reentrant=True, of which the captured graph would lose the gradients",
     ),
     "module hook on the way back": (hooked_module, X, "0 has a backward hook, which the captured graph would lose"),
     "parameter hook": (hooked_parameter, X, "parameter 'weight' has a hook on its gradient"),

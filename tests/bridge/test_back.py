@@ -141,7 +141,9 @@ def test_seeds_go_back_to_layers_inside_forwards_that_do_more():
     assert torch.overrides._get_current_function_mode() is None
     close(outputs_of(sent, (x,), {}), [want], 1e-5)
     sent.conv.fails = True
-    with pytest.raises(RuntimeError, match="Weighed.forward no longer calls .* with the weight of conv"):
+    with pytest.raises(
+        RuntimeError, match="Weighed.forward calls no torch.nn.functional.conv2d that can be seen with .* 'conv'"
+    ):
         sent(x)
 
 
@@ -254,10 +256,14 @@ def test_what_cannot_go_back_says_why():
     try:
         want = given.flat(esper_jax.graft(given.model)(own, **given.arrays))
         close(outputs_of(esper_jax.to_torch(own, given.module), given.args, given.kwargs), want, 1e-5)
+        spec = spec_of(own, given.model)
     finally:
         del torch_seeds.TWINS["doubling"]
-    with pytest.raises(KeyError, match="the module has no layer 'nowhere' for a seed"):
-        torch_seeds.regrow(torch.nn.Sequential(), {"seeds": [{"module": "nowhere"}]})
+    spec["seeds"][0]["blueprint"] = "affine"
+    with pytest.raises(KeyError, match="the module has no layer 'layers.0.linear1' for a seed"):
+        torch_seeds.regrow(torch.nn.Sequential(), spec)
+    with pytest.raises(ValueError, match="the spec is of format 1, this file reads 2"):
+        torch_seeds.regrow(torch.nn.Sequential(), {**spec, "format": 1})
 
 
 def test_an_attention_layer_is_one_site():

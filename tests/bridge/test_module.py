@@ -269,6 +269,39 @@ def test_a_constant_input_stays_what_it_was():
         jax.jit(model.apply)(variables, x, factor=3.0)
 
 
+def test_an_input_may_be_called_kwargs():
+    class Taken(torch.nn.Module):
+        def forward(self, x, **kwargs):
+            return x * kwargs["kwargs"]
+
+    model, variables = esper_jax.from_torch(Taken(), {"x": torch.ones(2, 3), "kwargs": torch.ones(2, 3)})
+    assert float(model.apply(variables, jnp.ones((4, 3)), kwargs=3 * jnp.ones((4, 3))).sum()) == 36.0
+
+
+def test_masked_logits_are_compared_where_they_are_finite():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.layer(x).masked_fill(torch.tensor([False, True, False, True]), -torch.inf)
+
+    model, variables = found = esper_jax.from_torch(Masked(), torch.randn(5, 3))
+    assert found.report.worst("") < 1e-5
+    assert np.isneginf(model.apply(variables, np.ones((2, 3), np.float32))).tolist() == [[False, True, False, True]] * 2
+
+
+def test_the_users_gradients_stay_also_of_a_module_that_cannot_be_copied():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.nn.Sequential(torch.nn.utils.weight_norm(torch.nn.Linear(3, 4)), torch.nn.ReLU())
+    module(torch.ones(2, 3)).sum().backward()
+    before = [p.grad.clone() for p in module.parameters()]
+    esper_jax.from_torch(module, torch.randn(5, 3))
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(module.parameters(), before, strict=True))
+
+
 def test_init_says_where_the_variables_come_from():
     model, _ = esper_jax.from_torch(torch.nn.Sequential(torch.nn.LSTM(3, 4, batch_first=True)), torch.randn(2, 5, 3))
     with pytest.raises(BridgeError, match="an imported model has no initialisers"):

@@ -43,6 +43,27 @@ def flat(value):
     return [value]
 
 
+NUMBERLESS = {
+    "relu": (), "relu6": (), "hardtanh": (), "hardsigmoid": (), "hardswish": (), "leaky_relu": (), "elu": (),
+    "clamp_min": (0.0,), "threshold": (0.1, 20.0), "clamp": (-1.0, 1.0), "amax": ([1],), "amin": ([1],),
+    "softmax.int": (1,), "max.dim": (1,), "min.dim": (1,), "median.dim": (1,), "cummax": (1,), "cummin": (1,),
+    "topk": (2, 1), "sort": (1,), "max_pool1d": ([2],), "max_pool2d": ([2, 2],), "adaptive_max_pool1d": ([3],),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERLESS)
+def test_what_is_no_number_stays_one(name):
+    """A divergence must not be hidden."""
+    x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 1, 2] = x[1, 4] = torch.nan
+    packet, _, overload = name.partition(".")
+    rest, overload = NUMBERLESS[name], overload or "default"
+    wanted = flat(getattr(getattr(torch.ops.aten, packet), overload)(x, *rest))
+    found = flat(find(f"aten.{packet}.{overload}").fn(ours(x), *ours(rest)))
+    for got, want in zip(found, wanted, strict=True):
+        assert np.array_equal(np.isnan(np.asarray(got)), np.isnan(want.numpy()))
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_an_operator_gives_what_torch_gives(name):
     packet, overload = name.split(".")
