@@ -272,7 +272,8 @@ def torch_step(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[float, 
                 weights = torch.from_numpy(_weights(tuple(output.shape), at))
                 finite = torch.where(output.isfinite(), output, torch.zeros_like(output))  # masked logits may be -inf
                 terms = finite.float() * weights / output.numel()
-                loss, size = loss + terms.sum(), size + float(terms.detach().abs().sum())
+                strange = int((~output.isfinite()).sum())
+                loss, size = loss + terms.sum() + strange, size + float(terms.detach().abs().sum()) + strange
         if loss.requires_grad:
             loss.backward()
     grads = {
@@ -297,7 +298,7 @@ def jax_loss(model: Imported, differentiable: Callable[[int], bool]) -> Callable
         for at, value in enumerate(values):
             if jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating) and differentiable(at):
                 finite = jnp.where(jnp.isfinite(value), value, 0).astype(jnp.float32)
-                total += (finite * _weights(value.shape, at)).sum() / value.size
+                total += (finite * _weights(value.shape, at)).sum() / value.size + jnp.sum(~jnp.isfinite(value))
         return total, {**others, **changed}
 
     return loss

@@ -110,13 +110,16 @@ class Imported(_Holder):
     def frozen(self, params: Any) -> Any:
         """Which parameters torch had frozen (`requires_grad=False`): params' tree, with True at each that was.
 
+        `params` are the model's, or a morph's (`morph.params`, whose seeds are not frozen).
         JAX differentiates with respect to all of them; this keeps them as they are, whatever optimizer `tx` is:
 
             optax.chain(tx, optax.masked(optax.set_to_zero(), model.frozen(variables["params"])))
         """
         places = plan_of(self.graph).places
         held = {place.path for tensor in self.graph.tensors if tensor.frozen for place in places[tensor.name]}
-        return jax.tree.map_with_path(lambda path, _: tuple(key.key for key in path) in held, params)
+        if set(params) == {"host", "seeds"}:
+            held = {("host", *path) for path in held}
+        return jax.tree.map_with_path(lambda path, _: tuple(getattr(k, "key", k) for k in path) in held, params)
 
     def save(self, directory: Any, variables: Mapping[str, Any]) -> None:
         """Write graph and variables; `esper_jax.load_imported(directory)` reads them without torch."""

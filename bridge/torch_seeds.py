@@ -17,12 +17,14 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -87,6 +89,8 @@ class Seed(nn.Module):
 def regrow(module: nn.Module, spec: dict[str, Any]) -> nn.Module:
     """Attach a grown model's seeds to a fresh host module, in place; their parameters are loaded by `load_state_dict`.
 
+    Activations may be checkpointed (torch.utils.checkpoint) a module at a time, and both layers of a span together.
+
     Args:
       module: the host, of the class and sizes that were grown.
       spec: `{"seeds": [...], "sizes": {...}}` as `esper_jax.bridge.spec_of` gives it; plain JSON.
@@ -105,11 +109,15 @@ def attach(module: nn.Module, spec: dict[str, Any]) -> list[Seed]:
     """What `regrow` does; the seeds, in the spec's order. Nothing is changed where it raises."""
     if spec.get("format") != FORMAT:
         raise ValueError(f"the spec is of format {spec.get('format')}, this file reads {FORMAT}: make it anew")
-    for path in {path for entry in spec["seeds"] for path in (entry["module"], *entry["hooks"], *entry["inside"])}:
-        _layer(module, path)
-    for name, shape in spec.get("sizes", {}).items():
+    sizes, seeds = spec.get("sizes", {}), [Seed(entry) for entry in spec["seeds"]]
+    for entry in spec["seeds"]:
+        for path in (entry["module"], entry["source"] or entry["module"], *entry["hooks"], *entry["inside"]):
+            _layer(module, path)
+    for name in sizes:
+        if not hasattr(_layer(module, name.rpartition(".")[0]), name.rpartition(".")[2]):
+            raise KeyError(f"the module has no tensor {name!r}, which grew")
+    for name, shape in sizes.items():
         _resize(module, name, tuple(shape))
-    seeds = [Seed(entry) for entry in spec["seeds"]]
     banks: dict[str, nn.ModuleDict] = {}
     for seed in seeds:
         entry = seed.entry
@@ -167,6 +175,7 @@ def _within(home: nn.Module) -> _Within:
     return within
 
 
+@torch.compiler.disable  # some backends would run what was traced under the mode under it once more
 def _seeded(within: _Within, *args: Any, **kwargs: Any) -> Any:
     active = _ACTIVE.__dict__.setdefault("homes", [])
     if any(other is within for other in active):  # it calls itself
@@ -197,31 +206,41 @@ class _Inside(TorchFunctionMode):
 
     def __init__(self, banks: list[tuple[Any, nn.ModuleDict]]) -> None:
         super().__init__()
-        self.banks, self.met, self.learns = banks, list[nn.ModuleDict](), torch.is_grad_enabled()
+        self.banks, self.learns = banks, torch.is_grad_enabled()
+        self.met: list[nn.ModuleDict] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What the function gives."""
         output, name = func(*args, **(kwargs or {})), getattr(getattr(func, "overloadpacket", func), "__name__", "")
         given = {**dict(enumerate(args)), **(kwargs or {})}
+        u = given.pop("input" if "input" in given else 1 if func is torch.embedding else 0, None)
         for layer, bank in self.banks:
             if name != _entry(bank)["function"] or not any(value is layer.weight for value in given.values()):
                 continue
-            if self.learns and layer.training and not torch.is_grad_enabled():
+            if self.learns and _is_checkpointed():
                 raise RuntimeError(
-                    f"{_entry(bank)['module']!r} is computed without gradients, by no_grad or a reentrant checkpoint: "
-                    "its seeds would get none; checkpoint the module as a whole"
+                    f"{_entry(bank)['module']!r} is computed under torch.utils.checkpoint inside the forward of its "
+                    "module, and computed again without its seeds; checkpoint that module as a whole"
                 )
             self.met.append(bank)
-            others = (value for value in given.values() if isinstance(value, Tensor) and value is not layer.weight)
-            output = _grown(bank, layer, given["input"] if "input" in given else next(others), output)
+            output = _grown(bank, layer, u, output)
         return output
 
 
-class _Given:
+def _is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint has been called since the forward with seeds was."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != _seeded.__name__:
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+class _Given(threading.local):
     """What a span's first layer was called with last, in each thread; a copy has seen nothing yet."""
 
-    def __init__(self) -> None:
-        self.values: dict[int, Tensor] = {}
+    value: Tensor
 
     def __deepcopy__(self, memo: Any) -> _Given:
         return _Given()
@@ -237,7 +256,7 @@ def _watch(layer: nn.Module) -> _Given:
 
 
 def _note(given: _Given, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given.values[threading.get_ident()] = _first(args, kwargs)
+    given.value = _first(args, kwargs)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -260,7 +279,7 @@ def _grown(bank: nn.ModuleDict, layer: Any, u: Tensor, output: Tensor) -> Tensor
     h, back = _last(function, layer, output)
     for seed in bank.values():
         if seed.entry["source"]:
-            read = _last(function, layer, seed.given.values[threading.get_ident()])[0]
+            read = _last(function, layer, seed.given.value)[0]
         elif seed.entry["reads"] == "output":
             read = h
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -63,7 +64,8 @@ def _reduced_jvp(reduce: Any, axes: tuple[int, ...], keepdims: bool, primals: An
     roundings, and JAX's own rule then finds none that equals it."""
     last = tuple(range(-len(axes), 0))
     x, tangent = (jnp.moveaxis(given, axes, last) for given in (primals[0], tangents[0]))
-    x, tangent = (given.reshape(*given.shape[: given.ndim - len(axes)], -1) for given in (x, tangent))
+    kept = x.shape[: x.ndim - len(axes)]
+    x, tangent = (given.reshape(*kept, math.prod(x.shape[len(kept) :])) for given in (x, tangent))
     first = jnp.expand_dims((jnp.argmax if reduce is jnp.max else jnp.argmin)(x, axis=-1), -1)
     places = (x == jnp.take_along_axis(x, first, axis=-1)) | (jnp.arange(x.shape[-1]) == first)
     result = _reduced(reduce, primals[0], axes, keepdims)
@@ -319,6 +321,8 @@ def kthvalue(self: Any, k: int, dim: int = -1, keepdim: bool = False) -> Any:
 
 @op("median.dim")
 def median(self: Any, dim: int, keepdim: bool = False) -> Any:
+    if self.ndim == 0:
+        return self, jnp.zeros((), dtype_of("int64"))
     _, middle = kthvalue(self, (self.shape[dim] + 1) // 2, dim, True)
     strange = jnp.isnan(self)  # one that is none comes before all others
     place = jnp.where(jnp.any(strange, dim, keepdims=True), jnp.argmax(strange, dim, keepdims=True), middle)

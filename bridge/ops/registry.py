@@ -178,10 +178,10 @@ def number(value: Any) -> Any:
 
 def axes_of(dim: Any, ndim: int) -> tuple[int, ...]:
     """Axes as non-negative numbers; None and () are all of them."""
-    if dim is None or dim == ():
+    if dim is None or dim == () or ndim == 0:
         return tuple(range(ndim))
     dims = dim if isinstance(dim, tuple | list) else (dim,)
-    return tuple(d % ndim if ndim else 0 for d in dims)
+    return tuple(d % ndim for d in dims)
 
 
 def full_float(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -213,6 +213,8 @@ def test_frozen_parameters_are_reported_and_can_stay_as_they_are():
     still = model.frozen(variables["params"])
     assert still["body"]["0"] == {"kernel": False, "bias": True} and all(jax.tree.leaves(still["body"]["1"]))
     assert not any(jax.tree.leaves(still["body"]["2"]))
+    morph = esper_jax.morph(variables, model=model, example=np.ones((2, 5, 3), np.float32))
+    assert model.frozen(esper_jax.germinate(morph, "body/0", "lora", key=jax.random.key(0)).params)["host"] == still
     tx = optax.chain(optax.adam(0.1), optax.masked(optax.set_to_zero(), still))
     params = variables["params"]
     grads = jax.grad(lambda p: jnp.sum(model.apply({"params": p}, jnp.ones((2, 5, 3)))))(params)

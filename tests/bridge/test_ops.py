@@ -64,6 +64,12 @@ def test_what_is_no_number_stays_one(name):
         assert np.array_equal(np.isnan(np.asarray(got)), np.isnan(want.numpy()))
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((), 0), ((0, 4), 1), ((2, 0), 0)])
+def test_the_largest_of_one_and_of_an_empty_batch_has_a_gradient(shape, axis):
+    grad = jax.grad(lambda x: jnp.sum(find("aten.amax.default").fn(x, (axis,))))(jnp.ones(shape))
+    assert grad.shape == shape and bool(jnp.all(grad == 1))
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_an_operator_gives_what_torch_gives(name):
     packet, overload = name.split(".")
