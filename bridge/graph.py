@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 FORMAT = 1
+HIDING = "multi_head_attention_forward"
+"""A function of torch.nn.functional that computes layers where no hook and no function mode sees them."""
 
 
 class BridgeError(ValueError):
@@ -38,7 +40,8 @@ class Node(NamedTuple):
       op: the ATen operator with overload (`aten.linear.default`), or `layer` for a call of a Flax layer.
       args: positional arguments; `Ref`s, `Dtype`s, numbers, strings, None and tuples of them.
       kwargs: keyword arguments as pairs.
-      path: the torch module in whose forward it ran, as its dotted name.
+      path: the torch module in whose forward it ran, as its dotted name (with `.multi_head_attention_forward()` where
+        it ran in that function of torch's).
     """
 
     name: str

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from .graph import Graph, Node, Program, Ref, Tensor
+from .graph import HIDING, Graph, Node, Program, Ref, Tensor
 from .layout import Place, bare, module_path
 from .recognise import Call, Layer, recognise
 
@@ -64,10 +64,12 @@ class Plan:
         """Why a site's seeds have no place in torch, if so: it is computed beside other things by no known function."""
         hooks, inside = self.hooked(graph, site)
         path = tuple(site.split("/"))
-        known = self.functions[path] in _FUNCTIONS and path not in self.others
-        if not inside or known and not hooks and len(inside) == 1:
+        if not inside:
             return ""
-        kind = {p: cls for p, cls, _ in graph.modules}.get(inside[0], "module")
+        known = self.functions[path] in _FUNCTIONS and path not in self.others and HIDING not in inside[0]
+        if known and not hooks and len(inside) == 1:
+            return ""
+        kind = {p: cls for p, cls, _ in graph.modules}.get(inside[0], "function")
         others = f" and by {', '.join([*inside[1:], *hooks])}" if hooks or inside[1:] else ""
         return f"it is computed inside {inside[0] or 'the model'} ({kind}), whose forward does more than that{others}"
 

@@ -14,7 +14,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from .graph import BridgeError, Dtype, Input, Node, Program, Ref, evaluate
+from .graph import HIDING, BridgeError, Dtype, Input, Node, Program, Ref, evaluate
 from .inputs import leaf_names
 from .ops.registry import find
 
@@ -148,6 +148,8 @@ class Reader:
     def _call(self, node: Any, prefix: str) -> None:
         op, path = _target(node.target), _path(node)
         path = self.paths.get(path, path)
+        if HIDING in (node.meta.get("stack_trace") or ""):
+            path = f"{path}.{HIDING}()".removeprefix(".")
         if op in _NOTHING:
             return
         where = f"{path or 'the module'} of {self.name}"

@@ -141,9 +141,7 @@ def test_seeds_go_back_to_layers_inside_forwards_that_do_more():
     assert torch.overrides._get_current_function_mode() is None
     close(outputs_of(sent, (x,), {}), [want], 1e-5)
     sent.conv.fails = True
-    with pytest.raises(
-        RuntimeError, match="Weighed.forward calls no torch.nn.functional.conv2d that can be seen with .* 'conv'"
-    ):
+    with pytest.warns(UserWarning, match="Weighed.forward called no torch.nn.functional.conv2d .* 'conv'"):
         sent(x)
 
 

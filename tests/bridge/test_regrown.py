@@ -204,6 +204,30 @@ def test_seeds_take_the_place_in_torch_that_they_have_in_jax(module, x, plants):
     close(outputs_of(torch.compile(sent, backend="eager"), (x,), {}), outputs_of(sent, (x,), {}), LIMIT)
 
 
+class Pooled(nn.Module):
+    """Attention as some write it, by torch's own function."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.out = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x[:, None]
+        return F.multi_head_attention_forward(
+            x, x, x, 4, 2, self.inner.weight, self.inner.bias, None, None, False, 0.0, self.out.weight, self.out.bias
+        )[0]
+
+
+class Optional(Product):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(4, 4)
+
+    def forward(self, x, more=None):
+        y = super().forward(x)
+        return y if more is None else y + F.linear(more, self.other.weight)
+
+
 class TwoProducts(Product):
     def forward(self, x):
         return F.linear(super().forward(x), self.weight)
@@ -233,16 +257,28 @@ class AnotherWayInTraining(nn.Module):
         (nn.Sequential(TwoProducts(), nn.ReLU()), drawn(3, 4), "0"),
         (nn.Sequential(TwoReaches(), nn.ReLU()), drawn(2, 3, 6, 5), "0"),
         (AnotherWayInTraining(), drawn(3, 4), "a"),
+        (nn.Sequential(Pooled(), nn.ReLU()), drawn(3, 4), "0/out"),
     ],
-    ids=["products", "reaches", "training"],
+    ids=["products", "reaches", "training", "attention"],
 )
 def test_where_torch_shows_no_such_place_they_cannot_go_back(module, x, site):
     model, morph = grown(module, x, (site, "lora"))
-    with pytest.raises(BridgeError, match=rf"a seed at '{site}' cannot go back to torch: it is computed inside"):
+    with pytest.raises(BridgeError, match=rf"a seed at .{site}. cannot go back to torch: it is computed inside"):
         esper_jax.to_torch(morph, module)
     want = np.asarray(esper_jax.graft(model)(morph, x.numpy()))
     if site == "a":  # folded into the weight, which is read in one way a mode
         close(outputs_of(esper_jax.to_torch(esper_jax.fold(morph), module), (x,), {}), [want], LIMIT)
+
+
+def test_a_call_that_leaves_a_layer_out_leaves_its_seeds_out():
+    module, x = Optional(), drawn(3, 4)
+    model, variables = esper_jax.from_torch(module, (x, x))
+    morph = esper_jax.morph(variables, model=model, example=(x.numpy(), x.numpy()))
+    morph = esper_jax.germinate(morph, "other", "lora", key=jax.random.key(0))
+    sent = esper_jax.to_torch(in_stage(morph.replace(seeds=stirred(morph.seeds, 0.3)), Stage.FOSSILIZED), module)
+    assert not torch.equal(sent(x, x), module(x, x))
+    with pytest.warns(UserWarning, match=r"Optional.forward called no torch.nn.functional.linear .* 'other'"):
+        assert torch.equal(sent(x), module(x))
 
 
 def test_a_layer_of_training_alone_keeps_its_seed_in_training():
