@@ -190,7 +190,7 @@ def _export(
             plain_attention(),
             warnings.catch_warnings(record=True) as told,
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
-            attention_as_one_op(module),
+            attention_as_one_op(),
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(io.StringIO()),
             _custom_functions() as custom,

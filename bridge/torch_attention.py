@@ -72,64 +72,55 @@ _op.register_fake(_compute)
 
 
 @contextlib.contextmanager
-def attention_as_one_op(module: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile each `nn.MultiheadAttention` in the module is one node, its masks and shapes checked by torch."""
+def attention_as_one_op() -> Iterator[None]:
+    """Meanwhile each `nn.MultiheadAttention` is one node, its masks and shapes checked by torch."""
     from torch.nn.modules import transformer
 
-    changed, detect = [], transformer._detect_is_causal_mask
+    forward, detect = torch.nn.MultiheadAttention.forward, transformer._detect_is_causal_mask
     # it reads a mask's values to choose a fast kernel; the mask itself is given on, so that nothing hangs on it
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)  # type: ignore[assignment]
-    for child in module.modules():
-        if (
-            isinstance(child, torch.nn.MultiheadAttention)
-            and type(child).forward is torch.nn.MultiheadAttention.forward
-        ):
-            child.forward = _forward(child)
-            changed.append(child)
+    torch.nn.MultiheadAttention.forward = _forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         transformer._detect_is_causal_mask = detect
-        for child in changed:
-            del child.forward
+        torch.nn.MultiheadAttention.forward = forward  # type: ignore[method-assign]
 
 
-def _forward(attention: Any) -> Any:
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        same = attention._qkv_same_embed_dim
-        output, weights = _op(
-            query,
-            key,
-            value,
-            attention.num_heads,
-            attention.in_proj_weight if same else None,
-            None if same else attention.q_proj_weight,
-            None if same else attention.k_proj_weight,
-            None if same else attention.v_proj_weight,
-            attention.in_proj_bias,
-            attention.bias_k,
-            attention.bias_v,
-            attention.out_proj.weight,
-            attention.out_proj.bias,
-            key_padding_mask,
-            attn_mask,
-            attention.add_zero_attn,
-            float(attention.dropout),
-            attention.training,
-            need_weights,
-            average_attn_weights,
-            is_causal,
-            attention.batch_first,
-        )
-        return output, weights if need_weights else None
-
-    return forward
+def _forward(
+    attention: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    same = attention._qkv_same_embed_dim
+    output, weights = _op(
+        query,
+        key,
+        value,
+        attention.num_heads,
+        attention.in_proj_weight if same else None,
+        None if same else attention.q_proj_weight,
+        None if same else attention.k_proj_weight,
+        None if same else attention.v_proj_weight,
+        attention.in_proj_bias,
+        attention.bias_k,
+        attention.bias_v,
+        attention.out_proj.weight,
+        attention.out_proj.bias,
+        key_padding_mask,
+        attn_mask,
+        attention.add_zero_attn,
+        float(attention.dropout),
+        attention.training,
+        need_weights,
+        average_attn_weights,
+        is_causal,
+        attention.batch_first,
+    )
+    return output, weights if need_weights else None

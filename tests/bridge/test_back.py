@@ -269,6 +269,23 @@ def test_an_attention_layer_is_one_site():
     assert sites == {"attention": "attention"}
 
 
+class SelfAttention(torch.nn.MultiheadAttention):
+    def forward(self, x):
+        return x + super().forward(x, x, x, need_weights=False)[0]
+
+
+def test_an_attention_layer_of_ones_own_class_is_one_site_too():
+    module, x = torch.nn.Sequential(SelfAttention(4, 2, batch_first=True)), torch.randn(3, 5, 4)
+    model, variables = found = esper_jax.from_torch(module, x)
+    assert found.report.passed and not found.report.bare
+    morph = esper_jax.morph(variables, model=model, example=x.numpy())
+    assert {site.path: site.kind for site in morph.spec.sites} == {"0": "attention"}
+    morph = esper_jax.germinate(morph, "0", "head_group", key=jax.random.key(0))
+    with pytest.raises(BridgeError, match=r"a seed at '0' cannot go back to torch: it is computed inside 0 \(SelfAtt"):
+        esper_jax.to_torch(in_stage(morph.replace(seeds=stirred(morph.seeds, 0.3)), Stage.FOSSILIZED), module)
+    assert torch.nn.MultiheadAttention.forward.__module__.startswith("torch")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["unet", "encoder"])
