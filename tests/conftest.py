@@ -4,12 +4,15 @@ import gc
 import itertools
 import os
 import pathlib
+import signal
 
 import pytest
 
 gc.set_threshold(200_000, 50, 1000)  # traces and graphs are millions of objects, and few of them garbage
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# a shell has what it starts in the background ignore Ctrl-C, and so would every process of these tests
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _TESTS = itertools.count(1)
 _MAPS = pathlib.Path("/proc/self/maps")
