@@ -16,7 +16,7 @@ def keep_memory() -> bool:
 
     XLA's CPU backend allocates the temporary arrays of a program anew in each call. glibc returns blocks of that size
     to the system when they are freed, so that each of their pages costs a page fault in every step. Where they are
-    larger than 32 MiB that was 15 to 30% of the train steps of `benchmarks/bridge.py`. From this call on one arena
+    larger than 32 MiB that was 7 to 33% of the train steps of `benchmarks/bridge.py`. From this call on one arena
     serves all threads, and returns blocks of more than 1 GiB and what is free over 1 GiB at its end: the process may
     stay as large as it once was.
 
