@@ -51,19 +51,21 @@ def nll_loss(self: Any, target: Any, weight: Any = None, reduction: int = 1, ign
 
 def _nll(log_p: Any, target: Any, weight: Any, reduction: int, ignore_index: int) -> Any:
     axis = 0 if log_p.ndim == 1 else 1
+    counted, safe, weights = _counts(target, weight, ignore_index, log_p.dtype)
+    found = -jnp.squeeze(jnp.take_along_axis(log_p, jnp.expand_dims(safe, axis), axis), axis)
+    return _averaged(jnp.where(counted, found * weights, 0), weights, reduction)
+
+
+def _counts(target: Any, weight: Any, ignore_index: int, dtype: Any) -> tuple[Any, Any, Any]:
+    """Which targets count, the targets with 0 for those that do not, and what each counts for."""
     counted = target != ignore_index
     safe = jnp.where(counted, target, 0)
-    found = -jnp.squeeze(jnp.take_along_axis(log_p, jnp.expand_dims(safe, axis), axis), axis)
-    weights = _weights(target, weight, counted, log_p.dtype)
-    found = jnp.where(counted, found * weights, 0)
-    if reduction == 1:
-        return jnp.sum(found) / jnp.sum(weights)
-    return _REDUCE[reduction](found)
+    return counted, safe, jnp.where(counted, 1.0 if weight is None else weight[safe], 0.0).astype(dtype)
 
 
-def _weights(target: Any, weight: Any, counted: Any, dtype: Any) -> Any:
-    """What each target counts for."""
-    return jnp.where(counted, 1.0 if weight is None else weight[jnp.where(counted, target, 0)], 0.0).astype(dtype)
+def _averaged(found: Any, weights: Any, reduction: int) -> Any:
+    """Reduced; a mean is over what the targets count for."""
+    return jnp.sum(found) / jnp.sum(weights) if reduction == 1 else _REDUCE[reduction](found)
 
 
 @op("cross_entropy_loss.default")
@@ -85,12 +87,8 @@ def cross_entropy_loss(
     plain = _nll(log_p, target, weight, reduction, ignore_index)
     if not label_smoothing:
         return plain
-    counted = target != ignore_index
-    spread = jnp.where(counted, -jnp.mean(weighted, axis=axis), 0)
-    if reduction == 1:
-        spread = jnp.sum(spread) / jnp.sum(_weights(target, weight, counted, spread.dtype))
-    else:
-        spread = _REDUCE[reduction](spread)
+    counted, _, weights = _counts(target, weight, ignore_index, log_p.dtype)
+    spread = _averaged(jnp.where(counted, -jnp.mean(weighted, axis=axis), 0), weights, reduction)
     return (1 - label_smoothing) * plain + label_smoothing * spread
 
 
