@@ -218,16 +218,16 @@ def _to_kernel(x: Any, kernel: Any, cotangent: Any, moves: Any) -> Any:
     )
     rows = out[0] // blocks
 
-    def step(totals: Any, given: Any) -> tuple[Any, None]:
-        images, cotangents = given
-        parts = [(n, slice(b * rows, (b + 1) * rows)) for n in range(images.shape[0]) for b in range(blocks)]
-        seen = (_window(images, at, out, strides, dilation) for at in _taps(sizes))
+    def step(totals: Any, first: Any) -> tuple[Any, None]:
+        # taken here by their number, so that the padded input is the very array of the way forward
+        some, cotangents = (lax.dynamic_slice_in_dim(each, first, images) for each in (x, cotangent))
+        parts = [(n, slice(b * rows, (b + 1) * rows)) for n in range(images) for b in range(blocks)]
+        seen = (_window(some, at, out, strides, dilation) for at in _taps(sizes))
         sums = [functools.reduce(operator.add, [each[part] * cotangents[part] for part in parts]) for each in seen]
         return [total + more for total, more in zip(totals, sums, strict=True)], None
 
     start = [jnp.zeros((rows, *cotangent.shape[2:]), cotangent.dtype)] * taps
-    by_images = [each.reshape(each.shape[0] // images, images, *each.shape[1:]) for each in (x, cotangent)]
-    totals, _ = lax.scan(step, start, by_images)
+    totals, _ = lax.scan(step, start, jnp.arange(0, x.shape[0], images))
     return jnp.stack(totals).sum(tuple(range(1, spatial + 1))).reshape(kernel.shape)
 
 

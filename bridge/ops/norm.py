@@ -120,14 +120,15 @@ def _standardised_jvp(eps: float, last: bool, primals: Any, tangents: Any) -> An
     scale = lax.rsqrt(var + eps)
     of = functools.partial(_of_channels, x=x, last=last)
     centred = x.astype(mean.dtype) - of(mean)
-    centred = centred - of(jnp.mean(centred, axes))  # the mean is rounded, and of two rows little but that is left
+    rest = jnp.mean(centred, axes)  # the mean is rounded, and of two rows little but that is left
     wide = dx.astype(mean.dtype)
     factor = scale if weight is None else scale * weight
-    dmean, along = jnp.mean(wide, axes), jnp.mean(centred * wide, axes)
+    dmean = jnp.mean(wide, axes)
+    along = jnp.mean(centred * wide, axes) - rest * dmean
     # what is of each channel is added up before it is spread: on the way back that is one sum for all of it
     slope, offset = -factor * along / (var + eps), -factor * dmean
     slope = slope if dweight is None else slope + scale * dweight
-    offset = offset if dbias is None else offset + dbias
+    offset = (offset if dbias is None else offset + dbias) - rest * slope  # here, so that one array is kept
     dy = of(factor) * wide + centred * of(slope) + of(offset)
     return (y, mean, var), (dy.astype(y.dtype), dmean, 2 * along)
 

@@ -82,6 +82,24 @@ def test_sizes_may_be_open_in_an_exported_program():
             np.testing.assert_allclose(found, call(x, kernel), rtol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_batch_may_be_open_in_exported_gradients_of_a_depthwise_convolution(stride):
+    (n,) = jax.export.symbolic_shape("n")
+    call = functools.partial(
+        convolve,
+        strides=(stride,) * 2,
+        padding=((1, 1), (1, 1)),
+        dimension_numbers=dimension_numbers(2),
+        feature_group_count=8,
+    )
+    grads = jax.jit(jax.grad(lambda x, kernel: (call(x, kernel) ** 2).sum(), (0, 1)))
+    random = np.random.default_rng(0)
+    x, kernel = random.normal(size=(6, 8, 8, 8)).astype("f"), random.normal(size=(3, 3, 1, 8)).astype("f")
+    open_ = jax.ShapeDtypeStruct((n, *x.shape[1:]), jnp.float32), jax.ShapeDtypeStruct(kernel.shape, jnp.float32)
+    found = jax.export.export(grads)(*open_).call(x, kernel)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4), found, grads(x, kernel))
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
 @pytest.mark.parametrize("size", [(3, 3), (4, 4), (1, 3), (3, 1), (2, 2)])
 def test_no_direction_of_many_channels_goes_to_ynnpack(size):
