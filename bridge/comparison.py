@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .capture import copy_of, modes_kept, plain_attention
 from .convert import numpy_of, to_state
 from .graph import BridgeError, Graph, flatten, nest
 from .module import Imported
+from .ops.random import NOISE
 from .plan import plan_of
+from .torch_random import EveryUnit
 
 GRADIENTS = "training: gradients"
 LIMITS = {"float32": (1e-4, 1e-3), "float64": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1), "float16": (1e-2, 1e-1)}
@@ -52,6 +53,7 @@ class Report:
       layers: how many layers can be sites.
       bare: `(torch module, why it is no site)`.
       frozen: the parameters with `requires_grad=False`, which JAX differentiates all the same (`Imported.frozen`).
+      noise: the operators that draw other random numbers than dropout's; both sides were compared with the same ones.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Report:
     layers: int
     bare: tuple[tuple[str, str], ...]
     frozen: tuple[str, ...] = ()
+    noise: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -93,19 +96,10 @@ class Report:
         if self.frozen:
             first = f"{', '.join(self.frozen[:3])}{', ...' if len(self.frozen) > 3 else ''}"
             lines.append(f"  frozen in torch: {len(self.frozen)} parameters ({first}); see model.frozen(params)")
+        if self.noise:
+            both = "; torch and JAX were given the same" if self.checks else ""
+            lines.append(f"  draws random numbers: {', '.join(self.noise)}{both}")
         return "\n".join(lines)
-
-
-class EveryUnit(TorchDispatchMode):
-    """Meanwhile dropout in torch keeps every unit, still divided by 1 - rate."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.bernoulli_.float:
-            return args[0].fill_(1.0)
-        if func is torch.ops.aten.native_dropout.default:
-            scaled = args[0] / (1 - args[1]) if args[2] else args[0]
-            return scaled, torch.ones_like(args[0], dtype=torch.bool)
-        return func(*args, **(kwargs or {}))
 
 
 def verify(
@@ -167,7 +161,9 @@ def _verified(
 def report_of(graph: Graph, checks: Sequence[Check] = ()) -> Report:
     """What is known of a graph, with what was compared."""
     plan, frozen = plan_of(graph), tuple(tensor.name for tensor in graph.tensors if tensor.frozen)
-    return Report(graph.name, tuple(checks), len(plan.layers), plan.bare, frozen)
+    programs = [program for program in (graph.evaluate, graph.train) if program is not None]
+    noise = sorted({node.op for program in programs for node in program.nodes} & NOISE)
+    return Report(graph.name, tuple(checks), len(plan.layers), plan.bare, frozen, tuple(noise))
 
 
 def _jit(function: Callable[..., Any]) -> Any:

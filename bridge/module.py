@@ -73,11 +73,13 @@ class Imported(_Holder):
 
     `model.apply(variables, *inputs)` gives what the torch module gives in evaluation mode; with `train=True` what it
     gives in training mode, with fresh dropout masks (`rngs={"dropout": key}`) and new statistics
-    (`mutable=["batch_stats", "buffers"]`). Inputs are arrays, nested as they were in the example.
+    (`mutable=["batch_stats", "buffers"]`). A model that draws other random numbers takes them from the same stream, in
+    evaluation too if torch draws them there. Inputs are arrays, nested as they were in the example.
 
     Attributes:
       graph: what the torch module computes.
-      every_unit: dropout keeps every unit (kept ones are still divided by 1 - rate): for comparisons, no other use.
+      every_unit: dropout keeps every unit (kept ones are still divided by 1 - rate), and other random numbers are the
+        same each time: for comparisons, no other use.
 
     Raises:
       BridgeError: for inputs of another number, dtype or shape than the captured graph holds for, and for `train=True`
@@ -213,7 +215,8 @@ class _Run:
             return None
         if not self.model.has_rng("dropout"):
             raise BridgeError(
-                f"{self.model.graph.name} has dropout: call it in training with rngs={{'dropout': jax.random.key(...)}}"
+                f"{self.model.graph.name} draws random numbers{' in training' if self.train else ''}: call it with "
+                "rngs={'dropout': jax.random.key(...)}"
             )
         return self.model.make_rng("dropout")
 

@@ -19,7 +19,8 @@ def to_nnx(model: Imported, variables: Mapping[str, Any], *, rngs: Any = None) -
     Args:
       model: from `from_torch` or `load_imported`.
       variables: what came with it, or was trained since.
-      rngs: an `nnx.Rngs` with a `dropout` stream, where the model has dropout and is to be trained.
+      rngs: an `nnx.Rngs` with a `dropout` stream, where the model has dropout and is to be trained, or draws other
+        random numbers.
 
     Returns:
       An `nnx.bridge.ToNNX`.

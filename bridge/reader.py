@@ -28,7 +28,7 @@ _NOTHING = {
     "aten._assert_scalar.default",
 }
 _RANDOM = re.compile(
-    r"aten\.(rand\w*|normal\w*|bernoulli(?!\.p$)|exponential|multinomial|poisson|cauchy|log_normal|geometric|binomial"
+    r"aten\.(rand\w*|normal\w*|bernoulli|uniform|exponential|multinomial|poisson|cauchy|log_normal|geometric|binomial"
     r"|_standard_gamma|_sample_dirichlet|rrelu_with_noise\w*)_?\."
 )
 _READS_VALUES = {"aten.item.default", "aten._local_scalar_dense.default"}
@@ -162,11 +162,10 @@ class Reader:
                 "compiled program "
                 "cannot: keep it a tensor"
             )
-        if _draws(node, op):
+        if _RANDOM.match(op) and find(op) is None:
             raise BridgeError(
-                f"{where} draws random numbers beside dropout ({op}: {_line(node)}), which cannot be compared "
-                "with torch's: "
-                "give the noise to the model as an input, or register_op() a form of your own"
+                f"{where} draws random numbers by {op} ({_line(node)}), which the bridge has no form for: give the "
+                "noise to the model as an input, or register_op() a form of your own"
             )
         sizes = [size for leaf in pytree.tree_leaves(node.meta.get("val")) for size in getattr(leaf, "shape", ())]
         if any(re.search(r"\bu\d+\b", str(size)) for size in sizes):
@@ -279,14 +278,6 @@ def _alive(nodes: list[Node], outputs: Any, updates: Any) -> list[Node]:
             kept.append(node)
             wanted |= {ref.name for ref in node.refs()}
     return kept[::-1]
-
-
-def _draws(node: Any, op: str) -> bool:
-    """Whether it draws random numbers, and no form is there that does."""
-    form = find(op)
-    if op == "aten.rrelu.default":  # ours is that of evaluation
-        return True in (*node.args[3:4], node.kwargs.get("training")) and not (form and form.random)
-    return form is None and bool(_RANDOM.match(op))
 
 
 def _target(target: Any) -> str:

@@ -324,12 +324,6 @@ def leaky_relu(self: Any, negative_slope: float = 0.01) -> Any:
     return jnp.where(self > 0, self, self * jnp.asarray(negative_slope, self.dtype))
 
 
-@op("rrelu.default", **pointwise)
-def rrelu(self: Any, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False) -> Any:
-    """In evaluation alone: in training it draws its slopes, which the reader refuses."""
-    return leaky_relu(self, (lower + upper) / 2)
-
-
 @op("elu.default", **pointwise)
 def elu(self: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
     x = floating(self)

@@ -67,7 +67,7 @@ class InPlace(nn.Module):
 
 class Random(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.rand_like(x)
+        return x + torch.empty_like(x).cauchy_()
 
 
 class ComplexWeights(nn.Module):
@@ -197,7 +197,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "integer buffer": (BigBuffer, X, "hashes holds values beyond int32.*jax_enable_x64"),
     "shapes of values": (Nonzero, X, "the shape of aten.* depends on the values of a tensor"),
     "write to an input": (InPlace, X, "writes into its input 'x' in place; a pure function cannot: clone it first"),
-    "random numbers": (Random, X, "draws random numbers beside dropout"),
+    "random numbers": (Random, X, "draws random numbers by aten.cauchy.default"),
     "complex parameters": (
         ComplexWeights,
         X,

@@ -57,7 +57,7 @@ def test_dropout_draws_a_fresh_mask_each_call_also_under_jit(dropping):
 
     first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
     assert jnp.array_equal(first, again) and not jnp.array_equal(first, other)
-    with pytest.raises(BridgeError, match="has dropout: call it in training with rngs="):
+    with pytest.raises(BridgeError, match="draws random numbers in training: call it with rngs="):
         model.apply(variables, x, train=True, mutable=["batch_stats", "buffers"])
 
 

@@ -14,6 +14,7 @@ from esper_jax.bridge.convert import numpy_of  # noqa: E402
 from esper_jax.bridge.graph import Dtype  # noqa: E402
 from esper_jax.bridge.ops import registry  # noqa: E402
 from esper_jax.bridge.ops.registry import Last, find, result_dtype  # noqa: E402
+from esper_jax.bridge.torch_random import EveryUnit  # noqa: E402
 
 from .layer_cases import CASES  # noqa: E402
 from .zoo import MODELS  # noqa: E402
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.torch
 SAME = {"int64": "int32", "float64": "float32", "complex128": "complex64"}
 INDIRECT = {
     "aten.native_dropout.default", "aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default",
-    "aten.bernoulli.p",
+    "aten.bernoulli.p", "aten.rrelu_with_noise_functional.default",
 }  # fmt: skip
-"""Random ones: tested by the share that they keep (`test_module.py`)."""
+"""Random ones: tested by the share that they keep (`test_module.py`), and in models (`test_random.py`)."""
 
 
 def ours(value):
@@ -80,8 +81,9 @@ def test_an_operator_gives_what_torch_gives(name):
         kwargs = args[-1] if args and isinstance(args[-1], dict) else {}
         args = args[: len(args) - bool(kwargs)]
         cloned = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, list(args))
-        wanted = flat(reference(*cloned, **kwargs))
-        more = {"draw": None} if op.random else {}
+        with EveryUnit():
+            wanted = flat(reference(*cloned, **kwargs))
+        more = {"draw": lambda: None} if op.random else {}
         found = flat(op.fn(*ours(args), **{k: ours(v) for k, v in kwargs.items()}, **more))
         for got, want in zip(found, wanted, strict=False):
             if got is None or not isinstance(want, torch.Tensor):
@@ -112,7 +114,8 @@ def test_its_gradient_is_torchs(name):
         if not args or not isinstance(args[0], torch.Tensor) or args[0].dtype != torch.float32:
             continue
         x = args[0].clone().requires_grad_()
-        output = reference(x, *args[1:], **kwargs)
+        with EveryUnit():
+            output = reference(x, *args[1:], **kwargs)
         output = output[0] if isinstance(output, list | tuple) else output
         if not output.requires_grad or output.is_complex():
             continue
@@ -123,7 +126,7 @@ def test_its_gradient_is_torchs(name):
             continue  # torch has none
 
         def loss(first, rest=args[1:], kwargs=kwargs, weights=weights):
-            more = {"draw": None} if op.random else {}
+            more = {"draw": lambda: None} if op.random else {}
             found = flat(op.fn(first, *ours(rest), **{k: ours(v) for k, v in kwargs.items()}, **more))[0]
             return jnp.sum(found.astype(jnp.float32) * numpy_of(weights))
 
@@ -254,18 +257,6 @@ def test_a_module_with_it_is_imported(name):
     function, more = IMPORTED[name]
     found = esper_jax.from_torch(After(function), (torch.randn(2, 2, 6, 5), *more()))
     assert found.report.checks and found.report.passed
-
-
-def test_drawn_slopes_are_their_mean_in_evaluation_and_refused_in_training():
-    import esper_jax
-
-    x = torch.randn(2, 2, 6, 5)
-    assert esper_jax.from_torch(After(torch.nn.RReLU(0.1, 0.4)), x, train=False).report.passed
-    with pytest.raises(BridgeError, match=r"(?s)draws random numbers beside dropout.*rrelu.*train=False\) imports"):
-        esper_jax.from_torch(After(torch.nn.RReLU(0.1, 0.4)), x)
-    always = After(lambda x: torch.nn.functional.rrelu(x, training=True))
-    with pytest.raises(BridgeError, match="draws random numbers beside dropout"):
-        esper_jax.from_torch(always, x, train=False)
 
 
 def test_an_operator_of_ones_own_is_registered_and_used(monkeypatch):

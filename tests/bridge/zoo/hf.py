@@ -98,14 +98,14 @@ MODELS = {
             depths=[2, 1],
             num_heads=[2, 2],
             window_size=4,
-            drop_path_rate=0.0,
+            drop_path_rate=0.1,
         ),
         _pixels(16),
         slow=True,
     ),
     "hf_convnext": Entry(
         _plain(
-            "ConvNextModel", "ConvNextConfig", hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, drop_path_rate=0.0
+            "ConvNextModel", "ConvNextConfig", hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, drop_path_rate=0.1
         ),
         _pixels(32),
         slow=True,

@@ -1,0 +1,165 @@
+"""Models that draw random numbers beside dropout: compared with torch by the same numbers, fresh ones in use."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import esper_jax  # noqa: E402
+from esper_jax.bridge import BridgeError  # noqa: E402
+from esper_jax.bridge.ops.registry import find  # noqa: E402
+
+nn, functional = torch.nn, torch.nn.functional
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:morph")]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, as vision models write it."""
+
+    def __init__(self, inner, rate, floor):
+        super().__init__()
+        self.inner, self.rate, self.floor = inner, rate, floor
+
+    def forward(self, x):
+        y = self.inner(x)
+        if not self.training:
+            return x + y
+        keep, shape = 1 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1)
+        if self.floor:
+            mask = (keep + torch.rand(shape, dtype=x.dtype, device=x.device)).floor_()
+        else:
+            mask = x.new_empty(shape).bernoulli_(keep)
+        return x + y.div(keep) * mask
+
+
+class Autoencoder(nn.Module):
+    """A variational one, which draws in evaluation too."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.encode, self.decode, self.draw = nn.Linear(6, 8), nn.Linear(4, 6), draw
+
+    def forward(self, x):
+        mean, spread = self.encode(x).chunk(2, -1)
+        return self.decode(self.draw(mean, (0.5 * spread).exp())), mean, spread
+
+
+class After(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(6, 5), function
+
+    def forward(self, x):
+        return self.function(self.layer(x), self.training)
+
+
+MODELS = {
+    "paths by floor": lambda: nn.Sequential(nn.Linear(6, 6), DropPath(nn.Linear(6, 6), 0.3, True)),
+    "paths by bernoulli": lambda: nn.Sequential(nn.Linear(6, 6), DropPath(nn.Linear(6, 6), 0.3, False)),
+    "noise like": lambda: Autoencoder(lambda mean, std: mean + std * torch.randn_like(std)),
+    "noise of a size": lambda: Autoencoder(lambda mean, std: mean + std * torch.randn(std.shape)),
+    "a distribution": lambda: Autoencoder(
+        lambda mean, std: torch.distributions.Normal(mean, std, validate_args=False).rsample()
+    ),
+    "gumbel": lambda: After(lambda x, _: functional.gumbel_softmax(x, 0.7)),
+    "hard gumbel": lambda: After(lambda x, _: functional.gumbel_softmax(x, 0.7, hard=True)),
+    "slopes": lambda: After(lambda x, training: functional.rrelu(x, 0.1, 0.4, training)),
+    "slopes always": lambda: After(lambda x, _: functional.rrelu(x, 0.1, 0.4, True)),
+    "slopes in place": lambda: nn.Sequential(nn.Linear(6, 5), nn.RReLU(0.1, 0.4, inplace=True)),
+    "spikes": lambda: After(lambda x, _: torch.bernoulli(torch.sigmoid(x)) + torch.sigmoid(x)),
+    "categories": lambda: After(
+        lambda x, _: torch.distributions.Categorical(logits=x, validate_args=False).sample()[:, None] * x
+    ),
+    "a permutation": lambda: After(lambda x, _: x + 0.1 * x[torch.randperm(x.shape[0])]),
+    "dither": lambda: After(lambda x, training: x + torch.empty_like(x).uniform_(-0.5, 0.5) if training else x),
+    "jitter": lambda: After(lambda x, _: x * torch.normal(1.0, 0.1, x.shape) + torch.empty_like(x).normal_(0, 0.1)),
+    "places": lambda: After(lambda x, _: x * torch.randint(1, 4, (x.shape[0], 1)) + torch.randint_like(x, 3)),
+    "channels": lambda: After(lambda x, training: functional.feature_alpha_dropout(x[..., None], 0.3, training)),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_what_a_model_draws_comes_over(name):
+    module, x = MODELS[name](), torch.randn(4, 6)
+    given = esper_jax.from_torch(module, x)
+    assert given.report.passed and given.report.checks
+    assert given.report.worst("forward") <= 1e-5 and given.report.worst("training: gradients") <= 1e-4
+    draw = lambda key: jax.tree.leaves(  # noqa: E731
+        given.model.apply(given.variables, jnp.asarray(x.numpy()), train=True, rngs={"dropout": jax.random.key(key)})
+    )[0]
+    assert jnp.array_equal(draw(1), draw(1))
+    assert any(not jnp.array_equal(draw(1), draw(key)) for key in range(2, 12))
+
+
+def test_the_report_names_what_is_drawn():
+    report = esper_jax.from_torch(MODELS["noise like"](), torch.randn(4, 6)).report
+    assert report.noise == ("aten.randn_like.default",)
+    assert "draws random numbers: aten.randn_like.default; torch and JAX were given the same" in str(report)
+    assert not esper_jax.from_torch(nn.Sequential(nn.Linear(6, 6), nn.Dropout()), torch.randn(4, 6)).report.noise
+
+
+def test_a_model_that_draws_in_evaluation_asks_for_a_key():
+    model, variables = esper_jax.from_torch(MODELS["noise like"](), torch.randn(4, 6))
+    with pytest.raises(BridgeError, match=r"Autoencoder draws random numbers: call it with rngs=\{'dropout'"):
+        model.apply(variables, jnp.ones((2, 6)))
+    noisy = model.apply(variables, jnp.ones((2, 6)), rngs={"dropout": jax.random.key(0)})
+    assert not jnp.array_equal(noisy[0][0], noisy[0][1]) and jnp.array_equal(noisy[1][0], noisy[1][1])
+
+
+def test_another_kind_of_noise_is_still_refused():
+    with pytest.raises(BridgeError, match=r"(?s)draws random numbers by aten\._standard_gamma.*train=False\) imports"):
+        esper_jax.from_torch(
+            After(lambda x, training: x * torch._standard_gamma(x.exp()) if training else x), torch.ones(4, 6)
+        )
+
+
+N = 40_000
+LIKE = jnp.zeros(N)
+MOMENTS = {
+    "rand.default": (([N],), 0.5, 1 / 12),
+    "rand_like.default": ((LIKE,), 0.5, 1 / 12),
+    "uniform.default": ((LIKE, -1.0, 3.0), 1.0, 16 / 12),
+    "randn.default": (([N],), 0.0, 1.0),
+    "randn_like.default": ((LIKE,), 0.0, 1.0),
+    "normal_functional.default": ((LIKE, 2.0, 0.5), 2.0, 0.25),
+    "normal.float_float": ((2.0, 0.5, [N]), 2.0, 0.25),
+    "normal.Tensor_float": ((LIKE + 2, 0.5), 2.0, 0.25),
+    "normal.float_Tensor": ((2.0, LIKE + 0.5), 2.0, 0.25),
+    "normal.Tensor_Tensor": ((LIKE + 2, LIKE + 0.5), 2.0, 0.25),
+    "exponential.default": ((LIKE, 2.0), 0.5, 0.25),
+    "bernoulli.default": ((LIKE + 0.3,), 0.3, 0.21),
+    "bernoulli.Tensor": ((LIKE, LIKE + 0.3), 0.3, 0.21),
+    "bernoulli.p": ((LIKE, 0.3), 0.3, 0.21),
+    "poisson.default": ((LIKE + 3,), 3.0, 3.0),
+    "randint.default": ((5, [N]), 2.0, 2.0),
+    "randint.low": ((-2, 3, [N]), 0.0, 2.0),
+    "randint_like.default": ((LIKE, 5), 2.0, 2.0),
+    "randint_like.low_dtype": ((LIKE, -2, 3), 0.0, 2.0),
+    "multinomial.default": ((jnp.array([0.2, 0.5, 0.3]), N, True), 1.1, 0.49),
+    "rrelu.default": ((LIKE - 1, 0.1, 0.5, True), -0.3, 0.16 / 12),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MOMENTS))
+def test_fresh_numbers_have_their_mean_and_variance(name):
+    args, mean, variance = MOMENTS[name]
+    found = np.asarray(find(f"aten.{name}").fn(*args, draw=lambda: jax.random.key(7)), np.float64)
+    assert found.shape == (N,)
+    error = 5 * np.sqrt(variance / N)
+    assert abs(found.mean() - mean) < error
+    assert abs(found.var() - variance) < 10 * variance / np.sqrt(N) + 1e-9
+
+
+def test_draws_without_replacement_are_distinct_and_follow_the_weights():
+    multinomial = find("aten.multinomial.default").fn
+    keys = jax.random.split(jax.random.key(0), 4000)
+    weights = jnp.array([0.1, 0.0, 0.6, 0.3])
+    found = np.asarray(jax.vmap(lambda key: multinomial(weights, 2, draw=lambda: key))(keys))
+    assert (found[:, 0] != found[:, 1]).all() and (found != 1).all()
+    first = np.bincount(found[:, 0], minlength=4) / len(keys)
+    np.testing.assert_allclose(first, weights, atol=0.04)
+    assert sorted(np.asarray(find("aten.randperm.default").fn(50, draw=lambda: jax.random.key(0)))) == list(range(50))
