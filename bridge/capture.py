@@ -19,6 +19,7 @@ from .graph import BridgeError, Graph, Tensor
 from .inputs import called_as, forward_names, free_axes, signature_of, two_examples
 from .reader import Reader, numpy_dtype
 from .torch_attention import attention_as_one_op
+from .torch_norms import written_out_statistics
 
 
 def capture(
@@ -191,6 +192,7 @@ def _export(
             warnings.catch_warnings(record=True) as told,
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
             attention_as_one_op(),
+            written_out_statistics(),
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(io.StringIO()),
             _custom_functions() as custom,

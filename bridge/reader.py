@@ -176,7 +176,8 @@ class Reader:
             )
         if op == "aten.instance_norm.default" and node.args[3] is not None and node.args[5]:
             raise BridgeError(
-                f"{where} is an instance norm that updates running statistics, which torch's export loses: make it "
+                f"{where} calls torch.instance_norm with running statistics, whose update torch's export loses: call "
+                "torch.nn.functional.instance_norm, or make it "
                 "with track_running_stats=False"
             )
         args = self._value(node.args)

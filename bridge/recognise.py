@@ -10,6 +10,8 @@ from .layout import module_path
 from .ops.conv import each, pads, transposed_pads
 
 ATTENTION = "esper_jax.attention.default"
+WRITTEN_OUT = -1.0
+"""The momentum of a norm whose running statistics are operations beside it, so that it is no layer by itself."""
 
 
 class Layer(NamedTuple):
@@ -205,7 +207,7 @@ def _group_norm(args: _Args) -> Any:
 
 
 def _instance_norm(args: _Args) -> Any:
-    if not args(5, "use_input_stats") or args(3, "running_mean") is not None:
+    if not args(5, "use_input_stats") or args(3, "running_mean") is not None or args(6, "momentum") == WRITTEN_OUT:
         return (args.node.path, "an instance norm with running statistics")
     weight = args.tensor(args(1, "weight"))
     fields = {"epsilon": args(7, "eps"), "num_groups": weight.shape[0] if weight else 0}
@@ -215,6 +217,8 @@ def _instance_norm(args: _Args) -> Any:
 def _batch_norm(args: _Args, training: bool) -> Any:
     mean, var = args(3, "running_mean"), args(4, "running_var")
     shift = 1 if training else 0
+    if args(5 + shift, "momentum") == WRITTEN_OUT:
+        return (args.node.path, "a batch norm that averages over all batches (momentum=None)")
     fields = {"epsilon": args(6 + shift, "eps"), "momentum": args(5 + shift, "momentum")}
     means = args.tensor(mean)
     if means is None and isinstance(mean, Ref) and mean.name.startswith("stale:"):  # called before in this forward

@@ -70,6 +70,18 @@ class Random(nn.Module):
         return x + torch.empty_like(x).cauchy_()
 
 
+class RawInstances(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(3, track_running_stats=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        norm = self.norm
+        return torch.instance_norm(
+            x, None, None, norm.running_mean, norm.running_var, self.training, 0.1, norm.eps, False
+        )
+
+
 class ComplexWeights(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -208,16 +220,15 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
         torch.ones(3, 2, dtype=torch.long),
         "scale_grad_by_freq=True divides its gradients by counts",
     ),
-    "counted average": (lambda: nn.BatchNorm1d(4, momentum=None), X, "depend on the values of a tensor"),
     "changed parameter": (
         lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)),
         torch.ones(2, 3, dtype=torch.long),
         "changes its parameter '0.weight' in its forward",
     ),
     "instance statistics": (
-        lambda: nn.Sequential(nn.InstanceNorm1d(3, track_running_stats=True)),
+        RawInstances,
         torch.ones(2, 3, 4),
-        "an instance norm that updates running statistics",
+        "calls torch.instance_norm with running statistics",
     ),
     "memory": (Memory, X, "keeps tensors in self.last; a pure function has no such memory"),
     "unknown operator": (Unknown, X, "aten.special_bessel_j0.default, which the bridge does not know.*register_op"),

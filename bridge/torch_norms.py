@@ -1,0 +1,71 @@
+"""Running statistics that torch's export loses, or reads a number for, as operations that it keeps. Imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .recognise import WRITTEN_OUT
+
+_batch_forward, _instance_norm = _BatchNorm.forward, torch.nn.functional.instance_norm
+
+
+@contextlib.contextmanager
+def written_out_statistics() -> Iterator[None]:
+    """Meanwhile a BatchNorm that averages over all batches, and instance norms, keep their statistics in the open."""
+    _BatchNorm.forward = _averaging  # type: ignore[method-assign, assignment]
+    torch.nn.functional.instance_norm = _instances
+    try:
+        yield
+    finally:
+        torch.nn.functional.instance_norm = _instance_norm
+        _BatchNorm.forward = _batch_forward  # type: ignore[method-assign]
+
+
+def _averaging(norm: Any, input: Tensor) -> Tensor:
+    """`momentum=None`: every batch has the same share; torch divides by the count of batches as a number."""
+    if norm.momentum is not None or norm.num_batches_tracked is None:
+        return _batch_forward(norm, input)
+    norm._check_input_dim(input)
+    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+    given = (input, *running, norm.weight, norm.bias, norm.training, WRITTEN_OUT, norm.eps)
+    result = torch.nn.functional.batch_norm(*given)
+    if not norm.training:
+        return result
+    norm.num_batches_tracked.add_(1)
+    axes = [axis for axis in range(input.dim()) if axis != 1]
+    share = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)
+    _update(norm.running_mean, norm.running_var, input, axes, share)
+    return result
+
+
+def _instances(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The mean over a batch of what each of its instances has enters; the export keeps the output alone."""
+    if running_mean is None or running_var is None or not use_input_stats:
+        return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    result = _instance_norm(input, None, None, weight, bias, True, WRITTEN_OUT, eps)
+    _update(running_mean, running_var, input, list(range(2, input.dim())), momentum)
+    return result
+
+
+def _update(running_mean: Tensor, running_var: Tensor, input: Tensor, axes: list[int], share: Any) -> None:
+    """Statistics over axes, and their means over the batch where it is none of them, enter by their share."""
+    with torch.no_grad():
+        var, mean = torch.var_mean(input.detach().to(running_mean.dtype), axes, correction=1)
+        for running, found in ((running_mean, mean), (running_var, var)):
+            found = found if found.dim() == 1 else found.mean(0)
+            running.copy_((1 - share) * running + share * found)
