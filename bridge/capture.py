@@ -20,6 +20,7 @@ from .inputs import called_as, forward_names, free_axes, signature_of, two_examp
 from .reader import Reader, numpy_dtype
 from .torch_attention import attention_as_one_op
 from .torch_norms import written_out_statistics
+from .torch_random import refused_sources, unvalidated_distributions
 
 
 def capture(
@@ -193,6 +194,7 @@ def _export(
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
             attention_as_one_op(),
             written_out_statistics(),
+            unvalidated_distributions(),
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(io.StringIO()),
             _custom_functions() as custom,
@@ -238,6 +240,7 @@ def _functions_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
     args, kwargs = pytree.tree_map(learnt, (args, kwargs))
     try:
         with (
+            refused_sources(name),
             torch.random.fork_rng(devices=()),
             torch.enable_grad(),
             warnings.catch_warnings(),
@@ -246,6 +249,8 @@ def _functions_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
         ):
             warnings.simplefilter("ignore")
             outputs = module(*args, **kwargs)
+    except BridgeError:
+        raise
     except Exception:  # the export says what is wrong
         return []
     todo = [leaf.grad_fn for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,9 @@ from .convert import numpy_of, tensor_of, to_variables
 from .graph import BridgeError, Graph
 from .module import Imported, check_runs
 from .recent import remember
+
+_ONE_AT_A_TIME = threading.RLock()
+"""What torch's export, and the comparison, change of torch meanwhile is the whole process's."""
 
 
 class Import(tuple[Imported, dict[str, Any]]):
@@ -59,12 +63,15 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True, train: 
         collections = ["batch_stats", "buffers"]
         logits, updated = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=collections)
 
+    All random numbers, noise as well as dropout's, come from the `dropout` stream.
+
     Args:
       module: the torch module, on any device, float32 (or bfloat16, float16; float64 with x64). It is not changed.
       example_inputs: one tensor or array, a tuple of positional inputs, or a dict of named ones; at least one of the
         shapes that the model will see. Constants among them (None, booleans, numbers) stay fixed.
       verify: compare forward, gradients and buffers after a training step with torch, on the example and on a batch
-        two larger, and refuse the import where they differ. Dropout keeps every unit in both for that.
+        two larger, and refuse the import where they differ. For that dropout keeps every unit in both, and other random
+        numbers are the same in both (`report.noise` names what draws them).
       train: whether the model can be called with `train=True`. Without, only evaluation is captured and its outputs
         compared: one capture, and a way in for modules whose forward cannot be captured in training mode.
 
@@ -78,6 +85,13 @@ def from_torch(module: Any, example_inputs: Any, *, verify: bool = True, train: 
     if not isinstance(module, torch.nn.Module):
         raise BridgeError(f"from_torch takes a torch.nn.Module, got {type(module).__name__}")
     args, kwargs = _inputs(example_inputs)
+    with _ONE_AT_A_TIME:
+        return _from_torch(module, args, kwargs, verify, train)
+
+
+def _from_torch(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], verify: bool, train: bool
+) -> Import:
     graph, constants = capture(module, args, kwargs, train=train)
     check_runs(graph)
     remember(graph)

@@ -29,7 +29,7 @@ def written_out_statistics() -> Iterator[None]:
 
 def _averaging(norm: Any, input: Tensor) -> Tensor:
     """`momentum=None`: every batch has the same share; torch divides by the count of batches as a number."""
-    if norm.momentum is not None or norm.num_batches_tracked is None:
+    if norm.momentum is not None or not norm.track_running_stats or norm.num_batches_tracked is None:
         return _batch_forward(norm, input)
     norm._check_input_dim(input)
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)

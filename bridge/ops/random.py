@@ -1,7 +1,7 @@
 """Dropout, and the other random numbers that a model draws.
 
 All come from fresh keys of the `dropout` stream. In a comparison with torch there is no key: then dropout keeps every
-unit, and both sides are given the numbers of `units` and its like in the place of random ones.
+unit, and both sides are given the numbers of `units` and its like in the place of random ones, others for each draw.
 """
 
 from __future__ import annotations
@@ -18,33 +18,60 @@ from jax import lax
 from .pointwise import leaky_relu
 from .registry import dtype_of, floating, is_array, op
 
-_STEP, _START, _COUNT = 40503, 12829, 1 << 16  # the step is near the golden section of the count, and odd
+_STEP, _COUNT = 5184443, 1 << 23  # the step is near the golden section of the count, and odd
+_SMALLEST = 2.0**-24  # as far from 0 as float32's uniform numbers are from 1
 
 
-def units(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 numbers spread over (0, 1), the same for the same shape, each exact in 17 bits."""
-    places = np.arange(math.prod(shape), dtype=np.int64) * _STEP + _START
+class Draws:
+    """What an operator draws from: fresh keys, or in a comparison none.
+
+    Args:
+      key: gives a fresh key; None in a comparison.
+    """
+
+    def __init__(self, key: Callable[[], Any] | None) -> None:
+        self._key, self._count = key, 0
+
+    def __call__(self) -> Any:
+        """A fresh key, or None."""
+        return None if self._key is None else self._key()
+
+    def number(self) -> int:
+        """How many times noise was drawn in this comparison before."""
+        self._count += 1
+        return self._count - 1
+
+
+def units(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
+    """Float32 numbers spread over (0, 1), exact, the same for the same shape and number of the draw."""
+    places = np.arange(math.prod(shape), dtype=np.int64) * _STEP + (number + 1) * (_STEP // 3)
     return ((places % _COUNT + 0.5) / _COUNT).astype(np.float32).reshape(shape)
 
 
-def normals(shape: tuple[int, ...]) -> np.ndarray:
+def normals(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
     """Float32 numbers of mean 0 and variance 1."""
-    return (units(shape) - np.float32(0.5)) * np.float32(math.sqrt(12))
+    return (units(shape, number) - np.float32(0.5)) * np.float32(math.sqrt(12))
 
 
-def exponentials(shape: tuple[int, ...]) -> np.ndarray:
+def exponentials(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
     """Float32 numbers spread as those of the standard exponential distribution."""
-    return -np.log(units(shape))
+    return -np.log(units(shape, number))
+
+
+def _drawn(draw: Any, shape: Any, dtype: Any, fresh: Callable[..., Any], instead: Callable[..., Any]) -> Any:
+    """Numbers of a distribution, drawn in 32 bits at least as torch draws them, then rounded."""
+    key = draw()
+    if key is None:
+        return lax.optimization_barrier(jnp.asarray(instead(shape, draw.number()))).astype(dtype)
+    return fresh(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
 def _uniform(draw: Any, shape: Any, dtype: Any) -> Any:
-    key = draw()
-    return jnp.asarray(units(shape), dtype) if key is None else jax.random.uniform(key, shape, dtype)
+    return _drawn(draw, shape, dtype, jax.random.uniform, units)
 
 
 def _normal(draw: Any, shape: Any, dtype: Any) -> Any:
-    key = draw()
-    return jnp.asarray(normals(shape), dtype) if key is None else jax.random.normal(key, shape, dtype)
+    return _drawn(draw, shape, dtype, jax.random.normal, normals)
 
 
 # --- dropout ---
@@ -191,11 +218,12 @@ def normal_sized(
 
 @_noise("exponential.default")
 def exponential(self: Any, lambd: float = 1, generator: Any = None, *, draw: Any = None) -> Any:
-    key = draw()
-    if key is None:
-        return jnp.asarray(exponentials(self.shape), self.dtype) / lambd
-    # never 0, as torch's: its logarithm makes Gumbel noise
-    return jnp.maximum(jax.random.exponential(key, self.shape, self.dtype), jnp.finfo(self.dtype).tiny) / lambd
+    return _drawn(draw, self.shape, self.dtype, _exponential, exponentials) / lambd
+
+
+def _exponential(key: Any, shape: Any, dtype: Any) -> Any:
+    """Never 0, as torch's: its logarithm makes Gumbel noise."""
+    return jnp.maximum(jax.random.exponential(key, shape, dtype), _SMALLEST)
 
 
 @_noise("bernoulli.default")
@@ -211,8 +239,10 @@ def bernoulli_tensor(self: Any, p: Any, generator: Any = None, *, draw: Any = No
 @_noise("poisson.default")
 def poisson(self: Any, generator: Any = None, *, draw: Any = None) -> Any:
     key, rate = draw(), lax.stop_gradient(floating(self))
-    found = jnp.floor(rate + units(self.shape)) if key is None else jax.random.poisson(key, rate)
-    return found.astype(self.dtype)
+    if key is None:
+        return jnp.floor(rate + units(self.shape, draw.number())).astype(self.dtype)
+    threefry = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
+    return jax.random.poisson(threefry, rate).astype(self.dtype)
 
 
 @_noise("randint.default")
@@ -238,14 +268,16 @@ def randint_like_low(self: Any, low: Any, high: Any, dtype: Any = None, *, draw:
 def _integers(draw: Any, low: Any, high: Any, shape: Any, dtype: Any) -> Any:
     key = draw()
     if key is None:
-        return jnp.floor(low + (high - low) * units(shape)).astype(dtype)
+        return jnp.floor(low + (high - low) * units(shape, draw.number())).astype(dtype)
     return jax.random.randint(key, shape, low, high).astype(dtype)
 
 
 @_noise("randperm.default")
 def randperm(n: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None) -> Any:
     key, dtype = draw(), dtype_of("int64" if dtype is None else dtype)
-    found = np.argsort(units((n,)), kind="stable") if key is None else jax.random.permutation(key, n)
+    if key is None:
+        return jnp.asarray(np.argsort(units((n,), draw.number()), kind="stable"), dtype)
+    found = jax.random.permutation(key, n)
     return jnp.asarray(found, dtype)
 
 
@@ -254,11 +286,12 @@ def multinomial(
     self: Any, num_samples: int, replacement: bool = False, generator: Any = None, *, draw: Any = None
 ) -> Any:
     """Places drawn by weights `[..., C]`; without replacement by the largest of weights with Gumbel noise."""
-    key, weights = draw(), lax.stop_gradient(self)
+    key, weights = draw(), lax.stop_gradient(self).astype(jnp.promote_types(self.dtype, jnp.float32))
     shape = (*weights.shape[:-1], num_samples)
+    number = draw.number() if key is None else 0
     if replacement or num_samples == 1:
         if key is None:
-            found = first_above(jnp.cumsum(weights, -1), units(shape))
+            found = first_above(jnp.cumsum(weights, -1), units(shape, number))
         else:
             found = jax.random.categorical(key, jnp.log(weights)[..., None, :], shape=shape)
     else:

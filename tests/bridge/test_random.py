@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +12,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import optax  # noqa: E402
+
 import esper_jax  # noqa: E402
 from esper_jax.bridge import BridgeError  # noqa: E402
+from esper_jax.bridge.ops import registry  # noqa: E402
 from esper_jax.bridge.ops.registry import find  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
@@ -95,6 +101,115 @@ def test_what_a_model_draws_comes_over(name):
     assert any(not jnp.array_equal(draw(1), draw(key)) for key in range(2, 12))
 
 
+class Blocks(nn.Module):
+    """Noise in a block that torch computes again on the way back."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            noisy = lambda x, layer=layer: layer(x) * torch.rand_like(x)  # noqa: E731
+            x = torch.utils.checkpoint.checkpoint(noisy, x, use_reentrant=False)
+        return x
+
+
+def test_noise_that_is_computed_again_on_the_way_back_is_the_same():
+    assert esper_jax.from_torch(Blocks(), torch.randn(4, 6)).report.passed
+
+
+def test_two_draws_of_one_shape_are_not_the_same_in_a_comparison(monkeypatch):
+    """Where they are, their difference would hide a wrong operator behind them."""
+    monkeypatch.setattr(registry, "_OPS", dict(registry._OPS))
+    esper_jax.bridge.register_op("aten.special_bessel_j0.default", lambda x: 0 * x + 7)
+    model = After(lambda x, _: x + (torch.randn_like(x) - torch.randn_like(x)) * torch.special.bessel_j0(x).detach())
+    with pytest.raises(BridgeError, match="does not compute what torch computes"):
+        esper_jax.from_torch(model, torch.randn(4, 6))
+
+
+def test_an_import_leaves_the_generators_as_they_were():
+    model = nn.Sequential(MODELS["paths by floor"](), MODELS["paths by bernoulli"](), nn.Dropout(), nn.RReLU())
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    esper_jax.from_torch(model, torch.randn(4, 6, generator=torch.Generator()))
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
+
+
+def seeded(x, _):
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return x @ torch.randn(5, 5)
+
+
+@pytest.mark.parametrize(
+    ("function", "cause"),
+    [
+        (seeded, "After calls torch.manual_seed in its forward.*are a buffer"),
+        (lambda x, training: x * (random.random() < 0.9999) if training else x, "Python's or numpy's random module"),
+        (lambda x, _: x * np.random.rand(), "Python's or numpy's random module"),  # noqa: NPY002
+    ],
+)
+def test_numbers_that_a_graph_would_hold_for_ever_are_refused(function, cause):
+    seeding = torch.manual_seed
+    with pytest.raises(BridgeError, match=cause):
+        esper_jax.from_torch(After(function), torch.randn(4, 6))
+    assert torch.manual_seed is seeding is torch.random.manual_seed
+
+
+@pytest.mark.parametrize(
+    "name", ["Normal", "Categorical", "OneHotCategoricalStraightThrough", "RelaxedOneHotCategorical"]
+)
+def test_distributions_come_over_as_they_are_by_default(name):
+    def drawn(x, _):
+        kind = getattr(torch.distributions, name)
+        if name == "Normal":
+            return kind(x, x.exp()).rsample()
+        if name == "Categorical":
+            return kind(logits=x).sample()[:, None] * x
+        return (kind(torch.tensor(0.7), logits=x) if "Relaxed" in name else kind(logits=x)).rsample()
+
+    validates = torch.distributions.Distribution._validate_args
+    assert esper_jax.from_torch(After(drawn), torch.randn(4, 6)).report.passed
+    assert torch.distributions.Distribution._validate_args is validates
+
+
+def test_a_model_that_draws_in_evaluation_is_morphed_and_trained():
+    model, variables = esper_jax.from_torch(MODELS["noise like"](), torch.randn(8, 6))
+    x = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+    morph = esper_jax.morph(variables, model=model, example=x[:8])
+    assert [site.path for site in morph.spec.sites] == ["decode", "encode"]
+    trainer = esper_jax.Tolaria(
+        model,
+        lambda output, y: jnp.mean((output[0] - y) ** 2, -1),
+        optax.adam(1e-2),
+        eval_kwargs={"rngs": {"dropout": jax.random.key(3)}},
+        batch_size=16,
+        score=lambda output, y: -jnp.mean((output[0] - y) ** 2, -1),
+        progress=False,
+    )
+    state = trainer.init(morph, key=jax.random.key(0))
+    _, history = trainer.fit(state, (x, x), (x, x), epochs=3)
+    assert history.records[-1]["loss"] < history.records[0]["loss"]
+
+
+def test_imports_in_several_threads_take_turns():
+    failed = []
+
+    def load():
+        try:
+            assert esper_jax.from_torch(MODELS["paths by floor"](), torch.randn(4, 6)).report.passed
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and torch.backends.mha.get_fastpath_enabled()
+
+
 def test_the_report_names_what_is_drawn():
     report = esper_jax.from_torch(MODELS["noise like"](), torch.randn(4, 6)).report
     assert report.noise == ("aten.randn_like.default",)
@@ -104,7 +219,7 @@ def test_the_report_names_what_is_drawn():
 
 def test_a_model_that_draws_in_evaluation_asks_for_a_key():
     model, variables = esper_jax.from_torch(MODELS["noise like"](), torch.randn(4, 6))
-    with pytest.raises(BridgeError, match=r"Autoencoder draws random numbers: call it with rngs=\{'dropout'"):
+    with pytest.raises(BridgeError, match=r"Autoencoder draws random numbers in evaluation .*with rngs=\{'dropout'"):
         model.apply(variables, jnp.ones((2, 6)))
     noisy = model.apply(variables, jnp.ones((2, 6)), rngs={"dropout": jax.random.key(0)})
     assert not jnp.array_equal(noisy[0][0], noisy[0][1]) and jnp.array_equal(noisy[1][0], noisy[1][1])
@@ -142,6 +257,25 @@ MOMENTS = {
     "multinomial.default": ((jnp.array([0.2, 0.5, 0.3]), N, True), 1.1, 0.49),
     "rrelu.default": ((LIKE - 1, 0.1, 0.5, True), -0.3, 0.16 / 12),
 }
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_numbers_of_16_bits_are_drawn_wide(dtype):
+    """In 8 bits an exponential number would be 0 once in 128 draws, and Gumbel noise beyond any logit."""
+    like, draw = jnp.zeros(200_000, dtype), lambda: jax.random.key(1)
+    exponential = np.asarray(find("aten.exponential.default").fn(like, draw=draw), np.float64)
+    assert (exponential > 0).all() and exponential.max() > 9 and -np.log(exponential.min()) < 20
+    normal = np.asarray(find("aten.randn_like.default").fn(like, draw=draw), np.float64)
+    assert np.abs(normal).max() > 4 and len(np.unique(normal)) > 1000
+    weights = jnp.asarray([1 - 1e-3, 1e-3], dtype)
+    rare = np.asarray(find("aten.multinomial.default").fn(weights, 200_000, True, draw=draw))
+    assert 100 < rare.sum() < 350
+
+
+def test_poisson_numbers_are_drawn_whatever_the_kind_of_key():
+    key = jax.random.key(0, impl="rbg")
+    found = find("aten.poisson.default").fn(jnp.full(4000, 3.0), draw=lambda: key)
+    assert abs(float(found.mean()) - 3) < 0.2
 
 
 @pytest.mark.parametrize("name", sorted(MOMENTS))
