@@ -42,10 +42,10 @@ def capture(
     for mode in (False, True) if train else (False,):
         copied = copy_of(module)
         with modes_kept(module):
-            if copied is not module:
-                with plain_attention():
-                    _refuse_functions(_functions_of(copy_of(module).train(mode), args, kwargs, name), name)
             try:
+                if copied is not module:
+                    with plain_attention():
+                        _refuse_functions(_functions_of(copy_of(module).train(mode), args, kwargs, name), name)
                 with called_as(copied, signature):
                     exported = _export(copied.train(mode), args, kwargs, shapes, name)
                 program, large, takes = Reader(

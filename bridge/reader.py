@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .graph import HIDING, BridgeError, Dtype, Input, Node, Program, Ref, evaluate
 from .inputs import leaf_names
+from .ops.random import NOISE
 from .ops.registry import find
 
 _INT32 = 2**31
@@ -181,7 +182,10 @@ class Reader:
                 "with track_running_stats=False"
             )
         args = self._value(node.args)
-        kwargs = tuple((k, self._value(v)) for k, v in node.kwargs.items() if k not in _DROPPED)
+        named = {k: v for k, v in node.kwargs.items() if k not in _DROPPED}
+        if op in NOISE and isinstance(node.args[0], list | tuple):  # of a size: torch's default dtype when it was drawn
+            named.setdefault("dtype", node.meta["val"].dtype)
+        kwargs = tuple((k, self._value(v)) for k, v in named.items())
         if op not in _BIG_INTS:
             for value in _numbers((args, tuple(v for _, v in kwargs))):
                 self._check_int(value, f"{op} in {where}")

@@ -146,7 +146,10 @@ def seeded(x, _):
     ("function", "cause"),
     [
         (seeded, "After calls torch.manual_seed in its forward.*are a buffer"),
-        (lambda x, training: x * (random.random() < 0.9999) if training else x, "Python's or numpy's random module"),
+        (
+            lambda x, training: x * (random.random() < 0.9999) if training else x,
+            r"Python's or numpy's random module.*train=False\) imports evaluation",
+        ),
         (lambda x, _: x * np.random.rand(), "Python's or numpy's random module"),  # noqa: NPY002
     ],
 )
@@ -208,6 +211,19 @@ def test_imports_in_several_threads_take_turns():
     for thread in threads:
         thread.join()
     assert not failed and torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_of_a_size_has_torchs_default_dtype(dtype):
+    model = After(lambda x, _: (torch.rand(x.shape), x.float() + torch.randn(x.shape)))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        given = esper_jax.from_torch(model.float(), torch.randn(4, 6, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    drawn, _ = given.model.apply(given.variables, jnp.ones((2, 6)), rngs={"dropout": jax.random.key(0)})
+    assert given.report.passed and drawn.dtype == str(dtype).removeprefix("torch.")
 
 
 def test_the_report_names_what_is_drawn():
