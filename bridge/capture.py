@@ -20,7 +20,7 @@ from .inputs import called_as, forward_names, free_axes, signature_of, two_examp
 from .reader import Reader, numpy_dtype
 from .torch_attention import attention_as_one_op
 from .torch_norms import written_out_statistics
-from .torch_random import refused_sources, unvalidated_distributions
+from .torch_random import number_noise, refuse_fixed_numbers, unvalidated_distributions
 
 
 def capture(
@@ -202,6 +202,7 @@ def _export(
             warnings.simplefilter("always")
             exported = export(module, args, kwargs, strict=False, dynamic_shapes=shapes)
             _stop_gradients(exported, name)
+            number_noise(exported.graph_module)
             exported = exported.run_decompositions({})
     except BridgeError:
         raise
@@ -240,15 +241,13 @@ def _functions_of(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
     args, kwargs = pytree.tree_map(learnt, (args, kwargs))
     try:
         with (
-            refused_sources(name),
-            torch.random.fork_rng(devices=()),
             torch.enable_grad(),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):
             warnings.simplefilter("ignore")
-            outputs = module(*args, **kwargs)
+            outputs = refuse_fixed_numbers(lambda: module(*args, **kwargs), name)
     except BridgeError:
         raise
     except Exception:  # the export says what is wrong

@@ -162,8 +162,8 @@ def report_of(graph: Graph, checks: Sequence[Check] = ()) -> Report:
     """What is known of a graph, with what was compared."""
     plan, frozen = plan_of(graph), tuple(tensor.name for tensor in graph.tensors if tensor.frozen)
     programs = [program for program in (graph.evaluate, graph.train) if program is not None]
-    noise = sorted({node.op for program in programs for node in program.nodes} & NOISE)
-    return Report(graph.name, tuple(checks), len(plan.layers), plan.bare, frozen, tuple(noise))
+    noise = {node.op for program in programs for node in program.nodes if "number" in dict(node.kwargs)}
+    return Report(graph.name, tuple(checks), len(plan.layers), plan.bare, frozen, tuple(sorted(noise & NOISE)))
 
 
 def _jit(function: Callable[..., Any]) -> Any:

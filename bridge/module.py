@@ -13,7 +13,6 @@ import numpy as np
 from .graph import BridgeError, Dtype, Graph, Input, Node, Program, Ref, evaluate, flatten, mapped, nest
 from .layers import call, make, plain
 from .layout import from_flax
-from .ops.random import Draws
 from .ops.registry import Last, check_fits, dtype_of, find, is_array, unknown
 from .plan import LAYER, plan_of
 
@@ -153,7 +152,6 @@ class _Run:
         self.shapes = {tensor.name: tensor.shape for tensor in model.graph.tensors}
         self.values: dict[str, Any] = {}
         self.torch_layout: dict[str, Any] = {}
-        self.draws = Draws(None if model.every_unit else self._key)
 
     def __call__(self) -> Any:
         for node in self.program.nodes:
@@ -212,7 +210,9 @@ class _Run:
             return self.torch_layout[value.name]
         return found
 
-    def _key(self) -> Any:
+    def _draw(self) -> Any:
+        if self.model.every_unit:
+            return None
         if not self.model.has_rng("dropout") and not self.model.has_rng("params"):  # which Flax takes for any stream
             where = " in training" if self.train else " in evaluation (Tolaria: eval_kwargs={'rngs': ...})"
             raise BridgeError(
@@ -226,7 +226,7 @@ class _Run:
             path = tuple(node.args[0].split("/"))
             layer = self.plan.layers[path]
             inputs = tuple(self._raw(arg) for arg in node.args[1:])
-            found = call(layer, self._holder(path), inputs, dict(node.kwargs), self.draws)
+            found = call(layer, self._holder(path), inputs, dict(node.kwargs), self._draw)
             self.values[node.name] = found[0]
             if len(found) > 1:
                 self.values[f"{node.name}:1"] = found[1]
@@ -248,7 +248,7 @@ class _Run:
         op = find(node.op)
         if op is None:  # its form was taken away since the import
             raise unknown(node.op, node.path)
-        more = {"draw": self.draws} if op.random else {}
+        more = {"draw": self._draw} if op.random else {}
         if op.elementwise or op.channels:
             args, kwargs = mapped(node.args, self._raw), {k: mapped(v, self._raw) for k, v in node.kwargs}
             rank = _common_rank((args, tuple(kwargs.values())))

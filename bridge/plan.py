@@ -9,7 +9,7 @@ from typing import Any
 
 from .graph import HIDING, Graph, Node, Program, Ref, Tensor
 from .layout import Place, bare, module_path
-from .recognise import Call, Layer, recognise
+from .recognise import AVERAGES, Call, Layer, recognise
 
 LAYER = "layer"
 _LAYER_CLASSES = {
@@ -88,11 +88,12 @@ def plan_of(graph: Graph) -> Plan:
                 calls.append((node, found))
             elif isinstance(found, tuple):
                 refused.setdefault(*found)
+    averaging = {module_path(path) for path, reason in refused.items() if reason == AVERAGES}
     owned: dict[str, tuple[str, ...]] = {}
     for at_home in (True, False):
         for node, call in calls:
             layer = call.layer
-            if (module_path(node.path) == layer.path) != at_home or layer.path in chosen:
+            if (module_path(node.path) == layer.path) != at_home or layer.path in chosen or layer.path in averaging:
                 continue
             names = {leaf[2] for leaf in layer.leaves}
             if any(owned.get(name, layer.path) != layer.path for name in names):

@@ -18,6 +18,7 @@ from .graph import HIDING, BridgeError, Dtype, Input, Node, Program, Ref, evalua
 from .inputs import leaf_names
 from .ops.random import NOISE
 from .ops.registry import find
+from .torch_random import NUMBER
 
 _INT32 = 2**31
 _SMALL = 1024
@@ -166,7 +167,7 @@ class Reader:
         if _RANDOM.match(op) and find(op) is None:
             raise BridgeError(
                 f"{where} draws random numbers by {op} ({_line(node)}), which the bridge has no form for: give the "
-                "noise to the model as an input, or register_op() a form of your own"
+                "noise to the model as an input, or register_op() a form of your own and import with verify=False"
             )
         sizes = [size for leaf in pytree.tree_leaves(node.meta.get("val")) for size in getattr(leaf, "shape", ())]
         if any(re.search(r"\bu\d+\b", str(size)) for size in sizes):
@@ -183,8 +184,10 @@ class Reader:
             )
         args = self._value(node.args)
         named = {k: v for k, v in node.kwargs.items() if k not in _DROPPED}
-        if op in NOISE and isinstance(node.args[0], list | tuple):  # of a size: torch's default dtype when it was drawn
-            named.setdefault("dtype", node.meta["val"].dtype)
+        if op in NOISE and NUMBER in (node.meta.get("custom") or {}):
+            named["number"] = node.meta["custom"][NUMBER]
+            if any(isinstance(arg, list | tuple) for arg in node.args):  # of a size: torch's default dtype at that time
+                named.setdefault("dtype", node.meta["val"].dtype)
         kwargs = tuple((k, self._value(v)) for k, v in named.items())
         if op not in _BIG_INTS:
             for value in _numbers((args, tuple(v for _, v in kwargs))):

@@ -10,6 +10,7 @@ from .layout import module_path
 from .ops.conv import each, pads, transposed_pads
 
 ATTENTION = "esper_jax.attention.default"
+AVERAGES = "a batch norm that averages over all batches (momentum=None)"
 WRITTEN_OUT = -1.0
 """The momentum of a norm whose running statistics are operations beside it, so that it is no layer by itself."""
 
@@ -217,8 +218,6 @@ def _instance_norm(args: _Args) -> Any:
 def _batch_norm(args: _Args, training: bool) -> Any:
     mean, var = args(3, "running_mean"), args(4, "running_var")
     shift = 1 if training else 0
-    if args(5 + shift, "momentum") == WRITTEN_OUT:
-        return (args.node.path, "a batch norm that averages over all batches (momentum=None)")
     fields = {"epsilon": args(6 + shift, "eps"), "momentum": args(5 + shift, "momentum")}
     means = args.tensor(mean)
     if means is None and isinstance(mean, Ref) and mean.name.startswith("stale:"):  # called before in this forward
@@ -248,6 +247,8 @@ def _batch_norm(args: _Args, training: bool) -> Any:
 
 
 def _batch_norm_no_stats(args: _Args) -> Any:
+    if args(4, "momentum") == WRITTEN_OUT:
+        return (args.node.path, AVERAGES)
     return (args.node.path, "a batch norm without running statistics")
 
 

@@ -29,14 +29,11 @@ def written_out_statistics() -> Iterator[None]:
 
 def _averaging(norm: Any, input: Tensor) -> Tensor:
     """`momentum=None`: every batch has the same share; torch divides by the count of batches as a number."""
-    if norm.momentum is not None or not norm.track_running_stats or norm.num_batches_tracked is None:
+    tracked = norm.track_running_stats and norm.num_batches_tracked is not None
+    if norm.momentum is not None or not norm.training or not tracked:
         return _batch_forward(norm, input)
     norm._check_input_dim(input)
-    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-    given = (input, *running, norm.weight, norm.bias, norm.training, WRITTEN_OUT, norm.eps)
-    result = torch.nn.functional.batch_norm(*given)
-    if not norm.training:
-        return result
+    result = torch.nn.functional.batch_norm(input, None, None, norm.weight, norm.bias, True, WRITTEN_OUT, norm.eps)
     norm.num_batches_tracked.add_(1)
     axes = [axis for axis in range(input.dim()) if axis != 1]
     share = 1 / norm.num_batches_tracked.to(norm.running_mean.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import BridgeError
 from .ops.random import exponentials, first_above, normals, units
+
+NUMBER = "esper_number"
 
 
 class EveryUnit(TorchDispatchMode):
@@ -41,11 +43,12 @@ class EveryUnit(TorchDispatchMode):
         if func is torch.ops.aten.native_dropout.default:
             scaled = args[0] / (1 - args[1]) if args[2] else args[0]
             return scaled, torch.ones_like(args[0], dtype=torch.bool)
-        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        name = _name(func)
         given = _given(func, args, kwargs)
-        if name == "bernoulli" and not isinstance(given.get("p", given["self"]), torch.Tensor):  # dropout's
+        kind = _kind(func, given)
+        if kind == "mask":
             return args[0].fill_(1.0) if func._schema.is_mutable else torch.ones_like(args[0])
-        if name not in _NOISE or given.get("training") is False:
+        if kind != "noise":
             return func(*args, **kwargs)
         number = self._number()
         if name == "rrelu_with_noise":
@@ -53,6 +56,44 @@ class EveryUnit(TorchDispatchMode):
         found = func(*args, **kwargs)
         found.copy_(_NOISE[name](tuple(found.shape), given, number))
         return found
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::").rstrip("_")
+
+
+def _kind(func: Any, given: Mapping[str, Any]) -> str:
+    """`noise`, the `mask` of dropout, or neither."""
+    name = _name(func)
+    if name == "bernoulli" and isinstance(given.get("p", given["self"]), float | int):
+        return "mask"
+    return "noise" if name in _NOISE and given.get("training") is not False else ""
+
+
+def number_noise(graph_module: torch.fx.GraphModule, count: int = 0) -> int:
+    """Note at each node that draws noise how often it was drawn before; what nothing reads is dropped after this.
+
+    Args:
+      graph_module: as `torch.export.export` gives it; the numbers are in its nodes' `meta["custom"]`.
+      count: how often noise was drawn before it.
+
+    Returns:
+      How often it was drawn after it.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        for arg in node.args:
+            body = getattr(graph_module, arg.target, None) if getattr(arg, "op", "") == "get_attr" else None
+            if isinstance(body, torch.fx.GraphModule):
+                count = number_noise(body, count)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        given = _given(node.target, node.args, node.kwargs)
+        if _kind(node.target, given) == "noise" or _name(node.target) == "rrelu" and given["training"]:
+            node.meta["custom"] = {**(node.meta.get("custom") or {}), NUMBER: count}
+            count += 1
+    return count
 
 
 def _given(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +130,7 @@ def _multinomial(shape: tuple[int, ...], given: dict[str, Any], number: int) -> 
     weights = given["self"].to(torch.promote_types(given["self"].dtype, torch.float32))
     if given["replacement"] or given["num_samples"] == 1:
         return first_above(torch.cumsum(weights, -1), _of(units, shape, number))
-    return torch.topk(weights, given["num_samples"]).indices
+    return torch.topk(weights * _of(units, tuple(weights.shape), number), given["num_samples"]).indices
 
 
 def _normal(shape: tuple[int, ...], given: dict[str, Any], number: int) -> Any:
@@ -129,32 +170,62 @@ def unvalidated_distributions() -> Iterator[None]:
         kind.set_default_validate_args(validates)
 
 
-@contextlib.contextmanager
-def refused_sources(name: str) -> Iterator[None]:
-    """BridgeError if meanwhile random numbers are drawn where a captured graph would hold one of them for ever."""
-    seeding, before = torch.manual_seed, (random.getstate(), _numpy_state())
+def refuse_fixed_numbers(call: Callable[[], Any], name: str) -> Any:
+    """What a forward gives; BridgeError if it draws numbers that a captured graph would hold, or make anew, wrongly.
 
-    def refuse(*_: Any) -> Any:
+    It is called a second time, from other states of the generators, where it drew noise or numbers beside torch's:
+    noise that begins at the same state again is seeded in the forward, and numbers of Python's or numpy's random
+    module that are not seeded there would be constants of the graph.
+    """
+    outputs, noise, before, after = _watched(call, 0)
+    if not noise and before == after:
+        return outputs
+    _, again, _, afterwards = _watched(call, 1)
+    if noise & again:
         raise BridgeError(
-            f"{name} calls torch.manual_seed in its forward: numbers that are the same each time are a buffer; "
-            "register them as one"
+            f"{name} seeds torch's generator in its forward and draws from it: numbers that are the same each time "
+            "are a buffer; register them as one"
         )
-
-    torch.manual_seed = torch.random.manual_seed = refuse
-    try:
-        yield
-    finally:
-        torch.manual_seed = torch.random.manual_seed = seeding
-        after = (random.getstate(), _numpy_state())
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-    if after != before:
+    if any(was != once and once != twice for was, once, twice in zip(before, after, afterwards, strict=True)):
         raise BridgeError(
             f"{name} draws numbers by Python's or numpy's random module in its forward, of which the captured graph "
             "would hold one for ever: draw by torch (torch.rand), and choose by torch.where"
         )
+    return outputs
 
 
-def _numpy_state() -> Any:
+def _watched(call: Callable[[], Any], seed: int) -> tuple[Any, set[bytes], Any, Any]:
+    """A call's outputs, torch's states where it drew noise, and the states of the others before and after."""
+    kept = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        before = _others()
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            with _Watch() as watch:
+                outputs = call()
+        after = _others()
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])  # noqa: NPY002
+    return outputs, watch.states, before, after
+
+
+class _Watch(TorchDispatchMode):
+    """Notes torch's state before each draw of noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: set[bytes] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _kind(func, _given(func, args, kwargs or {})) == "noise":
+            self.states.add(torch.get_rng_state().numpy().tobytes())
+        return func(*args, **(kwargs or {}))
+
+
+def _others() -> Any:
+    """The states of Python's and numpy's generators."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002
-    return (kind, tuple(keys.tolist()), *rest)
+    return random.getstate(), (kind, keys.tobytes(), *rest)

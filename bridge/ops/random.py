@@ -6,9 +6,10 @@ unit, and both sides are given the numbers of `units` and its like in the place 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +19,33 @@ from jax import lax
 from .pointwise import leaky_relu
 from .registry import dtype_of, floating, is_array, op
 
-_STEP, _COUNT = 5184443, 1 << 23  # the step is near the golden section of the count, and odd
+_COUNT = 1 << 23  # numbers of 23 bits and a half are exact in float32
 _SMALLEST = 2.0**-24  # as far from 0 as float32's uniform numbers are from 1
 
 
-class Draws:
-    """What an operator draws from: fresh keys, or in a comparison none.
+class Draw(NamedTuple):
+    """What one operator of noise draws from.
 
-    Args:
-      key: gives a fresh key; None in a comparison.
+    Attributes:
+      key: gives a fresh key, or None in a comparison.
+      number: which draw of its program it is; torch's side counts alike.
     """
 
-    def __init__(self, key: Callable[[], Any] | None) -> None:
-        self._key, self._count = key, 0
+    key: Callable[[], Any]
+    number: int
 
     def __call__(self) -> Any:
         """A fresh key, or None."""
-        return None if self._key is None else self._key()
-
-    def number(self) -> int:
-        """How many times noise was drawn in this comparison before."""
-        self._count += 1
-        return self._count - 1
+        return self.key()
 
 
 def units(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
-    """Float32 numbers spread over (0, 1), exact, the same for the same shape and number of the draw."""
-    places = np.arange(math.prod(shape), dtype=np.int64) * _STEP + (number + 1) * (_STEP // 3)
-    return ((places % _COUNT + 0.5) / _COUNT).astype(np.float32).reshape(shape)
+    """Float32 numbers in (0, 1), the same for a shape and number of the draw: splitmix64 (Steele et al. 2014)."""
+    places = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) + np.uint64(number << 40)
+    z = places * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (((z >> np.uint64(41)) + 0.5) / _COUNT).astype(np.float32).reshape(shape)
 
 
 def normals(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
@@ -62,7 +62,7 @@ def _drawn(draw: Any, shape: Any, dtype: Any, fresh: Callable[..., Any], instead
     """Numbers of a distribution, drawn in 32 bits at least as torch draws them, then rounded."""
     key = draw()
     if key is None:
-        return lax.optimization_barrier(jnp.asarray(instead(shape, draw.number()))).astype(dtype)
+        return lax.optimization_barrier(jnp.asarray(instead(shape, draw.number))).astype(dtype)
     return fresh(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
@@ -72,6 +72,24 @@ def _uniform(draw: Any, shape: Any, dtype: Any) -> Any:
 
 def _normal(draw: Any, shape: Any, dtype: Any) -> Any:
     return _drawn(draw, shape, dtype, jax.random.normal, normals)
+
+
+NOISE: set[str] = set()
+"""The operators that draw other random numbers than dropout's; the reader gives each of their nodes its `number`."""
+
+
+def _noise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    NOISE.update(f"aten.{name}" for name in names)
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(fn)
+        def numbered(*args: Any, draw: Any, number: int = 0, **kwargs: Any) -> Any:
+            return fn(*args, draw=Draw(draw, number), **kwargs)
+
+        op(*names, random=True)(numbered)
+        return fn
+
+    return register
 
 
 # --- dropout ---
@@ -132,7 +150,7 @@ def alpha_dropout(input: Any, p: float, train: bool, *, draw: Any = None) -> Any
     return jnp.where(kept, input, alpha) * a - a * alpha * p
 
 
-@op("rrelu.default", random=True)
+@_noise("rrelu.default")
 def rrelu(
     self: Any,
     lower: float = 1 / 8,
@@ -149,21 +167,13 @@ def rrelu(
     return jnp.where(self > 0, self, self * slopes)
 
 
-@op("rrelu_with_noise_functional.default", random=True)
+@_noise("rrelu_with_noise_functional.default")
 def rrelu_with_noise(self: Any, noise: Any, *options: Any, draw: Any = None, **named: Any) -> tuple[Any, Any]:
     """What torch writes in place; its second output are the slopes, which its own way back alone reads."""
     return rrelu(self, *options, draw=draw, **named), noise
 
 
 # --- noise; torch lets no gradient through what it is drawn by ---
-
-NOISE: set[str] = set()
-"""The operators that draw other random numbers than dropout's."""
-
-
-def _noise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    NOISE.update(f"aten.{name}" for name in names)
-    return op(*names, random=True)
 
 
 @_noise("rand.default")
@@ -240,7 +250,7 @@ def bernoulli_tensor(self: Any, p: Any, generator: Any = None, *, draw: Any = No
 def poisson(self: Any, generator: Any = None, *, draw: Any = None) -> Any:
     key, rate = draw(), lax.stop_gradient(floating(self))
     if key is None:
-        return jnp.floor(rate + units(self.shape, draw.number())).astype(self.dtype)
+        return jnp.floor(rate + units(self.shape, draw.number)).astype(self.dtype)
     threefry = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl="threefry2x32")
     return jax.random.poisson(threefry, rate).astype(self.dtype)
 
@@ -268,7 +278,7 @@ def randint_like_low(self: Any, low: Any, high: Any, dtype: Any = None, *, draw:
 def _integers(draw: Any, low: Any, high: Any, shape: Any, dtype: Any) -> Any:
     key = draw()
     if key is None:
-        return jnp.floor(low + (high - low) * units(shape, draw.number())).astype(dtype)
+        return jnp.floor(low + (high - low) * units(shape, draw.number)).astype(dtype)
     return jax.random.randint(key, shape, low, high).astype(dtype)
 
 
@@ -276,7 +286,7 @@ def _integers(draw: Any, low: Any, high: Any, shape: Any, dtype: Any) -> Any:
 def randperm(n: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None) -> Any:
     key, dtype = draw(), dtype_of("int64" if dtype is None else dtype)
     if key is None:
-        return jnp.asarray(np.argsort(units((n,), draw.number()), kind="stable"), dtype)
+        return jnp.asarray(np.argsort(units((n,), draw.number), kind="stable"), dtype)
     found = jax.random.permutation(key, n)
     return jnp.asarray(found, dtype)
 
@@ -288,18 +298,18 @@ def multinomial(
     """Places drawn by weights `[..., C]`; without replacement by the largest of weights with Gumbel noise."""
     key, weights = draw(), lax.stop_gradient(self).astype(jnp.promote_types(self.dtype, jnp.float32))
     shape = (*weights.shape[:-1], num_samples)
-    number = draw.number() if key is None else 0
     if replacement or num_samples == 1:
         if key is None:
-            found = first_above(jnp.cumsum(weights, -1), units(shape, number))
+            found = first_above(jnp.cumsum(weights, -1), units(shape, draw.number))
         else:
             found = jax.random.categorical(key, jnp.log(weights)[..., None, :], shape=shape)
+    elif key is None:
+        found = lax.top_k(weights * units(weights.shape, draw.number), num_samples)[1]
     else:
-        logits = weights if key is None else jnp.log(weights) + jax.random.gumbel(key, weights.shape)
-        found = lax.top_k(logits, num_samples)[1]
+        found = lax.top_k(jnp.log(weights) + jax.random.gumbel(key, weights.shape), num_samples)[1]
     return found.astype(dtype_of("int64"))
 
 
 def first_above(sums: Any, shares: Any) -> Any:
-    """The first place at which running sums `[..., C]` exceed each of the shares `[..., n]` of their total."""
+    """The first place where running sums `[..., C]` exceed each of the shares `[..., n]` of their total."""
     return (sums[..., None, :] <= shares[..., None] * sums[..., None, -1:]).sum(-1)

@@ -17,7 +17,9 @@ import optax  # noqa: E402
 import esper_jax  # noqa: E402
 from esper_jax.bridge import BridgeError  # noqa: E402
 from esper_jax.bridge.ops import registry  # noqa: E402
+from esper_jax.bridge.ops.random import NOISE, units  # noqa: E402
 from esper_jax.bridge.ops.registry import find  # noqa: E402
+from esper_jax.bridge.torch_random import _NOISE  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
 pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore:morph")]
@@ -142,10 +144,19 @@ def seeded(x, _):
         return x @ torch.randn(5, 5)
 
 
+def seeded_by_the_generator(x, _):
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(3)
+    noise = torch.rand(5)
+    torch.set_rng_state(state)
+    return x * noise
+
+
 @pytest.mark.parametrize(
     ("function", "cause"),
     [
-        (seeded, "After calls torch.manual_seed in its forward.*are a buffer"),
+        (seeded, "After seeds torch's generator in its forward and draws from it.*are a buffer"),
+        (seeded_by_the_generator, "After seeds torch's generator"),
         (
             lambda x, training: x * (random.random() < 0.9999) if training else x,
             r"Python's or numpy's random module.*train=False\) imports evaluation",
@@ -154,10 +165,69 @@ def seeded(x, _):
     ],
 )
 def test_numbers_that_a_graph_would_hold_for_ever_are_refused(function, cause):
-    seeding = torch.manual_seed
     with pytest.raises(BridgeError, match=cause):
         esper_jax.from_torch(After(function), torch.randn(4, 6))
-    assert torch.manual_seed is seeding is torch.random.manual_seed
+
+
+def constant(x, _):
+    np.random.seed(0)  # noqa: NPY002
+    return x * torch.from_numpy(np.random.randn(5)).float()  # noqa: NPY002
+
+
+def masked(x, training):
+    torch.manual_seed(0)
+    return functional.dropout(x, 0.5, training)
+
+
+@pytest.mark.parametrize("function", [constant, masked])
+def test_seeded_constants_and_seeded_dropout_come_over(function):
+    assert esper_jax.from_torch(After(function), torch.randn(4, 6)).report.passed
+
+
+class Unread(nn.Module):
+    """Draws that nothing reads, before one that is read; the mean alone in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        torch.empty(0).normal_()
+        for _ in range(2):
+            if torch.rand([]) is None:
+                continue
+            x = self.layer(x)
+        torch.rand_like(x)
+        return x * torch.rand_like(x) if self.training else x
+
+
+def test_draws_that_nothing_reads_count_and_ask_for_no_key():
+    given = esper_jax.from_torch(Unread(), torch.randn(4, 6))
+    assert given.report.passed and given.report.noise == ("aten.rand_like.default",)
+    given.model.apply(given.variables, jnp.ones((2, 6)))
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_units_are_sampled_uniformly(replacement):
+    model = After(lambda x, _: x[:, torch.multinomial(torch.ones(5), 4, replacement)])
+    assert esper_jax.from_torch(model, torch.randn(4, 6)).report.passed
+
+
+def test_the_numbers_of_a_comparison_are_independent():
+    first, second, fourth = (units((64, 64), number) - 0.5 for number in (0, 1, 3))
+    assert len(np.unique(first)) > 4090 and np.linalg.matrix_rank(first) == 64
+    for other in (second, fourth):
+        assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.05
+        assert abs(np.corrcoef(first.ravel()[1:], other.ravel()[:-1])[0, 1]) < 0.05
+    assert np.array_equal(units((5,), 2), units((5,), 2)) and units((1000,)).min() > 0 and units((1000,)).max() < 1
+
+
+def test_both_sides_know_the_same_operators():
+    """What JAX has a form of is given to torch, too, in a comparison."""
+    known = {name.removeprefix("aten.").split(".")[0] for name in NOISE}
+    assert {name.removesuffix("_functional") for name in known - {"rrelu"}} == {
+        name.removesuffix("_functional") for name in _NOISE
+    }
 
 
 @pytest.mark.parametrize(
@@ -229,6 +299,8 @@ def test_noise_of_a_size_has_torchs_default_dtype(dtype):
 def test_the_report_names_what_is_drawn():
     report = esper_jax.from_torch(MODELS["noise like"](), torch.randn(4, 6)).report
     assert report.noise == ("aten.randn_like.default",)
+    slopes = esper_jax.from_torch(nn.Sequential(nn.Linear(6, 6), nn.RReLU()), torch.randn(4, 6)).report
+    assert slopes.noise == ("aten.rrelu.default",)
     assert "draws random numbers: aten.randn_like.default; torch and JAX were given the same" in str(report)
     assert not esper_jax.from_torch(nn.Sequential(nn.Linear(6, 6), nn.Dropout()), torch.randn(4, 6)).report.noise
 

@@ -81,6 +81,8 @@ def test_such_norms_say_why_they_are_no_sites():
         "1": "a batch norm that averages over all batches (momentum=None)"
     }
     assert not reasons(nn.BatchNorm1d(4))
+    averaging = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
+    assert not esper_jax.from_torch(averaging, torch.randn(3, 4), train=False).report.bare  # frozen, it is a layer
     images = nn.Sequential(nn.Conv2d(1, 4, 1), nn.InstanceNorm2d(4, track_running_stats=True, affine=True))
     assert dict(esper_jax.from_torch(images, torch.randn(2, 1, 3, 3)).report.bare) == {
         "1": "an instance norm with running statistics"
