@@ -161,8 +161,7 @@ def _verified(
 def report_of(graph: Graph, checks: Sequence[Check] = ()) -> Report:
     """What is known of a graph, with what was compared."""
     plan, frozen = plan_of(graph), tuple(tensor.name for tensor in graph.tensors if tensor.frozen)
-    programs = [program for program in (graph.evaluate, graph.train) if program is not None]
-    noise = {node.op for program in programs for node in program.nodes if "number" in dict(node.kwargs)}
+    noise = {node.op for program in graph.programs() for node in program.nodes if "number" in dict(node.kwargs)}
     return Report(graph.name, tuple(checks), len(plan.layers), plan.bare, frozen, tuple(sorted(noise & NOISE)))
 
 

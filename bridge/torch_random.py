@@ -34,7 +34,7 @@ class EveryUnit(TorchDispatchMode):
         torch.set_rng_state(self._state)
 
     def _number(self) -> int:
-        number = self._numbers.setdefault(torch.get_rng_state().numpy().tobytes(), len(self._numbers))
+        number = self._numbers.setdefault(_state(), len(self._numbers))
         torch.rand(1)  # moves that state on, whatever the draw itself takes its numbers from
         return number
 
@@ -43,14 +43,12 @@ class EveryUnit(TorchDispatchMode):
         if func is torch.ops.aten.native_dropout.default:
             scaled = args[0] / (1 - args[1]) if args[2] else args[0]
             return scaled, torch.ones_like(args[0], dtype=torch.bool)
-        name = _name(func)
-        given = _given(func, args, kwargs)
-        kind = _kind(func, given)
+        kind = _kind(func, args, kwargs)
         if kind == "mask":
             return args[0].fill_(1.0) if func._schema.is_mutable else torch.ones_like(args[0])
         if kind != "noise":
             return func(*args, **kwargs)
-        number = self._number()
+        name, given, number = _name(func), _given(func, args, kwargs), self._number()
         if name == "rrelu_with_noise":
             return _rrelu(func, given, number)
         found = func(*args, **kwargs)
@@ -58,16 +56,23 @@ class EveryUnit(TorchDispatchMode):
         return found
 
 
+def _state() -> bytes:
+    return torch.get_rng_state().numpy().tobytes()
+
+
 def _name(func: Any) -> str:
     return func._schema.name.removeprefix("aten::").rstrip("_")
 
 
-def _kind(func: Any, given: Mapping[str, Any]) -> str:
+def _kind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """`noise`, the `mask` of dropout, or neither."""
     name = _name(func)
+    if name not in _NOISE and name != "rrelu":
+        return ""
+    given = _given(func, args, kwargs)
     if name == "bernoulli" and isinstance(given.get("p", given["self"]), float | int):
         return "mask"
-    return "noise" if name in _NOISE and given.get("training") is not False else ""
+    return "" if given.get("training") is False else "noise"
 
 
 def number_noise(graph_module: torch.fx.GraphModule, count: int = 0) -> int:
@@ -87,10 +92,8 @@ def number_noise(graph_module: torch.fx.GraphModule, count: int = 0) -> int:
             body = getattr(graph_module, arg.target, None) if getattr(arg, "op", "") == "get_attr" else None
             if isinstance(body, torch.fx.GraphModule):
                 count = number_noise(body, count)
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        given = _given(node.target, node.args, node.kwargs)
-        if _kind(node.target, given) == "noise" or _name(node.target) == "rrelu" and given["training"]:
+        operator = isinstance(node.target, torch._ops.OpOverload)
+        if operator and _kind(node.target, node.args, node.kwargs) == "noise":
             node.meta["custom"] = {**(node.meta.get("custom") or {}), NUMBER: count}
             count += 1
     return count
@@ -220,9 +223,10 @@ class _Watch(TorchDispatchMode):
         self.states: set[bytes] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _kind(func, _given(func, args, kwargs or {})) == "noise":
-            self.states.add(torch.get_rng_state().numpy().tobytes())
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _kind(func, args, kwargs) == "noise":
+            self.states.add(_state())
+        return func(*args, **kwargs)
 
 
 def _others() -> Any:

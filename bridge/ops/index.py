@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .registry import dtype_of, is_array, number, op
+from .registry import dtype_of, dtype_or_default, dtype_or_own, is_array, number, op
 
 
 @op("select.int", "select_copy.int")
@@ -181,12 +181,6 @@ def bucketize(self: Any, boundaries: Any, out_int32: bool = False, right: bool =
 # --- making arrays ---
 
 
-def _dtype(dtype: Any, value: Any = 0.0) -> Any:
-    if dtype is not None:
-        return dtype_of(dtype)
-    return jnp.bool_ if isinstance(value, bool) else dtype_of("int64") if isinstance(value, int) else jnp.float32
-
-
 @op("zeros.default", "empty.memory_format", "new_zeros.default", "new_empty.default")
 def zeros(*args: Any, dtype: Any = None) -> Any:
     return jnp.zeros(args[-1], _like(args, dtype))
@@ -198,32 +192,32 @@ def ones(*args: Any, dtype: Any = None) -> Any:
 
 
 def _like(args: Any, dtype: Any) -> Any:
-    return args[0].dtype if dtype is None and len(args) > 1 else _dtype(dtype)
+    return args[0].dtype if dtype is None and len(args) > 1 else dtype_or_default(dtype)
 
 
 @op("full.default")
 def full(size: Any, fill_value: Any, dtype: Any = None) -> Any:
-    return jnp.full(size, number(fill_value), _dtype(dtype, fill_value))
+    return jnp.full(size, number(fill_value), dtype_or_default(dtype, fill_value))
 
 
 @op("new_full.default")
 def new_full(self: Any, size: Any, fill_value: Any, dtype: Any = None) -> Any:
-    return jnp.full(size, number(fill_value), self.dtype if dtype is None else dtype_of(dtype))
+    return jnp.full(size, number(fill_value), dtype_or_own(dtype, self))
 
 
 @op("zeros_like.default", "empty_like.default")
 def zeros_like(self: Any, dtype: Any = None) -> Any:
-    return jnp.zeros(self.shape, self.dtype if dtype is None else dtype_of(dtype))
+    return jnp.zeros(self.shape, dtype_or_own(dtype, self))
 
 
 @op("ones_like.default")
 def ones_like(self: Any, dtype: Any = None) -> Any:
-    return jnp.ones(self.shape, self.dtype if dtype is None else dtype_of(dtype))
+    return jnp.ones(self.shape, dtype_or_own(dtype, self))
 
 
 @op("full_like.default")
 def full_like(self: Any, fill_value: Any, dtype: Any = None) -> Any:
-    return jnp.full(self.shape, number(fill_value), self.dtype if dtype is None else dtype_of(dtype))
+    return jnp.full(self.shape, number(fill_value), dtype_or_own(dtype, self))
 
 
 @op("fill.Scalar", "fill.Tensor")
@@ -233,38 +227,38 @@ def fill(self: Any, value: Any) -> Any:
 
 @op("arange.default")
 def arange(end: Any, dtype: Any = None) -> Any:
-    return jnp.arange(end, dtype=_dtype(dtype, end))
+    return jnp.arange(end, dtype=dtype_or_default(dtype, end))
 
 
 @op("arange.start", "arange.start_step")
 def arange_start(start: Any, end: Any, step: Any = 1, dtype: Any = None) -> Any:
     whole = all(isinstance(v, int) for v in (start, end, step))
-    return jnp.arange(start, end, step, dtype=_dtype(dtype, 0 if whole else 0.0))
+    return jnp.arange(start, end, step, dtype=dtype_or_default(dtype, 0 if whole else 0.0))
 
 
 @op("linspace.default")
 def linspace(start: Any, end: Any, steps: int, dtype: Any = None) -> Any:
-    return jnp.linspace(start, end, steps, dtype=_dtype(dtype))
+    return jnp.linspace(start, end, steps, dtype=dtype_or_default(dtype))
 
 
 @op("logspace.default")
 def logspace(start: Any, end: Any, steps: int, base: float = 10.0, dtype: Any = None) -> Any:
-    return jnp.logspace(start, end, steps, base=base, dtype=_dtype(dtype))
+    return jnp.logspace(start, end, steps, base=base, dtype=dtype_or_default(dtype))
 
 
 @op("eye.default")
 def eye(n: int, dtype: Any = None) -> Any:
-    return jnp.eye(n, dtype=_dtype(dtype))
+    return jnp.eye(n, dtype=dtype_or_default(dtype))
 
 
 @op("eye.m")
 def eye_m(n: int, m: int, dtype: Any = None) -> Any:
-    return jnp.eye(n, m, dtype=_dtype(dtype))
+    return jnp.eye(n, m, dtype=dtype_or_default(dtype))
 
 
 @op("scalar_tensor.default")
 def scalar_tensor(s: Any, dtype: Any = None) -> Any:
-    return jnp.asarray(number(s), _dtype(dtype))
+    return jnp.asarray(number(s), dtype_or_default(dtype))
 
 
 @op("tril_indices.default")

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from .pointwise import leaky_relu
-from .registry import dtype_of, floating, is_array, op
+from .registry import dtype_of, dtype_or_default, dtype_or_own, floating, is_array, op
 
 _COUNT = 1 << 23  # numbers of 23 bits and a half are exact in float32
 _SMALLEST = 2.0**-24  # as far from 0 as float32's uniform numbers are from 1
@@ -169,7 +169,7 @@ def rrelu(
 
 @_noise("rrelu_with_noise_functional.default")
 def rrelu_with_noise(self: Any, noise: Any, *options: Any, draw: Any = None, **named: Any) -> tuple[Any, Any]:
-    """What torch writes in place; its second output are the slopes, which its own way back alone reads."""
+    """What torch writes in place. The array for the slopes, which torch's own way back alone reads, stays as it is."""
     return rrelu(self, *options, draw=draw, **named), noise
 
 
@@ -178,26 +178,22 @@ def rrelu_with_noise(self: Any, noise: Any, *options: Any, draw: Any = None, **n
 
 @_noise("rand.default")
 def rand(size: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None) -> Any:
-    return _uniform(draw, tuple(size), _float(dtype))
+    return _uniform(draw, tuple(size), dtype_or_default(dtype))
 
 
 @_noise("randn.default")
 def randn(size: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None) -> Any:
-    return _normal(draw, tuple(size), _float(dtype))
-
-
-def _float(dtype: Any) -> Any:
-    return jnp.float32 if dtype is None else dtype_of(dtype)
+    return _normal(draw, tuple(size), dtype_or_default(dtype))
 
 
 @_noise("rand_like.default")
 def rand_like(self: Any, dtype: Any = None, *, draw: Any = None) -> Any:
-    return _uniform(draw, self.shape, self.dtype if dtype is None else dtype_of(dtype))
+    return _uniform(draw, self.shape, dtype_or_own(dtype, self))
 
 
 @_noise("randn_like.default")
 def randn_like(self: Any, dtype: Any = None, *, draw: Any = None) -> Any:
-    return _normal(draw, self.shape, self.dtype if dtype is None else dtype_of(dtype))
+    return _normal(draw, self.shape, dtype_or_own(dtype, self))
 
 
 @_noise("uniform.default")
@@ -223,7 +219,7 @@ def normal(mean: Any, std: Any = 1, generator: Any = None, *, draw: Any = None) 
 def normal_sized(
     mean: float, std: float, size: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None
 ) -> Any:
-    return mean + std * _normal(draw, tuple(size), _float(dtype))
+    return mean + std * _normal(draw, tuple(size), dtype_or_default(dtype))
 
 
 @_noise("exponential.default")
@@ -257,22 +253,22 @@ def poisson(self: Any, generator: Any = None, *, draw: Any = None) -> Any:
 
 @_noise("randint.default")
 def randint(high: Any, size: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None) -> Any:
-    return _integers(draw, 0, high, tuple(size), dtype_of("int64" if dtype is None else dtype))
+    return _integers(draw, 0, high, tuple(size), dtype_or_default(dtype, 0))
 
 
 @_noise("randint.low")
 def randint_low(low: Any, high: Any, size: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None) -> Any:
-    return _integers(draw, low, high, tuple(size), dtype_of("int64" if dtype is None else dtype))
+    return _integers(draw, low, high, tuple(size), dtype_or_default(dtype, 0))
 
 
 @_noise("randint_like.default")
 def randint_like(self: Any, high: Any, dtype: Any = None, *, draw: Any = None) -> Any:
-    return _integers(draw, 0, high, self.shape, self.dtype if dtype is None else dtype_of(dtype))
+    return _integers(draw, 0, high, self.shape, dtype_or_own(dtype, self))
 
 
 @_noise("randint_like.low_dtype")
 def randint_like_low(self: Any, low: Any, high: Any, dtype: Any = None, *, draw: Any = None) -> Any:
-    return _integers(draw, low, high, self.shape, self.dtype if dtype is None else dtype_of(dtype))
+    return _integers(draw, low, high, self.shape, dtype_or_own(dtype, self))
 
 
 def _integers(draw: Any, low: Any, high: Any, shape: Any, dtype: Any) -> Any:
@@ -284,11 +280,9 @@ def _integers(draw: Any, low: Any, high: Any, shape: Any, dtype: Any) -> Any:
 
 @_noise("randperm.default")
 def randperm(n: Any, dtype: Any = None, generator: Any = None, *, draw: Any = None) -> Any:
-    key, dtype = draw(), dtype_of("int64" if dtype is None else dtype)
-    if key is None:
-        return jnp.asarray(np.argsort(units((n,), draw.number), kind="stable"), dtype)
-    found = jax.random.permutation(key, n)
-    return jnp.asarray(found, dtype)
+    key = draw()
+    found = jax.random.permutation(key, n) if key is not None else np.argsort(units((n,), draw.number), kind="stable")
+    return jnp.asarray(found, dtype_or_default(dtype, 0))
 
 
 @_noise("multinomial.default")

@@ -119,6 +119,18 @@ def dtype_of(given: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(jnp.dtype(name))
 
 
+def dtype_or_default(dtype: Any, value: Any = 0.0) -> Any:
+    """A given dtype, else that in which torch makes an array of such a number."""
+    if dtype is not None:
+        return dtype_of(dtype)
+    return jnp.bool_ if isinstance(value, bool) else dtype_of("int64") if isinstance(value, int) else jnp.float32
+
+
+def dtype_or_own(dtype: Any, x: Any) -> Any:
+    """A given dtype, else the array's."""
+    return x.dtype if dtype is None else dtype_of(dtype)
+
+
 def is_array(value: Any) -> bool:
     """Whether it is an array (of numpy or JAX)."""
     return isinstance(value, jax.Array | np.ndarray | np.generic)
