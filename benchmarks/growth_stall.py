@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import subprocess
@@ -23,7 +22,7 @@ from common.steps import library_step
 
 import esper_jax
 from esper_jax.kasmina.morph import with_spec
-from esper_jax.tolaria.step import Calls, one_step
+from esper_jax.tolaria.step import Calls, one_step, sampled
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COLUMNS = (
@@ -210,7 +209,7 @@ def lean(work: Workload, loop: Loop) -> Event:
         raise RuntimeError("this esper_jax has no program store") from error
     _, state, tx = rehearsed(work)
     calls = Calls(esper_jax.graft(work.model), optax.softmax_cross_entropy_with_integer_labels)
-    program = Program("train", functools.partial(one_step, calls, tx, 50), donate=(0,))
+    program = Program("train", lambda state, batch: one_step(calls, tx, sampled(state, 50), state, batch), donate=(0,))
     site, compiler = first_site(work), make_compiler("auto")
     store = Programs([program], compiler)
     if hasattr(compiler, "start"):

@@ -115,6 +115,7 @@ class Ours:
     def epoch(self, number: int) -> Any:
         """One epoch; the state after it."""
         self.run.epoch, self.run.batch = number, 0
+        self.run.pace.pause()  # as a tick does
         self.run.through(self.feed, None, self.stop)
         return self.run.state
 
@@ -144,7 +145,7 @@ def measure(name: str, args: Any, report: Report) -> None:
     guarded = f"{copied}, guarded"
     variants[guarded] = functools.partial(with_guard.epoch, guarded)
     variants |= {n: o.epoch for n, o in ours.items()}
-    timed = interleave(variants, rounds=args.rounds, sets=4, warmup=2, budget=args.budget, least=5, seed=args.seed)
+    timed = interleave(variants, rounds=args.rounds, sets=4, warmup=8, budget=args.budget, least=5, seed=args.seed)
     best = min(HAND, key=lambda n: timed[n].median)
     rows = []
     for n, timing in timed.items():

@@ -4,7 +4,7 @@ Variants take turns in one process: steps without probes (twice, for the noise f
 interval, and with probes on every step; each call makes a number of steps that holds sampled steps at exactly that
 interval. Beside the time stand XLA's own counts for the compiled step and, with `--instructions`, the instructions that
 the processor executed (counted by valgrind's callgrind, where it is installed), which no other load on the machine
-disturbs. The compiled program is read too: every measurement must sit behind a conditional.
+disturbs. The compiled program is read too: steps that are not sampled must not meet a measurement.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from esper_jax.kasmina.summary import flops
 from esper_jax.tolaria.dispatch import Dispatch, make_steps
 from esper_jax.tolaria.step import Calls
 
-EVERY = 50
+EVERY, STEPS = 50, 100
 LIMITS = {"transformer": 1.01, "mlp": 1.02, "cnn": 1.02}
 SITES = {
     "planted": "a dormant seed planted at each of {} sites",
@@ -39,7 +39,7 @@ MARK = "observation: counting"
 
 
 class Steps:
-    """`EVERY` steps of one variant, in as many calls as the platform's own way of dispatch takes."""
+    """`STEPS` steps of one variant, in as many calls as the platform's own way of dispatch takes."""
 
     def __init__(self, work: Any, probe_every: int, sites: str) -> None:
         calls, tx = Calls(graft(work.model), work.loss), growable(work.optimizer())
@@ -47,9 +47,9 @@ class Steps:
         self.sites = len(morph.spec.sites)
         self.state = TrainState.create(morph, tx, key=jax.random.key(0))
         alone = Dispatch().chosen(calls, morph, work.batches[0]) != "scan"
-        places = 1 if alone else EVERY
-        rows = [work.batches[i % len(work.batches)] for i in range(EVERY)]
-        groups = [rows[i : i + places] for i in range(0, EVERY, places)]
+        places = 1 if alone else STEPS
+        rows = [work.batches[i % len(work.batches)] for i in range(STEPS)]
+        groups = [rows[i : i + places] for i in range(0, STEPS, places)]
         self.batches = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *group) for group in groups]
         self.places = np.int32(places)
         self.steps = make_steps(calls, tx, probe_every, Dispatch("loop" if alone else "scan"))
@@ -64,7 +64,10 @@ class Steps:
 
 
 def hidden(text: str) -> tuple[int, int]:
-    """How many operations of the probes the compiled program holds, and how many of them outside a conditional."""
+    """How many operations of the probes the compiled program holds, and how many where steps not sampled run them.
+
+    Scanned, sampled steps are a loop of their own, of that name; elsewhere their measurements sit behind conditionals.
+    """
     bodies: dict[str, list[str]] = {}
     name = ""
     for line in text.splitlines():
@@ -73,6 +76,7 @@ def hidden(text: str) -> tuple[int, int]:
         elif name:
             bodies[name].append(line)
     marked = {name: [line for line in body if "/measure/" in line] for name, body in bodies.items()}
+    exposed = {name: [line for line in lines if "/sampled/" not in line] for name, lines in marked.items()}
     inside: set[str] = set()
     todo = [
         callee
@@ -90,7 +94,7 @@ def hidden(text: str) -> tuple[int, int]:
         for line in bodies[callee]:
             todo += re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", line)
     total = sum(len(lines) for lines in marked.values())
-    return total, sum(len(lines) for name, lines in marked.items() if name not in inside)
+    return total, sum(len(lines) for name, lines in exposed.items() if name not in inside)
 
 
 def count(name: str, sites: str, args: argparse.Namespace, probe_every: int) -> float | None:
@@ -106,11 +110,11 @@ def count(name: str, sites: str, args: argparse.Namespace, probe_every: int) -> 
     found = re.search(r"Collected : (\d+)", done.stderr)
     if MARK not in done.stdout or found is None or int(found.group(1)) == 0:
         return None
-    return int(found.group(1)) / EVERY
+    return int(found.group(1)) / STEPS
 
 
 def counted(args: argparse.Namespace) -> None:
-    """In the process that callgrind watches: warm up, then `EVERY` steps with counting on."""
+    """In the process that callgrind watches: warm up, then `STEPS` steps with counting on."""
     steps = Steps(
         workload(args.models[0], scale=args.scale, dtype=args.dtype, seed=args.seed), args.counted, args.sites[0]
     )
@@ -152,7 +156,7 @@ def measure(name: str, sites: str, args: argparse.Namespace, report: Report, cou
         compiled = variants[n].compiled()
         total, outside = hidden(compiled.as_text())
         row = {"variant": n, **time_columns(timing), **ratio_columns(ratio(timing, base))}
-        row |= {"step": timing.median / EVERY, "least": float(timing.samples.min() / base.samples.min())}
+        row |= {"step": timing.median / STEPS, "least": float(timing.samples.min() / base.samples.min())}
         row |= {"flops": flops(compiled), "probing": total, "outside": outside}
         if counting and not n.endswith("again"):
             counts[n] = count(name, sites, args, VARIANTS[n])
@@ -170,10 +174,10 @@ def measure(name: str, sites: str, args: argparse.Namespace, report: Report, cou
         Column("instructions", "instructions", "count"),
         Column("instruction_ratio", "ratio", "ratio"),
         Column("probing", "probe operations", "count"),
-        Column("outside", "outside a conditional", "count"),
+        Column("outside", "of them in every step", "count"),
         Column("samples", "samples", "count"),
     )
-    title = f"{name}: {EVERY} steps of {work.batch}, {SITES[sites].format(variants['no probes'].sites)}"
+    title = f"{name}: {STEPS} steps of {work.batch}, {SITES[sites].format(variants['no probes'].sites)}"
     note = f"Noise floor, from a second copy without probes: {floor:.3f}. To be reached: {LIMITS[name]:.2f}."
     report.table(title, columns, rows, note)
 

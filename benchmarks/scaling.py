@@ -259,7 +259,7 @@ def step_on(layout: Layout, model: Any, tx: Any) -> Any:
     calls = Calls(esper_jax.graft(model.apply), LOSS)
 
     def step(state: Any, batch: Any) -> Any:
-        state, metrics = one_step(calls, tx, 0, state, batch)
+        state, metrics = one_step(calls, tx, False, state, batch)
         return layout.pinned(state), metrics
 
     return jax.jit(step, donate_argnums=0)

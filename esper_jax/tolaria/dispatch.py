@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +19,12 @@ from .optim import Growable
 from .programs import Program
 from .sharding import Layout
 from .state import TrainState
-from .step import METRICS, Calls, convolves, one_step
+from .step import METRICS, Calls, convolves, one_step, sampled
 
 MODES = ("auto", "scan", "loop", "unroll")
-SCANNED, UNROLLED = 32, 4
+SCANNED, UNROLLED = 128, 4
 CHUNK_BYTES = 64 << 20
+CALL_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +35,9 @@ class Dispatch:
       mode: "scan" puts the steps of a call in a loop inside the program; "loop" makes one call a step; "unroll" writes
         several steps out one after the other. "auto" scans, but not convolutional hosts on the CPU, where XLA computes
         the weight gradient of a convolution inside control flow 10 to 30 times slower than outside: they "loop".
-      steps: steps a call. None: 32 scanned (fewer where their batches would exceed 64 MiB) and 4 unrolled, for data
-        given as arrays; 1 for other data. "auto" with a number above 1 unrolls where it would have looped.
+      steps: steps a call. None, for data given as arrays: scanned as many as take half a second, up to 128 (fewer where
+        their batches would exceed 64 MiB), and 4 unrolled; 1 for other data. "auto" with a number above 1 unrolls where
+        it would have looped.
 
     Raises:
       ValueError: an unknown mode, steps below 1, or several steps a call with "loop".
@@ -57,16 +62,47 @@ class Dispatch:
             return "scan"
         return "loop" if self.steps in (None, 1) else "unroll"
 
-    def size(self, mode: str, batch: Any, *, arrays: bool) -> int:
-        """Steps a call in that mode, for batches of the shape of `batch`; `arrays` says that the data is arrays."""
+    def size(self, mode: str, batch: Any, length: int | None) -> int:
+        """Places for batches in a call in that mode, for batches of the shape of `batch`.
+
+        `length` is that of an epoch, which calls of one size then share out; None where the data is no arrays.
+        """
         if mode == "loop":
             return 1
         if self.steps is not None:
             return self.steps
-        if not arrays:
+        if length is None:
             return 1
-        fit = CHUNK_BYTES // max(1, nbytes(batch))
-        return max(1, min(SCANNED if mode == "scan" else UNROLLED, fit))
+        fit = max(1, CHUNK_BYTES // max(1, nbytes(batch)))
+        if mode != "scan":
+            return min(UNROLLED, fit)
+        calls = -(-length // min(SCANNED, fit))
+        return max(1, -(-length // max(1, calls)))
+
+
+class Pace:
+    """How many steps a call may make for it to last about half a second, and at most `SCANNED`.
+
+    Ctrl-C is answered between calls. Only how scanned steps are grouped follows the clock, which no bit of a run
+    depends on. The number doubles while calls end soon after each other, and is halved where one takes long.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps = 4
+        self._clock, self._last = clock, math.nan
+
+    def ended(self, count: int) -> None:
+        """A call of `count` steps has ended, and it began where the one before it ended."""
+        now = self._clock()
+        took, self._last = now - self._last, now
+        if took > CALL_SECONDS:
+            self.steps = max(1, count // 2)
+        elif took < CALL_SECONDS / 2 and count == self.steps:
+            self.steps = min(2 * count, SCANNED)
+
+    def pause(self) -> None:
+        """The next call does not begin where the one before it ended."""
+        self._last = math.nan
 
 
 def make_steps(
@@ -85,16 +121,33 @@ def make_steps(
         return (state if layout is None else layout.pinned(state)), metrics
 
     def steps(state: TrainState, batches: Any, count: Int[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
-        def step(i: Any, carry: tuple[TrainState, Any]) -> tuple[TrainState, dict[str, Array]]:
-            return one_step(calls, tx, probe_every, carry[0], jax.tree.map(lambda leaf: leaf[i], batches))
+        def step(sample: Any, i: Any, state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+            return one_step(calls, tx, sample, state, jax.tree.map(lambda leaf: leaf[i], batches))
 
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
-        carry = state, {name: jnp.zeros((), jnp.float32) for name in METRICS}
         if dispatch.chosen(calls, state.morph, first) == "scan":
             state = state.replace(opt_state=tx.grow(state.opt_state, state.morph))
-            return jax.lax.fori_loop(0, count, step, (state, carry[1]))
+            return _scanned(step, probe_every, count, state)
         for i in range(jax.tree.leaves(batches)[0].shape[0]):
-            carry = step(i, carry)
-        return carry
+            state, metrics = step(sampled(state, probe_every), i, state)
+        return state, metrics
 
     return Program("train", train_steps, donate=(0,))
+
+
+def _scanned(step: Any, probe_every: int, count: Int[Array, ""], state: TrainState) -> tuple[TrainState, Any]:
+    """`count` steps in a loop: stretches of steps that know nothing of probes, and those that measure between them."""
+
+    def stretch(sample: bool, carry: Any) -> Any:
+        def here(carry: Any) -> Any:
+            return (carry[0] < count) & (sampled(carry[1], probe_every) == sample)
+
+        with jax.named_scope("sampled" if sample else "unsampled"):
+            return jax.lax.while_loop(here, lambda carry: (carry[0] + 1, *step(sample, *carry[:2])), carry)
+
+    carry = jnp.int32(0), state, {name: jnp.zeros((), jnp.float32) for name in METRICS}
+    if probe_every < 2:
+        return stretch(probe_every == 1, carry)[1:]
+    return jax.lax.while_loop(
+        lambda carry: carry[0] < count, lambda carry: stretch(False, stretch(True, carry)), carry
+    )[1:]

@@ -27,9 +27,9 @@ class Feed:
     """Batches in groups of as many as one call of the train program takes.
 
     Arrays of at most `resident_bytes`, and those that are there already, stay on the device, and each group is gathered
-    there by a compiled program; larger ones are gathered on the host, in the same order. How batches are grouped
-    follows from their position in the epoch and the steps until the next tick, so an epoch gone on with is grouped as
-    one gone through.
+    there by a compiled program; larger ones are gathered on the host, in the same order. How unrolled batches are
+    grouped follows from their position in the epoch and the steps until the next tick, so an epoch gone on with is
+    grouped as one gone through; scanned ones may be grouped in any way.
 
     Args:
       batches: the training data.
@@ -55,6 +55,7 @@ class Feed:
             put_one = jax.device_put if layout is None else functools.partial(put, sharding=layout.whole)
             self.arrays = jax.tree.map(put_one, arrays)
         self.mode, self.places = "", 0
+        self.ahead: dict[int, Array] = {}
 
     def epoch(self, morph: Morph, epoch: int, start: int) -> Epoch:
         """The rest of an epoch from position `start` on. `morph` tells, the first time, which mode suits its host."""
@@ -62,21 +63,25 @@ class Feed:
             stream = self.batches.epoch(epoch, start)
             first = next(stream, None)
             if first is not None:
-                self._settle(morph, first)
+                self._settle(morph, first, None)
             return Streamed(self, epoch, start, itertools.chain(() if first is None else (first,), stream))
         n = self.batches.batch_size
-        self._settle(
-            morph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), self.arrays)
-        )
-        order = self.batches.order(epoch)
-        return Resident(self, start, order) if self.resident else Gathered(self, start, np.asarray(order))
+        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), self.arrays)
+        self._settle(morph, batch, self.batches.size // n)
+        kind = Resident if self.resident else Gathered
+        return kind(self, epoch, start, self.ahead.pop(epoch, None))
 
-    def _settle(self, morph: Morph, batch: Any) -> None:
-        """Choose mode and places by the first batch."""
+    @property
+    def paced(self) -> bool:
+        """Whether calls make as many steps as the clock tells, which several processes would read differently."""
+        return self.mode == "scan" and self.dispatch.steps is None and alone()
+
+    def _settle(self, morph: Morph, batch: Any, length: int | None) -> None:
+        """Choose mode and places by the first batch and the number of batches."""
         if not self.mode:
             batch = jax.tree.map(_shape, batch)
             self.mode = self.dispatch.chosen(self.calls, morph, batch)
-            self.places = self.dispatch.size(self.mode, batch, arrays=self.arrays is not None)
+            self.places = self.dispatch.size(self.mode, batch, length)
 
 
 class Epoch:
@@ -107,9 +112,17 @@ class Epoch:
 class Resident(Epoch):
     """Batches gathered on the device."""
 
-    def __init__(self, feed: Feed, position: int, order: Any) -> None:
+    def __init__(self, feed: Feed, epoch: int, position: int, order: Array | None) -> None:
         super().__init__(feed, position)
-        self.order = order
+        self.epoch = epoch
+        self.order: Any = feed.batches.order(epoch) if order is None else order
+
+    def take(self, most: int) -> Chunk | None:
+        """As of any epoch; at the end the next one's order is computed, while the device still trains."""
+        chunk = super().take(most)
+        if chunk is None:
+            self.feed.ahead = {self.epoch + 1: self.feed.batches.order(self.epoch + 1)}
+        return chunk
 
     def _left(self) -> int:
         return len(self.order) - self.position
@@ -122,6 +135,10 @@ class Resident(Epoch):
 
 class Gathered(Resident):
     """Batches of arrays that do not fit on the device, gathered on the host."""
+
+    def __init__(self, feed: Feed, epoch: int, position: int, order: Array | None) -> None:
+        super().__init__(feed, epoch, position, order)
+        self.order = np.asarray(self.order)
 
     def _stacked(self, places: int, count: int) -> Chunk:
         chosen = self.order[np.minimum(self.position + np.arange(places), self.position + count - 1)]

@@ -20,6 +20,7 @@ from . import persist
 from .change import Changes
 from .checkpoint import Checkpoints
 from .data import Data, Held
+from .dispatch import Pace
 from .feed import Feed
 from .interruption import ANSWER, GRACE, SAVE, Rest, Stop, ended_by
 from .leaves import is_spread, is_there, parted
@@ -117,7 +118,8 @@ class Run:
         self.vote, self.vote_in_tick = Vote(), Vote()
         self.stop = Stop()
         self.unticked = int(state.meters.batches)
-        self.running: collections.deque[jax.Array] = collections.deque()
+        self.running: collections.deque[tuple[jax.Array, int]] = collections.deque()
+        self.pace = Pace()
         self.rest = Rest(self.save_at_rest)
         self.before: Before | None = None
         self.rested = False
@@ -163,7 +165,7 @@ class Run:
                 if self.tick(validation):
                     return True
             self.restructure(stop, at_tick=False)
-            room = self.room()
+            room = min(self.room(), self.pace.steps if feed.paced else sys.maxsize)
             with self.rest:
                 chunk = batches.take(room)
             if chunk is None:
@@ -198,13 +200,16 @@ class Run:
         self.batch += count
         self.unticked += count
         self.made += count
-        self.running.append(metrics["loss"])
+        self.running.append((metrics["loss"], count))
         while len(self.running) > (0 if self.vote.waits else IN_FLIGHT):
-            self.running.popleft().block_until_ready()
+            loss, count = self.running.popleft()
+            loss.block_until_ready()
+            self.pace.ended(count)
 
     def tick(self, validation: Data, *, ends_epoch: bool = False) -> bool:
         """One tick, with which an epoch may end, and a checkpoint where it is due; whether to stop early."""
         session = self.session
+        self.pace.pause()
         self.tell_saved()
         place = self.epoch, self.batch
         self.before = Before.of(self.whole(), session)

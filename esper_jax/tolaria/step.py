@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .._checks import INT32, flag, function, one_of, whole, words
 from ..kasmina.graft import Graft, graft, zero_taps
@@ -181,7 +181,7 @@ def make_train_step(
     calls = Calls(forward, loss, unpack, train_kwargs, None, rngs, compute_dtype)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        return one_step(calls, tx, probe_every, state, batch)
+        return one_step(calls, tx, sampled(state, probe_every), state, batch)
 
     def train_steps(state: TrainState, batches: Any) -> tuple[TrainState, dict[str, Array]]:
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
@@ -191,17 +191,28 @@ def make_train_step(
     return jax.jit(train_step if steps == 1 else train_steps, donate_argnums=0 if donate else ())
 
 
+def sampled(state: TrainState, probe_every: int) -> bool | Bool[Array, ""]:
+    """Whether the probes measure on the next batch: the first after a tick, and each so many after it; 0: never."""
+    return probe_every > 0 and state.meters.batches % probe_every == 0
+
+
 def one_step(
-    calls: Calls, tx: Growable, probe_every: int, state: TrainState, batch: Any
+    calls: Calls, tx: Growable, sample: bool | Bool[Array, ""], state: TrainState, batch: Any
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One train step, pure: forward, backward, update, seed statistics; a bad batch changes nothing but the count."""
+    """One train step, pure: forward, backward, update, seed statistics; a bad batch changes nothing but the count.
+
+    `sample` says whether the probes measure. Where it is False the step knows nothing of them, where it is an array
+    they sit in branches of the step.
+    """
     morph = state.morph
     key = jax.random.fold_in(state.key, state.step)
-    sample = state.meters.batches % probe_every == 0 if probe_every else None
-    taps = zero_taps(morph) if probe_every else {p: t for p, t in zero_taps(morph).items() if p in morph.state}
+    taps = zero_taps(morph)
+    if sample is False:
+        taps = {path: tap for path, tap in taps.items() if path in morph.state}
+    where = None if sample is False else jnp.asarray(sample)
 
     def loss_fn(params: Any, taps: Any) -> tuple[Array, Any]:
-        return calls.train(morph.with_params(params), taps, sample, batch, key)
+        return calls.train(morph.with_params(params), taps, where, batch, key)
 
     (loss, collections), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(morph.params, taps)
     squares = squared_norms(grads["host"])
@@ -214,7 +225,7 @@ def one_step(
         # What was measured goes through this branch too: XLA then knows that the probes have read the parameters by
         # now, and lets the update write over them instead of over a copy.
         add = functools.partial(_added, morph.spec)
-        sums = sums if sample is None else jax.lax.cond(sample, add, lambda sums, *_: sums, sums, *new, grads["host"])
+        sums = sums if where is None else jax.lax.cond(where, add, lambda sums, *_: sums, sums, *new, grads["host"])
         return *_like((learnt, changed, after), (params, others, opt_state)), sums
 
     meters = state.meters

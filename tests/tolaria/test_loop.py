@@ -17,7 +17,7 @@ import pytest
 import esper_jax
 from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria, TrainingInterrupted, TrainState, growable
 from esper_jax.tolaria.data import Batches, shuffled
-from esper_jax.tolaria.dispatch import Dispatch, make_steps
+from esper_jax.tolaria.dispatch import Dispatch, Pace, make_steps
 from esper_jax.tolaria.feed import Feed
 from esper_jax.tolaria.step import Calls, convolves, one_step
 from tests.kasmina.hosts import HOSTS, host
@@ -175,10 +175,51 @@ def test_only_hosts_with_a_convolution_step_alone_on_the_cpu_wherever_their_site
 
 def test_groups_are_small_where_batches_are_large() -> None:
     batch = jax.ShapeDtypeStruct((256, 128, 128, 3), jnp.float32)
-    assert Dispatch().size("scan", batch, arrays=True) == 1
-    assert Dispatch().size("scan", jax.ShapeDtypeStruct((64, 64), jnp.float32), arrays=True) == 32
-    assert Dispatch().size("scan", batch, arrays=False) == 1
-    assert Dispatch(steps=7).size("scan", batch, arrays=False) == 7
+    assert Dispatch().size("scan", batch, 1000) == 1
+    assert Dispatch().size("scan", batch, None) == Dispatch().size("loop", batch, 1000) == 1
+    assert Dispatch(steps=7).size("scan", batch, None) == 7
+    assert Dispatch().size("unroll", jax.ShapeDtypeStruct((64, 64), jnp.float32), 1000) == 4
+
+
+@pytest.mark.parametrize(("length", "places"), [(0, 1), (1, 1), (64, 64), (128, 128), (129, 65), (1000, 125)])
+def test_the_calls_of_an_epoch_share_its_steps_out(length: int, places: int) -> None:
+    assert Dispatch().size("scan", jax.ShapeDtypeStruct((64, 64), jnp.float32), length) == places
+
+
+def test_calls_grow_while_they_are_short_and_shrink_where_steps_are_slow() -> None:
+    now, found = [0.0], []
+    pace = Pace(lambda: now[0])
+
+    def train(step_seconds: float, calls: int) -> list[int]:
+        found.clear()
+        for _ in range(calls):
+            count = pace.steps
+            now[0] += count * step_seconds
+            pace.ended(count)
+            found.append(pace.steps)
+        return found
+
+    assert train(1e-3, 7) == [4, 8, 16, 32, 64, 128, 128]  # the first has no call before it
+    assert train(1e-2, 4) == [64, 32, 32, 32]  # between a quarter and half a second: as it is
+    assert train(10.0, 7) == [16, 8, 4, 2, 1, 1, 1]
+    pace.pause()
+    now[0] += 100.0  # a tick
+    pace.ended(1)
+    assert pace.steps == 1
+    now[0] += 0.1
+    pace.ended(1)
+    assert pace.steps == 2
+    now[0] += 1e-3
+    pace.ended(1)  # a call cut short by a tick says nothing of a whole one
+    assert pace.steps == 2
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_run_has_the_same_bits_whatever_its_pace(by_default, monkeypatch, steps: int) -> None:
+    monkeypatch.setattr(Pace, "ended", lambda self, count: setattr(self, "steps", steps))
+    state, history, made = fit(tick_every=9)
+    chex.assert_trees_all_equal(state, by_default[0])
+    assert history["train_loss"] == by_default[1]["train_loss"] and made._step._cache_size() == 1
 
 
 def test_options_that_cannot_work_are_refused_in_a_sentence() -> None:
@@ -232,7 +273,7 @@ def test_no_more_than_three_calls_wait_on_the_device_and_nothing_is_fetched_befo
 def test_bf16_computes_in_bf16_on_float32_master_weights() -> None:
     made = trainer(compute_dtype=jnp.bfloat16, controller=None, planted=None)
     state = growing.start(made)
-    text = str(jax.make_jaxpr(lambda s, b: one_step(made._calls, made.tx, 0, s, b))(state, (TRAIN[0], TRAIN[1])))
+    text = str(jax.make_jaxpr(lambda s, b: one_step(made._calls, made.tx, False, s, b))(state, (TRAIN[0], TRAIN[1])))
     lines = [line for line in text.splitlines() if " dot_general[" in line]
     products = [line for line in lines if ":f32[]" not in line]  # but for the squared norm of the float32 gradient
     assert products and all(":bf16[" in line.split("=")[0] for line in products)
@@ -316,6 +357,7 @@ def test_a_rematerialised_host_stays_so_in_the_step(policy: str | None) -> None:
     recomputed = 12 if policy else 6
     assert str(bare).count("= tanh") == recomputed
     assert step(0, None).count("= tanh") == recomputed
-    assert step(50, "lora").count("= tanh") == recomputed
+    assert step(1, "lora").count("= tanh") == recomputed
+    assert step(50, "lora").count("= tanh") == 2 * recomputed  # a step that measures is one more body of the loop
     norms = len(jax.tree.leaves(variables))
     assert step(0, None).count(" dot_general[") == str(bare).count(" dot_general[") + norms
