@@ -125,6 +125,22 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextlib.contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """Meanwhile checkpoints that are not reentrant are plain calls: of nested ones export would lose the gradients."""
+    private, place = "_checkpoint_without_reentrant_generator", torch.utils.checkpoint
+    before = getattr(place, private)
+
+    def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    setattr(place, private, nothing)
+    try:
+        yield
+    finally:
+        setattr(place, private, before)
+
+
 def copy_of(module: torch.nn.Module) -> torch.nn.Module:
     """The module itself where it cannot be copied (e.g. a weight that is computed before each call)."""
     try:
@@ -190,6 +206,7 @@ def _export(
     try:
         with (
             plain_attention(),
+            _plain_checkpoints(),
             warnings.catch_warnings(record=True) as told,
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
             attention_as_one_op(),

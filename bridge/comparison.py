@@ -23,8 +23,13 @@ from .torch_random import EveryUnit
 
 GRADIENTS = "training: gradients"
 LIMITS = {"float32": (1e-4, 1e-3), "float64": (1e-4, 1e-3), "bfloat16": (5e-2, 2e-1), "float16": (1e-2, 1e-1)}
+FLOORS = {"float32": 1e-2, "float64": 1e-2, "bfloat16": 1e-1, "float16": 3e-2}
+"""A gradient smaller than this share of the largest of all is compared as one of that size: it may be all rounding."""
 ROUNDED = 5e-2
-"""The most that gradients may differ where torch's own do from float64's (as through batch statistics of two rows)."""
+"""The most that a gradient may differ, over the largest of all, where torch's own is as far from float64's.
+
+Such are gradients through batch statistics of two rows, and in 16 bits those that would be 0, of a bias before a norm.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Report:
 
     Attributes:
       name: the torch class.
-      checks: largest relative errors; of a gradient or buffer relative to its largest value, at least a hundredth
-        of the largest of all.
+      checks: largest relative errors; of a gradient relative to its largest value, at least a hundredth of the
+        largest of all. In 16 bits gradients are compared by their root mean squares.
       layers: how many layers can be sites.
       bare: `(torch module, why it is no site)`.
       frozen: the parameters with `requires_grad=False`, which JAX differentiates all the same (`Imported.frozen`).
@@ -134,7 +139,7 @@ def _verified(
 ) -> Report:
     graph, still = model.graph, model.clone(every_unit=True)
     dtype = next((t.dtype for t in graph.tensors if t.dtype in LIMITS), "float32")
-    forward_limit, gradient_limit = LIMITS[dtype]
+    forward_limit = LIMITS[dtype][0]
     checks: list[Check] = []
     for given_args, given_kwargs, batch in _batches(graph, args, dict(kwargs)):
         arrays = _arrays(graph, given_args, given_kwargs)
@@ -152,9 +157,7 @@ def _verified(
         for name, want, got in _pairs(graph, wanted, found):
             checks.append(Check(f"forward: {name}", batch, _error(got, want), forward_limit))
         if graph.train is not None:
-            checks += _step(
-                model, variables, module, given_args, given_kwargs, arrays, batch, gradient_limit, forward_limit
-            )
+            checks += _step(model, variables, module, given_args, given_kwargs, arrays, batch, dtype)
     return report_of(graph, checks)
 
 
@@ -232,8 +235,16 @@ def _pairs(graph: Graph, wanted: list[Any], found: Any) -> list[tuple[str, Any, 
     ]
 
 
-def _error(got: Any, want: Any, floor: float = 0.0) -> float:
-    """Largest difference over the largest value; infinite where shapes or non-finite places differ."""
+def _largest(x: np.ndarray) -> float:
+    return float(np.abs(x).max(initial=0.0))
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(np.abs(x))))) if x.size else 0.0
+
+
+def _error(got: Any, want: Any, floor: float = 0.0, size: Callable[[np.ndarray], float] = _largest) -> float:
+    """Size of the difference over that of the wanted values; infinite where shapes or non-finite places differ."""
     got, want = (np.asarray(x) for x in (got, want))
     if got.shape != want.shape:
         return float("inf")
@@ -244,8 +255,7 @@ def _error(got: Any, want: Any, floor: float = 0.0) -> float:
     finite = np.isfinite(want)
     if not np.array_equal(finite, np.isfinite(got)) or not np.array_equal(got[~finite], want[~finite], equal_nan=True):
         return float("inf")
-    scale = max(float(np.abs(want[finite]).max(initial=0.0)), floor)
-    difference = float(np.abs(got[finite] - want[finite]).max(initial=0.0))
+    scale, difference = max(size(want[finite]), floor), size(got[finite] - want[finite])
     return difference / scale if scale else difference
 
 
@@ -318,9 +328,9 @@ def _step(
     kwargs: Any,
     arrays: Any,
     batch: int,
-    gradient_limit: float,
-    forward_limit: float,
+    dtype: str,
 ) -> list[Check]:
+    forward_limit, gradient_limit = LIMITS[dtype]
     before = _state(module)
     carries = differentiable_outputs(module, args, kwargs)
     loss, size, grads = torch_step(module, args, kwargs)
@@ -333,30 +343,43 @@ def _step(
     found = to_state(model.graph, {**others, **changed, "params": got})
     frozen = report_of(model.graph).frozen
     grads = {name: grad for name, grad in grads.items() if name not in frozen}  # torch gives them none
-    largest = max((float(np.abs(g.astype(np.float64)).max(initial=0)) for g in grads.values()), default=0.0)
-    error = max((_error(found[n], g, largest * 1e-2) for n, g in grads.items() if n in found), default=0.0)
-    if error > gradient_limit:
-        own = _rounding(module, args, kwargs, grads, largest * 1e-2)
-        gradient_limit = max(gradient_limit, min(4 * own, ROUNDED))
+    # in 16 bits some value is always within rounding of a kink, and single entries take the other side
+    size_of = _rms if dtype in ("bfloat16", "float16") else _largest
+    sizes = {name: size_of(grad.astype(np.float64)) for name, grad in grads.items()}
+    largest = max(sizes.values(), default=0.0)
+    floor = largest * FLOORS[dtype]
+    errors = {n: _error(found[n], g, floor, size_of) for n, g in grads.items() if n in found}
+    limits = dict.fromkeys(errors, gradient_limit)
+    if max(errors.values(), default=0.0) > gradient_limit:
+        for n, own in _rounding(module, args, kwargs, grads, floor, size_of).items():
+            limits[n] = max(gradient_limit, min(4 * own, ROUNDED * largest / max(sizes[n], floor)))
+    worst = max(errors, key=lambda n: errors[n] / limits[n], default=None)
     buffers = max((_error(found[n], v) for n, v in after.items() if n in found), default=0.0)
     return [
         Check("training: loss", batch, abs(float(got_loss) - loss) / (size or 1.0), forward_limit),
-        Check(GRADIENTS, batch, error, gradient_limit),
+        Check(GRADIENTS, batch, *((0.0, gradient_limit) if worst is None else (errors[worst], limits[worst]))),
         Check("training: buffers after a step", batch, buffers, forward_limit),
     ]
 
 
-def _rounding(module: torch.nn.Module, args: Any, kwargs: Any, grads: Mapping[str, np.ndarray], floor: float) -> float:
-    """How far torch's own gradients are from those it computes in float64; 0 where it computes none."""
+def _rounding(
+    module: torch.nn.Module,
+    args: Any,
+    kwargs: Any,
+    grads: Mapping[str, np.ndarray],
+    floor: float,
+    size: Callable[[np.ndarray], float],
+) -> dict[str, float]:
+    """How far each of torch's own gradients is from the one it computes in float64; empty where it computes none."""
     wider = lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf  # noqa: E731
     wide = copy_of(module)
     if wide is module:
-        return 0.0
+        return {}
     try:
         _, _, exact = torch_step(wide.double(), pytree.tree_map(wider, args), pytree.tree_map(wider, kwargs))
     except Exception:  # an operation or a buffer that is float32 alone
-        return 0.0
-    return max((_error(grad, exact[name], floor) for name, grad in grads.items()), default=0.0)
+        return {}
+    return {name: _error(grad, exact[name], floor, size) for name, grad in grads.items()}
 
 
 def refuse(report: Report) -> None:

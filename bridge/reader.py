@@ -35,7 +35,7 @@ _RANDOM = re.compile(
 )
 _READS_VALUES = {"aten.item.default", "aten._local_scalar_dense.default"}
 _BIG_INTS = {"aten.slice.Tensor", "aten.slice_scatter.default", "aten.unfold.default"}
-_INLINED = ("wrap_with_set_grad_enabled", "tag_activation_checkpoint", "wrap_with_autocast")
+_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
 def numpy_dtype(dtype: torch.dtype) -> str:

@@ -180,11 +180,13 @@ def refuse_fixed_numbers(call: Callable[[], Any], name: str) -> Any:
     noise that begins at the same state again is seeded in the forward, and numbers of Python's or numpy's random
     module that are not seeded there would be constants of the graph.
     """
-    outputs, noise, before, after = _watched(call, 0)
-    if not noise and before == after:
+    outputs, watch, before, after = _watched(call, 0)
+    if watch.refused:
+        raise BridgeError(f"{name} {watch.refused}")
+    if not watch.states and before == after:
         return outputs
     _, again, _, afterwards = _watched(call, 1)
-    if noise & again:
+    if watch.states & again.states:
         raise BridgeError(
             f"{name} seeds torch's generator in its forward and draws from it: numbers that are the same each time "
             "are a buffer; register them as one"
@@ -197,8 +199,8 @@ def refuse_fixed_numbers(call: Callable[[], Any], name: str) -> Any:
     return outputs
 
 
-def _watched(call: Callable[[], Any], seed: int) -> tuple[Any, set[bytes], Any, Any]:
-    """A call's outputs, torch's states where it drew noise, and the states of the others before and after."""
+def _watched(call: Callable[[], Any], seed: int) -> tuple[Any, _Watch, Any, Any]:
+    """A call's outputs, what was seen of torch's draws in it, and the states of the others before and after."""
     kept = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
@@ -212,21 +214,43 @@ def _watched(call: Callable[[], Any], seed: int) -> tuple[Any, set[bytes], Any, 
     finally:
         random.setstate(kept[0])
         np.random.set_state(kept[1])  # noqa: NPY002
-    return outputs, watch.states, before, after
+    return outputs, watch, before, after
 
 
 class _Watch(TorchDispatchMode):
-    """Notes torch's state before each draw of noise."""
+    """Notes torch's state before each draw of noise, and what is wrong with the first draw that cannot come over."""
 
     def __init__(self) -> None:
         super().__init__()
         self.states: set[bytes] = set()
+        self.refused = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _kind(func, args, kwargs) == "noise":
-            self.states.add(_state())
-        return func(*args, **kwargs)
+        draws = _kind(func, args, kwargs) == "noise"
+        state = _state() if draws else b""
+        found = func(*args, **kwargs)
+        if draws and isinstance(found, torch.Tensor) and found.numel():
+            self._note(func, _given(func, args, kwargs), state)
+        elif _name(func) == "random":
+            self._refuse("draws by Tensor.random_, which torch cannot export: draw by torch.randint")
+        return found
+
+    def _note(self, func: Any, given: Mapping[str, Any], state: bytes) -> None:
+        if given.get("generator") is not None:
+            self._refuse(
+                f"draws by torch.{_name(func)} from a torch.Generator of its own, of which a captured graph knows "
+                "nothing: draw from torch's default one (leave generator= away)"
+            )
+        elif state in self.states:
+            self._refuse(
+                "draws the same numbers twice, by torch.random.fork_rng or torch.set_rng_state: draw them once and use "
+                "them in both places"
+            )
+        self.states.add(state)
+
+    def _refuse(self, why: str) -> None:
+        self.refused = self.refused or why
 
 
 def _others() -> Any:

@@ -152,6 +152,12 @@ def seeded_by_the_generator(x, _):
     return x * noise
 
 
+def forked(x, _):
+    with torch.random.fork_rng(devices=()):
+        once = torch.rand(5)
+    return x * once + torch.rand(5)
+
+
 @pytest.mark.parametrize(
     ("function", "cause"),
     [
@@ -162,6 +168,12 @@ def seeded_by_the_generator(x, _):
             r"Python's or numpy's random module.*train=False\) imports evaluation",
         ),
         (lambda x, _: x * np.random.rand(), "Python's or numpy's random module"),  # noqa: NPY002
+        (
+            lambda x, _: x * torch.rand(5, generator=torch.Generator()),
+            r"After draws by torch.rand from a torch.Generator of its own.*\(leave generator= away\)",
+        ),
+        (forked, "After draws the same numbers twice, by torch.random.fork_rng"),
+        (lambda x, _: x + torch.empty_like(x).random_(0, 5), "After draws by Tensor.random_.*draw by torch.randint"),
     ],
 )
 def test_numbers_that_a_graph_would_hold_for_ever_are_refused(function, cause):
