@@ -115,8 +115,9 @@ class Ours:
     def epoch(self, number: int) -> Any:
         """One epoch; the state after it."""
         self.run.epoch, self.run.batch = number, 0
-        self.run.pace.pause()  # as a tick does
+        self.run.running.clear()  # as at a tick
         self.run.through(self.feed, None, self.stop)
+        self.feed.look_ahead(number + 1)
         return self.run.state
 
 

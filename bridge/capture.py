@@ -129,11 +129,14 @@ def plain_attention() -> Iterator[None]:
 def _plain_checkpoints() -> Iterator[None]:
     """Meanwhile checkpoints that are not reentrant are plain calls: of nested ones export would lose the gradients."""
     private, place = "_checkpoint_without_reentrant_generator", torch.utils.checkpoint
-    before = getattr(place, private)
+    before = getattr(place, private, None)
 
     def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
 
+    if before is None:
+        yield
+        return
     setattr(place, private, nothing)
     try:
         yield

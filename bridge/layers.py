@@ -13,7 +13,7 @@ from ..kasmina.products import flat_products
 from .ops.attention import attended, entered, joined, left, masks, one_mask
 from .ops.conv import convolve, from_last, to_last
 from .ops.linear import without_padding_gradient
-from .ops.norm import normalised, standardised, unbiased, updated
+from .ops.norm import by_row, normalised, standardised, unbiased, updated
 from .ops.registry import Last
 from .recognise import Layer
 
@@ -41,6 +41,21 @@ class BatchNorm(nn.BatchNorm):
             mean.value = updated(mean.value, kept_mean, self.momentum)
             var.value = updated(var.value, unbiased(kept_var, count), self.momentum)
         return result
+
+
+class LayerNorm(nn.LayerNorm):
+    """Flax's LayerNorm with a derivative of its own (`by_row`)."""
+
+    keeps_meaning = True
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:  # type: ignore[override]
+        """`[..., F]`, each row normalised."""
+        axes = self.feature_axes if isinstance(self.feature_axes, tuple) else (self.feature_axes,)
+        shape = x.shape[x.ndim - len(axes) :]
+        scale = self.param("scale", self.scale_init, shape) if self.use_scale else None
+        bias = self.param("bias", self.bias_init, shape) if self.use_bias else None
+        return by_row(x, scale, bias, len(axes), self.epsilon)
 
 
 class Attention(nn.MultiHeadDotProductAttention):
@@ -120,7 +135,7 @@ def make(layer: Layer) -> nn.Module:
         if layer.kind == "rms_norm":
             fields.pop("use_bias")
         eps = float(jnp.finfo(jnp.float32).eps) if eps is None else eps
-        cls = nn.LayerNorm if layer.kind == "layer_norm" else nn.RMSNorm
+        cls = LayerNorm if layer.kind == "layer_norm" else nn.RMSNorm
         return cls(**fields, epsilon=eps, reduction_axes=axes, feature_axes=axes, use_fast_variance=False)
     if layer.kind == "group_norm":
         return nn.GroupNorm(**fields, use_fast_variance=False)

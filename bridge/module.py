@@ -13,7 +13,7 @@ import numpy as np
 from .graph import BridgeError, Dtype, Graph, Input, Node, Program, Ref, evaluate, flatten, mapped, nest
 from .layers import call, make, plain
 from .layout import from_flax
-from .ops.registry import Last, check_fits, dtype_of, find, is_array, unknown
+from .ops.registry import Last, check_fits, dtype_of, find, gradient_in_one, is_array, unknown
 from .plan import LAYER, plan_of
 
 _INNER = (LAYER, "input", "constant", "getitem", "getitem0")
@@ -227,11 +227,15 @@ class _Run:
             layer = self.plan.layers[path]
             inputs = tuple(self._raw(arg) for arg in node.args[1:])
             found = call(layer, self._holder(path), inputs, dict(node.kwargs), self._draw)
-            self.values[node.name] = found[0]
+            self.values[node.name] = self._forked(node, found[0])
             if len(found) > 1:
                 self.values[f"{node.name}:1"] = found[1]
             return
-        self.values[node.name] = self._apply(node)
+        self.values[node.name] = self._forked(node, self._apply(node))
+
+    def _forked(self, node: Node, value: Any) -> Any:
+        forked = node.name in self.plan.forks and is_array(value) and jnp.issubdtype(value.dtype, jnp.inexact)
+        return gradient_in_one(value) if forked else value
 
     def _apply(self, node: Node) -> Any:
         if node.op == "input":

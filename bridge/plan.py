@@ -39,6 +39,7 @@ class Plan:
         evaluation and for training.
       functions: of torch.nn.functional, that compute each layer.
       others: the layers whose weight that function reads for something else, too.
+      forks: the values that a norm over rows reads, and something else too, as those of a residual stream.
     """
 
     layers: dict[tuple[str, ...], Layer]
@@ -48,6 +49,7 @@ class Plan:
     homes: tuple[dict[tuple[str, ...], tuple[str, ...]], ...]
     functions: dict[tuple[str, ...], str]
     others: frozenset[tuple[str, ...]]
+    forks: frozenset[str]
 
     def hooked(self, graph: Graph, site: str) -> tuple[list[str], list[str]]:
         """The modules whose forward is a site's layer and no more, and those that compute it and do more."""
@@ -117,7 +119,19 @@ def plan_of(graph: Graph) -> Plan:
         if any((f"torch:{leaf[2]}", functions[path]) in reads for leaf in layer.leaves)
     }
     homes, bare = tuple(_homes(program) for program in programs), tuple(_bare_modules(graph, chosen, refused))
-    return Plan(chosen, places, programs, bare, homes, functions, frozenset(others))
+    forks = frozenset(name for program in programs for name in _forks(program, chosen))
+    return Plan(chosen, places, programs, bare, homes, functions, frozenset(others), forks)
+
+
+def _forks(program: Program, chosen: dict[tuple[str, ...], Layer]) -> Iterator[str]:
+    readers: dict[str, list[str]] = {}
+    for node in program.nodes:
+        kind = chosen[tuple(node.args[0].split("/"))].kind if node.op == LAYER else _function(node.op)
+        for ref in node.refs():
+            readers.setdefault(ref.name, []).append(kind)
+    for name, kinds in readers.items():
+        if len(kinds) > 1 and any(kind in ("layer_norm", "rms_norm") for kind in kinds):
+            yield name
 
 
 def _homes(program: Program) -> dict[tuple[str, ...], tuple[str, ...]]:

@@ -230,14 +230,15 @@ class _Watch(TorchDispatchMode):
         draws = _kind(func, args, kwargs) == "noise"
         state = _state() if draws else b""
         found = func(*args, **kwargs)
-        if draws and isinstance(found, torch.Tensor) and found.numel():
-            self._note(func, _given(func, args, kwargs), state)
+        own = draws and _given(func, args, kwargs).get("generator") is not None
+        if own or (draws and state != _state()):  # of one number, randperm draws none
+            self._note(func, own, state)
         elif _name(func) == "random":
             self._refuse("draws by Tensor.random_, which torch cannot export: draw by torch.randint")
         return found
 
-    def _note(self, func: Any, given: Mapping[str, Any], state: bytes) -> None:
-        if given.get("generator") is not None:
+    def _note(self, func: Any, own: bool, state: bytes) -> None:
+        if own:
             self._refuse(
                 f"draws by torch.{_name(func)} from a torch.Generator of its own, of which a captured graph knows "
                 "nothing: draw from torch's default one (leave generator= away)"

@@ -16,13 +16,15 @@ from .._checks import whole
 from ..kasmina.morph import Morph
 from .data import nbytes
 from .optim import Growable
+from .peers import alone
 from .programs import Program
 from .sharding import Layout
 from .state import TrainState
 from .step import METRICS, Calls, convolves, one_step, sampled
 
 MODES = ("auto", "scan", "loop", "unroll")
-SCANNED, UNROLLED = 128, 4
+SCANNED, TOGETHER, UNROLLED = 128, 32, 4
+ROUND = 16
 CHUNK_BYTES = 64 << 20
 CALL_SECONDS = 0.5
 
@@ -65,7 +67,8 @@ class Dispatch:
     def size(self, mode: str, batch: Any, length: int | None) -> int:
         """Places for batches in a call in that mode, for batches of the shape of `batch`.
 
-        `length` is that of an epoch, which calls of one size then share out; None where the data is no arrays.
+        `length` is that of an epoch, which calls of one size then share out, in places that data of nearly the same
+        length has too; None where the data is no arrays.
         """
         if mode == "loop":
             return 1
@@ -76,33 +79,35 @@ class Dispatch:
         fit = max(1, CHUNK_BYTES // max(1, nbytes(batch)))
         if mode != "scan":
             return min(UNROLLED, fit)
-        calls = -(-length // min(SCANNED, fit))
-        return max(1, -(-length // max(1, calls)))
+        most = min(SCANNED if alone() else TOGETHER, fit)  # several processes keep no pace
+        calls = max(1, -(-length // most))
+        share = -(-length // calls)
+        return min(most, max(1, -(-share // ROUND)) * ROUND)
 
 
 class Pace:
     """How many steps a call may make for it to last about half a second, and at most `SCANNED`.
 
     Ctrl-C is answered between calls. Only how scanned steps are grouped follows the clock, which no bit of a run
-    depends on. The number doubles while calls end soon after each other, and is halved where one takes long.
+    depends on. The number doubles while calls are short, and is halved where one takes long.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.steps = 4
         self._clock, self._last = clock, math.nan
 
+    def began(self) -> None:
+        """A call begins now, and no other is under way."""
+        self._last = self._clock()
+
     def ended(self, count: int) -> None:
-        """A call of `count` steps has ended, and it began where the one before it ended."""
+        """A call of `count` steps has ended; the next one, where it was handed over, has begun."""
         now = self._clock()
         took, self._last = now - self._last, now
         if took > CALL_SECONDS:
-            self.steps = max(1, count // 2)
+            self.steps = min(self.steps, max(1, count // 2))
         elif took < CALL_SECONDS / 2 and count == self.steps:
             self.steps = min(2 * count, SCANNED)
-
-    def pause(self) -> None:
-        """The next call does not begin where the one before it ended."""
-        self._last = math.nan
 
 
 def make_steps(

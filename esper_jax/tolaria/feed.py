@@ -68,8 +68,14 @@ class Feed:
         n = self.batches.batch_size
         batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((n, *leaf.shape[1:]), leaf.dtype), self.arrays)
         self._settle(morph, batch, self.batches.size // n)
-        kind = Resident if self.resident else Gathered
-        return kind(self, epoch, start, self.ahead.pop(epoch, None))
+        order = self.ahead.pop(epoch, None)
+        order = self.batches.order(epoch) if order is None else order
+        return Resident(self, start, order) if self.resident else Gathered(self, start, np.asarray(order))
+
+    def look_ahead(self, epoch: int) -> None:
+        """Compute the order of that epoch, the next one, while the device still trains on this one."""
+        if self.arrays is not None:
+            self.ahead = {epoch: self.batches.order(epoch)}
 
     @property
     def paced(self) -> bool:
@@ -112,17 +118,9 @@ class Epoch:
 class Resident(Epoch):
     """Batches gathered on the device."""
 
-    def __init__(self, feed: Feed, epoch: int, position: int, order: Array | None) -> None:
+    def __init__(self, feed: Feed, position: int, order: Any) -> None:
         super().__init__(feed, position)
-        self.epoch = epoch
-        self.order: Any = feed.batches.order(epoch) if order is None else order
-
-    def take(self, most: int) -> Chunk | None:
-        """As of any epoch; at the end the next one's order is computed, while the device still trains."""
-        chunk = super().take(most)
-        if chunk is None:
-            self.feed.ahead = {self.epoch + 1: self.feed.batches.order(self.epoch + 1)}
-        return chunk
+        self.order = order
 
     def _left(self) -> int:
         return len(self.order) - self.position
@@ -136,13 +134,16 @@ class Resident(Epoch):
 class Gathered(Resident):
     """Batches of arrays that do not fit on the device, gathered on the host."""
 
-    def __init__(self, feed: Feed, epoch: int, position: int, order: Array | None) -> None:
-        super().__init__(feed, epoch, position, order)
-        self.order = np.asarray(self.order)
-
     def _stacked(self, places: int, count: int) -> Chunk:
-        chosen = self.order[np.minimum(self.position + np.arange(places), self.position + count - 1)]
-        batches = jax.tree.map(lambda array: array[chosen], self.feed.arrays)
+        chosen = self.order[self.position : self.position + count]
+
+        def placed(array: Any) -> Any:
+            """The batches, in as many places; what is in those behind them is not trained on."""
+            found = np.zeros((places, *chosen.shape[1:], *array.shape[1:]), array.dtype)
+            np.take(array, chosen, axis=0, out=found[:count], mode="clip")
+            return found
+
+        batches = jax.tree.map(placed, self.feed.arrays)
         return batches if self.feed.layout is None else self.feed.layout.put_batch(batches, axis=1), count
 
 

@@ -119,7 +119,7 @@ class Run:
         self.stop = Stop()
         self.unticked = int(state.meters.batches)
         self.running: collections.deque[tuple[jax.Array, int]] = collections.deque()
-        self.pace = Pace()
+        self.pace, self.timed = Pace(), False
         self.rest = Rest(self.save_at_rest)
         self.before: Before | None = None
         self.rested = False
@@ -147,6 +147,8 @@ class Run:
                 return "stopped early"
             if self.batch == 0:
                 raise ValueError(f"epoch {self.epoch} of the training data gave no batch")
+            if self.epoch + 1 < epochs:
+                feed.look_ahead(self.epoch + 1)
             if self.tick_every is None:
                 self.restructure(stop, at_tick=True)
                 if self.tick(validation, ends_epoch=True):
@@ -196,20 +198,30 @@ class Run:
         """Hand `count` steps to the device, and wait for the last call but one so that the queue stays short."""
         with self.rest:  # until the step is on its way: it may have to be compiled
             after = self.steps(self.state, batches, np.int32(count))
+        if not self.running:
+            self.pace.began()
         self.state, metrics = after
         self.batch += count
         self.unticked += count
         self.made += count
         self.running.append((metrics["loss"], count))
         while len(self.running) > (0 if self.vote.waits else IN_FLIGHT):
-            loss, count = self.running.popleft()
-            loss.block_until_ready()
-            self.pace.ended(count)
+            self.see_off()
+
+    def see_off(self) -> None:
+        """Wait for the oldest call under way."""
+        loss, count = self.running.popleft()
+        loss.block_until_ready()
+        self.pace.ended(count)
+        self.timed = True
 
     def tick(self, validation: Data, *, ends_epoch: bool = False) -> bool:
         """One tick, with which an epoch may end, and a checkpoint where it is due; whether to stop early."""
         session = self.session
-        self.pace.pause()
+        while self.running and not self.timed:  # so few calls since the last tick that none was waited for
+            self.see_off()
+        self.running.clear()  # they end in the tick
+        self.timed = False
         self.tell_saved()
         place = self.epoch, self.batch
         self.before = Before.of(self.whole(), session)

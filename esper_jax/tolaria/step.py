@@ -201,8 +201,8 @@ def one_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """One train step, pure: forward, backward, update, seed statistics; a bad batch changes nothing but the count.
 
-    `sample` says whether the probes measure. Where it is False the step knows nothing of them, where it is an array
-    they sit in branches of the step.
+    `sample` says whether the probes measure. Where it is False the step knows nothing of them, where it is True it
+    measures without a branch, where it is an array the measurements sit in branches of the step.
     """
     morph = state.morph
     key = jax.random.fold_in(state.key, state.step)

@@ -85,6 +85,42 @@ def test_in_16_bits_what_rounding_alone_moves_is_not_held_against_a_model(norm, 
     assert esper_jax.from_torch(*narrow(norm, seed, dtype)).report.passed
 
 
+class Looked(torch.nn.Module):
+    """A large embedding of which a batch reads a few rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = torch.nn.Embedding(4000, 16), torch.nn.Linear(16, 8)
+
+    def forward(self, ids):
+        return self.last(torch.tanh(self.table(ids)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_lost_gradient_of_a_few_rows_is_refused(monkeypatch, dtype):
+    lost = registry.Op(lambda self: jax.lax.stop_gradient(jnp.tanh(self)))
+    monkeypatch.setitem(registry._OPS, "aten.tanh.default", lost)
+    torch.manual_seed(0)
+    with pytest.raises(BridgeError, match="training: gradients differs by"):
+        esper_jax.from_torch(Looked().to(dtype), torch.randint(0, 4000, (2, 8)))
+
+
+class Rounded(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(3 * torch.randn(4))
+
+    def forward(self, x):
+        return x + torch.round(self.weight)
+
+
+def test_gradients_that_torch_has_none_of_are_refused(monkeypatch):
+    straight = registry.Op(lambda self: self + jax.lax.stop_gradient(jnp.round(self) - self))
+    monkeypatch.setitem(registry._OPS, "aten.round.default", straight)
+    with pytest.raises(BridgeError, match="training: gradients differs by"):
+        esper_jax.from_torch(Rounded(), torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits_a_gradient_that_is_wrong_is_refused_all_the_same(monkeypatch, dtype):
     half = registry.Op(lambda self: 0.5 * jax.nn.relu(self) + 0.5 * jax.lax.stop_gradient(jax.nn.relu(self)))

@@ -191,7 +191,11 @@ def masked(x, training):
     return functional.dropout(x, 0.5, training)
 
 
-@pytest.mark.parametrize("function", [constant, masked])
+def shuffled(x, _):
+    return x[:, torch.randperm(1)] + torch.rand(4, 1)  # of one number, no number is drawn
+
+
+@pytest.mark.parametrize("function", [constant, masked, shuffled])
 def test_seeded_constants_and_seeded_dropout_come_over(function):
     assert esper_jax.from_torch(After(function), torch.randn(4, 6)).report.passed
 

@@ -181,9 +181,15 @@ def test_groups_are_small_where_batches_are_large() -> None:
     assert Dispatch().size("unroll", jax.ShapeDtypeStruct((64, 64), jnp.float32), 1000) == 4
 
 
-@pytest.mark.parametrize(("length", "places"), [(0, 1), (1, 1), (64, 64), (128, 128), (129, 65), (1000, 125)])
-def test_the_calls_of_an_epoch_share_its_steps_out(length: int, places: int) -> None:
-    assert Dispatch().size("scan", jax.ShapeDtypeStruct((64, 64), jnp.float32), length) == places
+@pytest.mark.parametrize(
+    ("length", "places"), [(0, 16), (1, 16), (64, 64), (128, 128), (129, 80), (1000, 128), (1010, 128)]
+)
+def test_the_calls_of_an_epoch_share_its_steps_out(monkeypatch, length: int, places: int) -> None:
+    batch = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    assert Dispatch().size("scan", batch, length) == places
+    assert Dispatch().size("scan", jax.ShapeDtypeStruct((1024, 2048), jnp.float32), length) == min(places, 8)
+    monkeypatch.setattr("esper_jax.tolaria.dispatch.alone", lambda: False)
+    assert Dispatch().size("scan", batch, length) == min(places, 32)
 
 
 def test_calls_grow_while_they_are_short_and_shrink_where_steps_are_slow() -> None:
@@ -199,19 +205,36 @@ def test_calls_grow_while_they_are_short_and_shrink_where_steps_are_slow() -> No
             found.append(pace.steps)
         return found
 
-    assert train(1e-3, 7) == [4, 8, 16, 32, 64, 128, 128]  # the first has no call before it
+    pace.began()
+    assert train(1e-3, 6) == [8, 16, 32, 64, 128, 128]
     assert train(1e-2, 4) == [64, 32, 32, 32]  # between a quarter and half a second: as it is
     assert train(10.0, 7) == [16, 8, 4, 2, 1, 1, 1]
-    pace.pause()
     now[0] += 100.0  # a tick
-    pace.ended(1)
-    assert pace.steps == 1
-    now[0] += 0.1
-    pace.ended(1)
-    assert pace.steps == 2
+    pace.began()
+    assert train(0.2, 2) == [2, 2]
     now[0] += 1e-3
     pace.ended(1)  # a call cut short by a tick says nothing of a whole one
     assert pace.steps == 2
+    now[0] += 1.0
+    pace.ended(64)  # nor does one from before make calls longer
+    assert pace.steps == 2
+
+
+def test_calls_of_slow_steps_stay_short_though_an_epoch_has_few_of_them(monkeypatch) -> None:
+    """By a clock that counts steps of 0.4 seconds: four batches an epoch are two calls, of which none is waited for."""
+    from esper_jax.tolaria.run import Run
+
+    counts, dispatch, now = [], Run.dispatch, [0.0]
+
+    def slow(self: Run, batches: Any, count: int) -> None:
+        counts.append(count)
+        dispatch(self, batches, count)
+        now[0] += 0.4 * count
+
+    monkeypatch.setattr(Run, "dispatch", slow)
+    monkeypatch.setattr("esper_jax.tolaria.run.Pace", lambda: Pace(lambda: now[0]))
+    fit((TRAIN[0][:64], TRAIN[1][:64]), epochs=5, controller=None)
+    assert counts[:1] == [4] and set(counts[-4:]) == {1}
 
 
 @pytest.mark.parametrize("steps", [1, 3])
