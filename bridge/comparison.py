@@ -26,12 +26,7 @@ LIMITS = {"float32": (1e-4, 1e-3), "float64": (1e-4, 1e-3), "bfloat16": (5e-2, 2
 FLOORS = {"float32": 1e-2, "float64": 1e-2, "bfloat16": 5e-2, "float16": 2e-2}
 """A gradient smaller than this share of the largest of all is compared as one of that size: it may be all rounding."""
 ROUNDED = 5e-2
-"""The most that a gradient may differ, over the largest of all, where torch's own is as far from float64's.
-
-Such are gradients through batch statistics of two rows, and in 16 bits those that would be 0, of a bias before a norm.
-"""
-MISSING = 0.5
-"""No limit is higher, whatever torch's own error: the error of a gradient that is missing is 1."""
+"""The most that gradients may differ where torch's own do from float64's (as through batch statistics of two rows)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,20 +344,15 @@ def _step(
     grads = {name: grad for name, grad in grads.items() if name not in frozen}  # torch gives them none
     # in 16 bits some value is always within rounding of a kink, and single entries take the other side
     size_of = _rms if dtype in ("bfloat16", "float16") else _largest
-    sizes = {name: size_of(grad.astype(np.float64)) for name, grad in grads.items()}
-    largest = max(sizes.values(), default=0.0)
-    floor = largest * FLOORS[dtype]
-    errors = {n: _error(found[n], g, floor, size_of) for n, g in grads.items() if n in found}
-    limits = dict.fromkeys(errors, gradient_limit)
-    if max(errors.values(), default=0.0) > gradient_limit:
-        for n, own in _rounding(module, args, kwargs, grads, floor, size_of).items():
-            most = ROUNDED * largest / (max(sizes[n], floor) or 1.0)
-            limits[n] = max(gradient_limit, min(4 * own, most, MISSING))
-    worst = max(errors, key=lambda n: errors[n] / limits[n], default=None)
+    floor = FLOORS[dtype] * max((size_of(grad.astype(np.float64)) for grad in grads.values()), default=0.0)
+    error = max((_error(found[n], g, floor, size_of) for n, g in grads.items() if n in found), default=0.0)
+    if error > gradient_limit:
+        own = _rounding(module, args, kwargs, grads, floor, size_of)
+        gradient_limit = max(gradient_limit, min(4 * own, ROUNDED))
     buffers = max((_error(found[n], v) for n, v in after.items() if n in found), default=0.0)
     return [
         Check("training: loss", batch, abs(float(got_loss) - loss) / (size or 1.0), forward_limit),
-        Check(GRADIENTS, batch, *((0.0, gradient_limit) if worst is None else (errors[worst], limits[worst]))),
+        Check(GRADIENTS, batch, error, gradient_limit),
         Check("training: buffers after a step", batch, buffers, forward_limit),
     ]
 
@@ -374,17 +364,17 @@ def _rounding(
     grads: Mapping[str, np.ndarray],
     floor: float,
     size: Callable[[np.ndarray], float],
-) -> dict[str, float]:
-    """How far each of torch's own gradients is from the one it computes in float64; empty where it computes none."""
+) -> float:
+    """How far torch's own gradients are from those it computes in float64; 0 where it computes none."""
     wider = lambda leaf: leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf  # noqa: E731
     wide = copy_of(module)
     if wide is module:
-        return {}
+        return 0.0
     try:
         _, _, exact = torch_step(wide.double(), pytree.tree_map(wider, args), pytree.tree_map(wider, kwargs))
     except Exception:  # an operation or a buffer that is float32 alone
-        return {}
-    return {name: _error(grad, exact[name], floor, size) for name, grad in grads.items()}
+        return 0.0
+    return max((_error(grad, exact[name], floor, size) for name, grad in grads.items()), default=0.0)
 
 
 def refuse(report: Report) -> None:

@@ -31,15 +31,15 @@ def by_row(x: Any, weight: Any, bias: Any, axes: int, eps: float) -> Any:
     The derivative is written out. Its sums over rows weighted by `weight` are products with it: for a sum XLA's CPU
     backend first spreads the weight to an array of x's size.
     """
-    _, _, standard = _by_row(x, axes, eps)
-    return _affine(standard, weight, bias).astype(_joint(x, weight, bias))
+    standard, _ = _standard(_wide(x), _last(x, axes), eps)
+    return _affine(standard, weight, bias).astype(jnp.result_type(x, *(v for v in (weight, bias) if v is not None)))
 
 
 @by_row.defjvp
 def _by_row_jvp(axes: int, eps: float, primals: Any, tangents: Any) -> Any:
-    (x, weight, bias), (dx, dweight, dbias) = primals, tangents
-    last, scale, standard = _by_row(x, axes, eps)
-    y = _affine(standard, weight, bias).astype(_joint(x, weight, bias))
+    (x, weight, _), (dx, dweight, dbias) = primals, tangents
+    y, last = by_row(*primals, axes, eps), _last(x, axes)
+    standard, scale = _standard(_wide(x), last, eps)
     dx = dx.astype(standard.dtype)
     along, level = (scale * jnp.mean(part, last, keepdims=True) for part in (standard * dx, dx))
     straight = scale * dx
@@ -52,13 +52,12 @@ def _by_row_jvp(axes: int, eps: float, primals: Any, tangents: Any) -> Any:
     return y, dy.astype(y.dtype)
 
 
-def _by_row(x: Any, axes: int, eps: float) -> tuple[tuple[int, ...], Any, Any]:
-    """The axes of a row, one over its deviation, and the row standardised."""
-    last = tuple(range(x.ndim - axes, x.ndim))
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - jnp.mean(wide, last, keepdims=True)
-    scale = lax.rsqrt(jnp.mean(centred * centred, last, keepdims=True) + eps)
-    return last, scale, centred * scale
+def _last(x: Any, axes: int) -> tuple[int, ...]:
+    return tuple(range(x.ndim - axes, x.ndim))
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _spread(of_rows: Any, weight: Any) -> Any:
@@ -69,21 +68,19 @@ def _spread(of_rows: Any, weight: Any) -> Any:
     return product.reshape(*rows.shape[:-1], *weight.shape)
 
 
-def _joint(x: Any, weight: Any, bias: Any) -> Any:
-    return jnp.result_type(x, *(v for v in (weight, bias) if v is not None))
-
-
 @op("rms_norm.default")
 def rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None) -> Any:
-    axes = tuple(range(input.ndim - len(normalized_shape), input.ndim))
+    axes = _last(input, len(normalized_shape))
     eps = float(jnp.finfo(input.dtype).eps) if eps is None else eps
     scaled = full_float(lambda x: x * lax.rsqrt(jnp.mean(x * x, axes, keepdims=True) + eps))(input)
     return _affine(scaled, weight, None)
 
 
-def _standard(x: Any, axes: tuple[int, ...], eps: float) -> Any:
+def _standard(x: Any, axes: tuple[int, ...], eps: float) -> tuple[Any, Any]:
+    """`x` standardised over these axes, and one over the deviation along them."""
     centred = x - jnp.mean(x, axes, keepdims=True)
-    return centred * lax.rsqrt(jnp.mean(centred * centred, axes, keepdims=True) + eps)
+    scale = lax.rsqrt(jnp.mean(centred * centred, axes, keepdims=True) + eps)
+    return centred * scale, scale
 
 
 def _affine(x: Any, weight: Any, bias: Any) -> Any:
@@ -103,7 +100,7 @@ def group_norm(
 ) -> Any:
     n, channels = input.shape[:2]
     grouped = input.reshape(n, num_groups, channels // num_groups, *input.shape[2:])
-    result = full_float(lambda x: _standard(x, tuple(range(2, x.ndim)), eps))(grouped).reshape(input.shape)
+    result = full_float(lambda x: _standard(x, tuple(range(2, x.ndim)), eps)[0])(grouped).reshape(input.shape)
     return _affine(result, _of_channels(weight, input, False), _of_channels(bias, input, False))
 
 
@@ -120,7 +117,7 @@ def instance_norm(
     cudnn_enabled: bool = True,
 ) -> Any:
     if use_input_stats:
-        result = full_float(lambda x: _standard(x, tuple(range(2, x.ndim)), eps))(input)
+        result = full_float(lambda x: _standard(x, tuple(range(2, x.ndim)), eps)[0])(input)
         return _affine(result, _of_channels(weight, input, False), _of_channels(bias, input, False))
     return normalised(input, weight, bias, running_mean, running_var, eps, False)
 
@@ -134,7 +131,7 @@ def _not_channels(x: Any, last: bool) -> tuple[int, ...]:
 def _statistics(x: Any, last: bool) -> tuple[Any, Any]:
     """Mean and biased variance of each channel over batch and space, in float32."""
     axes = _not_channels(x, last)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = _wide(x)
     mean = jnp.mean(wide, axes)
     centred = wide - (mean if last else _of_channels(mean, x, False))
     return mean, jnp.mean(centred * centred, axes)
