@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import types
 from typing import Any
 
@@ -22,6 +23,12 @@ import numpy as np
 from esper_jax import Decision, Lifecycle
 from tests.faults.found import GATES, ROOT, Found, fit
 from tests.tolaria import growing
+
+FILES = 2  # what may be open beside: the event log is written, an old save removed
+
+
+def _files() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 class Cycler:
@@ -42,14 +49,26 @@ class Cycler:
 
 
 class Soaked:
-    """A sink that notes, at each germination, what the process holds."""
+    """A sink that notes, at each germination, what the process holds.
+
+    A save that is under way opens a dozen files and lasts, on a slow disk, from one germination to the next: the sink
+    first waits for the files to be closed. Files that are never given back stay, however long it waits.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
+    def quiet(self, seconds: float = 10.0) -> None:
+        """Wait, `seconds` at most, until no more files are open than at the germinations before."""
+        least = min((row["files"] for row in self.rows), default=float("inf"))
+        end = time.monotonic() + seconds
+        while _files() > least + FILES and time.monotonic() < end:
+            time.sleep(0.02)
+
     def emit(self, event: Any) -> None:
         """One row a germination."""
         if event.kind == "germinated":
+            self.quiet()
             gc.collect()
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of memory that was given back
@@ -58,7 +77,7 @@ class Soaked:
                 {
                     "MiB": resident / 2**20,
                     "threads": threading.active_count(),
-                    "files": len(os.listdir("/proc/self/fd")),
+                    "files": _files(),
                     "arrays": len(jax.live_arrays()),
                     "programs": len(jax.extend.backend.get_backend().live_executables()),
                 }
@@ -95,8 +114,8 @@ def soak(folder: pathlib.Path, random: np.random.Generator, trials: int) -> Foun
 def soaked(folder: pathlib.Path, trials: int) -> Found:
     """What one run of so many cycles held at its beginning and at its end.
 
-    Compared are the least of the first and of the last few: what is under way for a while (a save, an evaluation) only
-    adds to them, and what is never given back is in all of the last.
+    Compared are the least of the first and of the last few: what is under way for a while (an evaluation, the end of a
+    save) only adds to them, and what is never given back is in all of the last.
     """
     found, noted = Found(), Soaked()
     made = growing.trainer(
@@ -117,7 +136,7 @@ def soaked(folder: pathlib.Path, trials: int) -> Found:
     # leaves behind is eight and more from the first rows to the last, in the short form too.
     # A save leaks 0.5 KiB a leaf in tensorstore (0.1.86, `Spec.to_json`), and sizes of small objects are those without
     # what the allocator rounds up.
-    limits = {"threads": 2, "files": 2, "arrays": 2, "programs": 2, "MiB": 10 + 1.5 * kept}
+    limits = {"threads": 2, "files": FILES, "arrays": 2, "programs": 2, "MiB": 10 + 1.5 * kept}
     found.seen[f"history and events that the run keeps: {kept:.0f} MiB"] += 1
     for name, most in limits.items():
         first, last = (min(row[name] for row in part) for part in (rows[:5], rows[-5:]))
