@@ -115,9 +115,9 @@ class Ours:
     def epoch(self, number: int) -> Any:
         """One epoch; the state after it."""
         self.run.epoch, self.run.batch = number, 0
-        self.run.running.clear()  # as at a tick
         self.run.through(self.feed, None, self.stop)
         self.feed.look_ahead(number + 1)
+        self.run.forget_calls()  # as at a tick
         return self.run.state
 
 

@@ -215,13 +215,17 @@ class Run:
         self.pace.ended(count)
         self.timed = True
 
+    def forget_calls(self) -> None:
+        """Before a tick, in which all calls under way end; one since the last tick was waited for, for the pace."""
+        while self.running and not self.timed:
+            self.see_off()
+        self.running.clear()
+        self.timed = False
+
     def tick(self, validation: Data, *, ends_epoch: bool = False) -> bool:
         """One tick, with which an epoch may end, and a checkpoint where it is due; whether to stop early."""
         session = self.session
-        while self.running and not self.timed:  # so few calls since the last tick that none was waited for
-            self.see_off()
-        self.running.clear()  # they end in the tick
-        self.timed = False
+        self.forget_calls()
         self.tell_saved()
         place = self.epoch, self.batch
         self.before = Before.of(self.whole(), session)
