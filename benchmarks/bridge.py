@@ -1,6 +1,7 @@
 """What an imported PyTorch model costs in JAX: jitted forward and train step against torch eager on the same machine.
 
 Both run the same weights on the same batches, interleaved in one process; each train step is SGD on a cross-entropy.
+A sample takes a tenth of a second, after a call that is not timed, in which the other library's threads still spin.
 Each model has several processes one after another, since where a process finds its memory moves convolutions by a
 third: ratios are over the rounds of all of them. On a CPU both sides have the freed memory that
 `esper_jax.keep_memory()` keeps; `--memory returned` leaves it.
@@ -114,7 +115,7 @@ def measured(args: Any, name: str) -> tuple[Timed, str, str]:
     device = torch.device("cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     module, example = MODELS[name](torch, args.scale, args.batch)
-    options = {"rounds": args.rounds, "budget": args.budget, "seed": args.seed, "sets": 1, "min_sample": 0.1}
+    options = {"rounds": args.rounds, "budget": args.budget, "seed": args.seed, "sets": 1, "min_sample": 0.1, "lead": 1}
     timed = {k: interleave(v, **options) for k, v in pairs(torch, module, example, device, args.seed).items()}
     ran = f"torch {torch.__version__} eager on {device} with {torch.get_num_threads()} threads"
     return timed, device.type, ran

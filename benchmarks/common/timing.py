@@ -64,6 +64,7 @@ def interleave(
     min_sample: float = 2e-3,
     budget: float = math.inf,
     least: int = 10,
+    lead: int = 0,
     seed: int = 0,
 ) -> dict[str, Timing]:
     """Time variants side by side.
@@ -77,6 +78,8 @@ def interleave(
         number for all, and waits for the last (`block_until_ready`).
       budget: seconds after which no further round begins, once `least` rounds are done.
       least: rounds made whatever the budget.
+      lead: calls of a variant before each of its samples, not timed. Threads of another library spin for some
+        milliseconds after its last call, on the cores that the next call needs.
       seed: of the order in which variants take turns.
 
     Returns:
@@ -106,15 +109,17 @@ def interleave(
             if done >= min(least, rounds) and time.perf_counter() - started > budget:
                 break
             for at in order.permutation(len(names)):
-                samples[names[at]].append(_sample(variants[names[at]], calls, sets, done))
+                samples[names[at]].append(_sample(variants[names[at]], calls, sets, done, lead))
     finally:
         if collecting:
             gc.enable()
     return {name: Timing(name, np.asarray(taken), calls) for name, taken in samples.items()}
 
 
-def _sample(variant: Variant, calls: int, sets: int, first: int) -> float:
+def _sample(variant: Variant, calls: int, sets: int, first: int, lead: int) -> float:
     result = None
+    for i in range(first - lead, first):
+        jax.block_until_ready(variant(i % sets))
     began = time.perf_counter()
     for i in range(first, first + calls):
         result = variant(i % sets)

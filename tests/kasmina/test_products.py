@@ -58,6 +58,54 @@ def test_product_is_matmul(space):
     np.testing.assert_allclose(product(x, kernel), x @ kernel, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 4), (16, 8), (9, 1)])
+def test_a_tall_kernels_derivatives_are_those_of_matmul(inputs, outputs, dtype):
+    """Values, forwards, backwards, backwards of backwards and over a population, of the kernel, of x and of both."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw = lambda key, *shape: jax.random.normal(key, shape).astype(dtype)  # noqa: E731
+    x, kernel = draw(keys[0], 3, 2, inputs), draw(keys[1], inputs, outputs)
+    moves = draw(keys[2], 3, 2, inputs), draw(keys[3], inputs, outputs)
+
+    def found(times):
+        loss = lambda x, k: jnp.tanh(times(x, k).astype(jnp.float32)).sum()  # noqa: E731
+        slope = lambda x, k: sum((g.astype(jnp.float32) ** 2).sum() for g in jax.grad(loss, (0, 1))(x, k))  # noqa: E731
+        yield times(x, kernel)
+        for which in (0, 1, (0, 1)):
+            yield jax.grad(loss, which)(x, kernel)
+            yield jax.grad(slope, which)(x, kernel)
+        yield jax.jvp(times, (x, kernel), moves)
+        yield jax.jvp(lambda k: times(x, k), (kernel,), moves[1:])
+        yield jax.vmap(jax.grad(loss, 1), (None, 0))(x, jnp.stack([kernel, 2 * kernel]))
+        yield jax.grad(jax.checkpoint(loss), (0, 1))(x, kernel)
+
+    bound = 1e-5 if dtype == jnp.float32 else 5e-2
+    for one, other in zip(found(product), found(jnp.matmul), strict=True):
+        assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, other)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            assert a.dtype == b.dtype
+            scale = float(jnp.abs(b).max())
+            np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=bound, atol=bound * scale)
+
+
+def test_products_of_integers_are_matmuls():
+    x, kernel = jnp.arange(12).reshape(3, 4), jnp.arange(8).reshape(4, 2)
+    np.testing.assert_array_equal(product(x, kernel), x @ kernel)
+    np.testing.assert_array_equal(product(x.astype(jnp.float32), kernel), x @ kernel)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
+@pytest.mark.parametrize("shape", [(64, 512), (2, 32, 512)])
+def test_the_gradient_to_a_tall_kernel_is_a_wide_product(shape):
+    def wide(times):
+        text = jax.jit(jax.grad(lambda k, x: (times(x, k) ** 2).sum())).lower(jnp.ones((512, 16)), jnp.ones(shape))
+        lines = text.compile().as_text().splitlines()
+        return any("f32[16,512]" in line and " dot(" in line for line in lines)
+
+    assert wide(product)
+    assert not wide(jnp.matmul)
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
 def test_nothing_is_transposed_for_the_gradient_to_a_kernel():
     """The cotangent of a layer between others, which Flax's own product writes once more."""
