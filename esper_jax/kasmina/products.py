@@ -27,7 +27,7 @@ def product(
     x: Float[Array, "*space I"], kernel: Float[Array, "I O"], precision: Any = None
 ) -> Float[Array, "*space O"]:
     """`jnp.matmul(x, kernel, precision=precision)`."""
-    if x.ndim < 2 or not _flattens(x):
+    if x.ndim < 2 or kernel.ndim != 2 or not _flattens(x):
         return jnp.matmul(x, kernel, precision=precision)
     dtype = jnp.result_type(x, kernel)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(dtype)
@@ -76,8 +76,11 @@ def _times(rows: Float[Array, "N I"], matrix: Float[Array, "I O"], **options: An
     def plain(rows: Array, matrix: Array) -> Array:
         return lax.dot_general(rows, matrix, (((1,), (0,)), ((), ())), **options)
 
-    inputs, outputs = matrix.shape
-    if not 2 * outputs <= inputs or outputs >= FEW or not jnp.issubdtype(matrix.dtype, jnp.inexact):
+    sizes = *rows.shape, matrix.shape[1]
+    if not all(isinstance(size, int) for size in sizes) or not jnp.issubdtype(matrix.dtype, jnp.inexact):
+        return plain(rows, matrix)
+    count, inputs, outputs = sizes
+    if inputs < 2 * outputs or count < 4 * outputs or outputs >= FEW:  # for fewer rows turning costs more than it saves
         return plain(rows, matrix)
     times = jax.custom_jvp(plain)
 

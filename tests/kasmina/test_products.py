@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 from esper_jax.kasmina.products import flat_dot_general, flat_products, product
 
@@ -64,8 +64,8 @@ def test_a_tall_kernels_derivatives_are_those_of_matmul(inputs, outputs, dtype):
     """Values, forwards, backwards, backwards of backwards and over a population, of the kernel, of x and of both."""
     keys = jax.random.split(jax.random.key(0), 4)
     draw = lambda key, *shape: jax.random.normal(key, shape).astype(dtype)  # noqa: E731
-    x, kernel = draw(keys[0], 3, 2, inputs), draw(keys[1], inputs, outputs)
-    moves = draw(keys[2], 3, 2, inputs), draw(keys[3], inputs, outputs)
+    x, kernel = draw(keys[0], 8, 4, inputs), draw(keys[1], inputs, outputs)
+    moves = draw(keys[2], 8, 4, inputs), draw(keys[3], inputs, outputs)
 
     def found(times):
         loss = lambda x, k: jnp.tanh(times(x, k).astype(jnp.float32)).sum()  # noqa: E731
@@ -104,6 +104,14 @@ def test_the_gradient_to_a_tall_kernel_is_a_wide_product(shape):
 
     assert wide(product)
     assert not wide(jnp.matmul)
+
+
+def test_sizes_may_be_symbols():
+    """Of the batch, and of the kernel: what cannot be compared is multiplied as it is."""
+    sizes = export.symbolic_shape("b, i, o")
+    x, kernel = jax.ShapeDtypeStruct(sizes[:2], jnp.float32), jax.ShapeDtypeStruct(sizes[1:], jnp.float32)
+    exported = export.export(jax.jit(lambda x, k: jax.grad(lambda k: product(x, k).sum())(k)))(x, kernel)
+    np.testing.assert_allclose(exported.call(jnp.ones((5, 4)), jnp.ones((4, 1))), 5)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
