@@ -77,7 +77,9 @@ def _times(rows: Float[Array, "N I"], matrix: Float[Array, "I O"], **options: An
         return lax.dot_general(rows, matrix, (((1,), (0,)), ((), ())), **options)
 
     sizes = *rows.shape, matrix.shape[1]
-    if not all(isinstance(size, int) for size in sizes) or not jnp.issubdtype(matrix.dtype, jnp.inexact):
+    dtypes = matrix.dtype, options.get("preferred_element_type") or matrix.dtype
+    known = all(isinstance(size, int) for size in sizes)  # and not symbols
+    if not known or not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
         return plain(rows, matrix)
     count, inputs, outputs = sizes
     if inputs < 2 * outputs or count < 4 * outputs or outputs >= FEW:  # for fewer rows turning costs more than it saves
@@ -87,11 +89,11 @@ def _times(rows: Float[Array, "N I"], matrix: Float[Array, "I O"], **options: An
     @functools.partial(times.defjvp, symbolic_zeros=True)
     def derivative(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
         (rows, matrix), (by_rows, by_matrix) = primals, tangents
-        parts = [] if isinstance(by_rows, SymbolicZero) else [times(by_rows, matrix)]
+        parts = [] if isinstance(by_rows, SymbolicZero) else [plain(by_rows, matrix)]
         if not isinstance(by_matrix, SymbolicZero):
             turned = lax.optimization_barrier(by_matrix.T)  # without it XLA would turn the product back
             parts.append(lax.dot_general(rows, turned, (((1,), (1,)), ((), ())), **options))
-        return times(rows, matrix), functools.reduce(jnp.add, parts)
+        return plain(rows, matrix), functools.reduce(jnp.add, parts)  # plain, so that a remat policy sees a product
 
     return times(rows, matrix)
 

@@ -106,6 +106,26 @@ def test_the_gradient_to_a_tall_kernel_is_a_wide_product(shape):
     assert not wide(jnp.matmul)
 
 
+@pytest.mark.parametrize("policy", ["dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable"])
+def test_a_tall_kernels_product_is_saved_where_a_policy_saves_products(policy):
+    x, kernel = jnp.ones((64, 16)), jnp.ones((16, 4))
+
+    def products(times):
+        def loss(x, k):
+            return jnp.sin(times(jnp.concatenate([jnp.tanh(times(x, k))] * 4, -1), k)).sum()
+
+        grad = jax.grad(jax.checkpoint(loss, policy=getattr(jax.checkpoint_policies, policy)), (0, 1))
+        return str(jax.make_jaxpr(grad)(x, kernel)).count("dot_general[")
+
+    assert products(product) == products(jnp.matmul)
+
+
+def test_an_integer_product_of_floats_has_a_derivative():
+    dims = (((1,), (0,)), ((), ()))
+    times = lambda k: flat_dot_general(jnp.ones((64, 16)), k, dims, preferred_element_type=jnp.int32)  # noqa: E731
+    assert not jax.grad(lambda k: times(k).astype(jnp.float32).sum())(jnp.ones((16, 4))).any()
+
+
 def test_sizes_may_be_symbols():
     """Of the batch, and of the kernel: what cannot be compared is multiplied as it is."""
     sizes = export.symbolic_shape("b, i, o")
