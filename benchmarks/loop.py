@@ -146,7 +146,7 @@ def measure(name: str, args: Any, report: Report) -> None:
     guarded = f"{copied}, guarded"
     variants[guarded] = functools.partial(with_guard.epoch, guarded)
     variants |= {n: o.epoch for n, o in ours.items()}
-    timed = interleave(variants, rounds=args.rounds, sets=4, warmup=8, budget=args.budget, least=5, seed=args.seed)
+    timed = interleave(variants, rounds=args.rounds, sets=4, warmup=5, budget=args.budget, least=5, seed=args.seed)
     best = min(HAND, key=lambda n: timed[n].median)
     rows = []
     for n, timing in timed.items():

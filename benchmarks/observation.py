@@ -28,7 +28,7 @@ from esper_jax.kasmina.summary import flops
 from esper_jax.tolaria.dispatch import Dispatch, make_steps
 from esper_jax.tolaria.step import Calls
 
-EVERY, STEPS = 50, 100
+EVERY, STEPS = 50, 50
 LIMITS = {"transformer": 1.01, "mlp": 1.02, "cnn": 1.02}
 SITES = {
     "planted": "a dormant seed planted at each of {} sites",
