@@ -1,11 +1,11 @@
 """What Tolaria's loop costs beside the best loop that can be written by hand for the same model.
 
-By hand: one epoch as a `lax.scan` in one program, as a Python loop of jitted steps, and as such a loop with four steps
-written out in each call; the bare model, optax alone, donated buffers, shuffled and gathered in the program, its losses
-kept. None of these looks whether a gradient is finite, as Tolaria does in every step; the guarded one does, by optax's
-`apply_if_finite`. Tolaria: the loop that `fit` runs between ticks, probes at the default interval included, in the mode
-it chooses by itself and in each mode by name, from data on the device and from data on the host. XLA's CPU backend is
-slow at convolutions inside control flow: the rows of the CNN are where a wrong choice shows.
+By hand: one epoch as a `lax.scan` in one program, as a Python loop of jitted steps, and (`--unrolled`) as such a loop
+with four steps written out in each call; the bare model, optax alone, donated buffers, shuffled and gathered in the
+program, its losses kept. None of these looks whether a gradient is finite, as Tolaria does in every step; the guarded
+one does, by optax's `apply_if_finite`. Tolaria: the loop that `fit` runs between ticks, probes at the default interval
+included, in the mode it chooses by itself and in each mode by name, from data on the device and from data on the host.
+XLA's CPU backend is slow at convolutions inside control flow: the rows of the CNN are where a wrong choice shows.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from esper_jax.tolaria.programs import Programs
 from esper_jax.tolaria.run import Run
 from esper_jax.tolaria.session import Session
 
-HAND = ("hand scan", "hand loop", "hand unrolled")
 WRITTEN_OUT = 4
 STEPS = {"mlp": 64, "cnn": 16, "transformer": 8}
 AGAIN = {"scan": "hand scan", "loop": "hand loop", "unroll": "hand unrolled"}
-"""The loop by hand whose copy shows the noise, by the mode that Tolaria chose."""
+"""The loop by hand that is like each mode of Tolaria's; a copy of the one that it chose shows the noise."""
 
 
 class Hand:
@@ -124,7 +123,10 @@ class Ours:
 def main() -> None:
     made = parser(__doc__ or "", rounds=30, budget=4.5)
     made.add_argument("--steps", type=int, help=f"steps of an epoch (default: {STEPS}; a multiple of {WRITTEN_OUT})")
-    args = begin(made)
+    made.add_argument(
+        "--unrolled", nargs="*", default=["cnn"], metavar="MODEL", help="models whose steps are written out"
+    )
+    args = begin(made, reuse=True)
     report = Report("loop", __doc__ or "", args)
     for name in args.models:
         measure(name, args, report)
@@ -138,16 +140,18 @@ def measure(name: str, args: Any, report: Report) -> None:
     hand = Hand(work, data, steps, work.optimizer())
     with_guard = Hand(work, data, steps, optax.apply_if_finite(work.optimizer(), max_consecutive_errors=1 << 30))
     ours = {"tolaria": Ours(work, data, "auto"), "tolaria, data on the host": Ours(work, data, "auto", resident=False)}
-    ours |= {f"tolaria, {mode}": Ours(work, data, mode) for mode in ("scan", "loop", "unroll")}
+    modes = [mode for mode in AGAIN if mode != "unroll" or name in args.unrolled]
+    ours |= {f"tolaria, {mode}": Ours(work, data, mode) for mode in modes}
     ours["tolaria, auto, no probes"] = Ours(work, data, "auto", probe_every=0)
     ours["tolaria"].epoch(0)
     copied = AGAIN[ours["tolaria"].feed.mode]
-    variants = {n: functools.partial(hand.epoch, n) for n in (*HAND, f"{copied} again")}
+    by_hand = [AGAIN[mode] for mode in modes]
+    variants = {n: functools.partial(hand.epoch, n) for n in (*by_hand, f"{copied} again")}
     guarded = f"{copied}, guarded"
     variants[guarded] = functools.partial(with_guard.epoch, guarded)
     variants |= {n: o.epoch for n, o in ours.items()}
     timed = interleave(variants, rounds=args.rounds, sets=4, warmup=5, budget=args.budget, least=5, seed=args.seed)
-    best = min(HAND, key=lambda n: timed[n].median)
+    best = min(by_hand, key=lambda n: timed[n].median)
     rows = []
     for n, timing in timed.items():
         row = {"variant": n, **time_columns(timing), **ratio_columns(ratio(timing, timed[best]))}

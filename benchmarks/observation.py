@@ -1,4 +1,4 @@
-"""What Foundation's probes cost in a train step, at the default interval and while they measure.
+"""What Foundation's probes cost in a train step, at the default interval and, with `--always`, while they measure.
 
 Variants take turns in one process: steps without probes (twice, for the noise floor), with probes at the default
 interval, and with probes on every step; each call makes a number of steps that holds sampled steps at exactly that
@@ -19,14 +19,10 @@ import tempfile
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
+from common.steps import Looped
 
-from esper_jax import TrainState, graft, growable
 from esper_jax.kasmina.summary import flops
-from esper_jax.tolaria.dispatch import Dispatch, make_steps
-from esper_jax.tolaria.step import Calls
 
 EVERY, STEPS = 50, 50
 LIMITS = {"transformer": 1.01, "mlp": 1.02, "cnn": 1.02}
@@ -34,33 +30,14 @@ SITES = {
     "planted": "a dormant seed planted at each of {} sites",
     "all": "nothing planted at {} sites, as morph(params) has them",
 }
-VARIANTS = {"no probes": 0, "no probes again": 0, f"probes every {EVERY}": EVERY, "probes every step": 1}
+VARIANTS = {"no probes": 0, "no probes again": 0, f"probes every {EVERY}": EVERY}
+ALWAYS = {"probes every step": 1}
 MARK = "observation: counting"
 
 
-class Steps:
-    """`STEPS` steps of one variant, in as many calls as the platform's own way of dispatch takes."""
-
-    def __init__(self, work: Any, probe_every: int, sites: str) -> None:
-        calls, tx = Calls(graft(work.model), work.loss), growable(work.optimizer())
-        morph = work.morph(planted=sites == "planted")
-        self.sites = len(morph.spec.sites)
-        self.state = TrainState.create(morph, tx, key=jax.random.key(0))
-        alone = Dispatch().chosen(calls, morph, work.batches[0]) != "scan"
-        places = 1 if alone else STEPS
-        rows = [work.batches[i % len(work.batches)] for i in range(STEPS)]
-        groups = [rows[i : i + places] for i in range(0, STEPS, places)]
-        self.batches = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *group) for group in groups]
-        self.places = np.int32(places)
-        self.steps = make_steps(calls, tx, probe_every, Dispatch("loop" if alone else "scan"))
-
-    def __call__(self, number: int = 0) -> Any:
-        for batches in self.batches:
-            self.state, metrics = self.steps(self.state, batches, self.places)
-        return metrics["loss"]
-
-    def compiled(self) -> Any:
-        return self.steps.jitted.lower(self.state, self.batches[0], self.places).compile()
+def steps_of(work: Any, probe_every: int, sites: str) -> Looped:
+    """`STEPS` steps of one variant."""
+    return Looped(work, work.morph(planted=sites == "planted"), STEPS, probe_every)
 
 
 def hidden(text: str) -> tuple[int, int]:
@@ -115,9 +92,8 @@ def count(name: str, sites: str, args: argparse.Namespace, probe_every: int) -> 
 
 def counted(args: argparse.Namespace) -> None:
     """In the process that callgrind watches: warm up, then `STEPS` steps with counting on."""
-    steps = Steps(
-        workload(args.models[0], scale=args.scale, dtype=args.dtype, seed=args.seed), args.counted, args.sites[0]
-    )
+    work = workload(args.models[0], scale=args.scale, dtype=args.dtype, seed=args.seed)
+    steps = steps_of(work, args.counted, args.sites[0])
     for _ in range(2):
         jax.block_until_ready(steps())
     print(MARK, flush=True)
@@ -130,10 +106,12 @@ def counted(args: argparse.Namespace) -> None:
 
 def main() -> None:
     made = parser(__doc__ or "", rounds=40, budget=4.0)
-    made.add_argument("--sites", nargs="+", choices=tuple(SITES), default=list(SITES), help="which sites are probed")
+    made.set_defaults(models=["mlp", "transformer"])  # a CNN on a CPU takes minutes
+    made.add_argument("--sites", nargs="+", choices=tuple(SITES), default=["all"], help="which sites are probed")
+    made.add_argument("--always", action="store_true", help="measure steps that all measure too")
     made.add_argument("--instructions", action="store_true", help="count instructions too; minutes for each model")
     made.add_argument("--counted", type=int, help=argparse.SUPPRESS)
-    args = begin(made)
+    args = begin(made, reuse=True)
     if args.counted is not None:
         return counted(args)
     report = Report("observation", __doc__ or "", args)
@@ -149,7 +127,8 @@ def main() -> None:
 
 def measure(name: str, sites: str, args: argparse.Namespace, report: Report, counting: bool) -> None:
     work = workload(name, scale=args.scale, dtype=args.dtype, seed=args.seed)
-    variants = {n: Steps(work, every, sites) for n, every in VARIANTS.items()}
+    intervals = VARIANTS | (ALWAYS if args.always else {})
+    variants = {n: steps_of(work, every, sites) for n, every in intervals.items()}
     timed = interleave(variants, rounds=args.rounds, warmup=2, budget=args.budget, least=6, seed=args.seed)
     base, counts, rows = timed["no probes"], {}, []
     for n, timing in timed.items():
@@ -159,7 +138,7 @@ def measure(name: str, sites: str, args: argparse.Namespace, report: Report, cou
         row |= {"step": timing.median / STEPS, "least": float(timing.samples.min() / base.samples.min())}
         row |= {"flops": flops(compiled), "probing": total, "outside": outside}
         if counting and not n.endswith("again"):
-            counts[n] = count(name, sites, args, VARIANTS[n])
+            counts[n] = count(name, sites, args, intervals[n])
             row["instructions"] = counts[n]
             if counts[n] and counts["no probes"]:
                 row["instruction_ratio"] = counts[n] / counts["no probes"]
@@ -177,7 +156,8 @@ def measure(name: str, sites: str, args: argparse.Namespace, report: Report, cou
         Column("outside", "of them in every step", "count"),
         Column("samples", "samples", "count"),
     )
-    title = f"{name}: {STEPS} steps of {work.batch}, {SITES[sites].format(variants['no probes'].sites)}"
+    probed = len(variants["no probes"].state.morph.spec.sites)
+    title = f"{name}: {STEPS} steps of {work.batch}, {SITES[sites].format(probed)}"
     note = f"Noise floor, from a second copy without probes: {floor:.3f}. To be reached: {LIMITS[name]:.2f}."
     report.table(title, columns, rows, note)
 

@@ -65,11 +65,11 @@ BASE, COPY, DOWN = "list and file", "the same once more", "bus, server down"
 
 def main() -> None:
     """Measure and print."""
-    made = parser(__doc__ or "", rounds=200, budget=6.0, models=("mlp", "cnn"))
+    made = parser(__doc__ or "", rounds=200, budget=4.0, models=("mlp", "cnn"))
     made.add_argument("--steps", type=int, default=100, help="train steps between two ticks")
     made.add_argument("--batch", type=int, default=64, help="batch size")
     made.add_argument("--redis", help="URL of a running server; without it, one of our own is started")
-    args = begin(made)
+    args = begin(made, reuse=True)
     report = Report("telemetry", __doc__ or "", args, "redis", "tensorboardX", "prometheus-client")
     rows, counted = [], ""
     with tempfile.TemporaryDirectory() as folder, server(args.redis) as url:

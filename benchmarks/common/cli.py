@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -43,8 +45,14 @@ def parser(
     return made
 
 
-def begin(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse, and choose jax's platform before jax starts; one that is not there ends the script in a sentence."""
+def begin(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, reuse: bool = False
+) -> argparse.Namespace:
+    """Parse, and choose jax's platform before jax starts; one that is not there ends the script in a sentence.
+
+    With `reuse`, for scripts that do not time compiling, each program is compiled once: its copies, and XLA's figures
+    of it, come from a cache of this process's own.
+    """
     args = made.parse_args(argv)
     if args.rounds < 1:
         made.error(f"--rounds must be 1 or more, got {args.rounds}")
@@ -56,6 +64,12 @@ def begin(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> a
     except RuntimeError as error:
         print(f"this jax cannot use the platform {args.platform or 'asked for'}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    if reuse:
+        folder = tempfile.TemporaryDirectory(prefix="programs-")
+        atexit.register(folder.cleanup)
+        jax.config.update("jax_compilation_cache_dir", folder.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return args
 
 

@@ -1,4 +1,4 @@
-"""Steps to time: a hand-written one of the bare host, the same of a morph, and `make_train_step`'s."""
+"""Steps to time: a hand-written one of the bare host, the same of a morph, `make_train_step`'s, and the loop's."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 import esper_jax
+from esper_jax.tolaria.dispatch import Dispatch, make_steps
+from esper_jax.tolaria.step import Calls
 
 from .models import Workload
 
@@ -67,6 +70,34 @@ class Stepper:
         """One step on batch `i`; returns what it measured."""
         self.state, found = self.step(self.state, self.batches[i])
         return found
+
+
+class Looped:
+    """`count` steps of Tolaria's loop: a variant that makes them in as many calls as its own way of dispatch takes.
+
+    Without `probe_every` the probes measure as often as in a run that does not say.
+    """
+
+    def __init__(self, work: Workload, morph: esper_jax.Morph, count: int, probe_every: int = 50) -> None:
+        calls, tx = Calls(esper_jax.graft(work.model), work.loss), esper_jax.growable(work.optimizer())
+        self.state = esper_jax.TrainState.create(morph, tx, key=jax.random.key(0))
+        self.scans = Dispatch().chosen(calls, morph, work.batches[0]) == "scan"
+        places = count if self.scans else 1
+        rows = [work.batches[i % len(work.batches)] for i in range(count)]
+        groups = [rows[i : i + places] for i in range(0, count, places)]
+        self.batches = [jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *group) for group in groups]
+        self.places = np.int32(places)
+        self.steps = make_steps(calls, tx, probe_every, Dispatch("scan" if self.scans else "loop"))
+
+    def __call__(self, i: int = 0) -> Any:
+        """All the steps, on batches in the same order each time; returns what the last measured."""
+        for batches in self.batches:
+            self.state, metrics = self.steps(self.state, batches, self.places)
+        return metrics["loss"]
+
+    def compiled(self) -> Any:
+        """The program of one call."""
+        return self.steps.jitted.lower(self.state, self.batches[0], self.places).compile()
 
 
 def own(tree: Any) -> Any:

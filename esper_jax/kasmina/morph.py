@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -58,6 +59,10 @@ class Morph(Struct):
         if not collections:
             return self
         return self.replace(host=_like(self.host if is_variables(self.host) else self.variables, collections))
+
+    def alone(self) -> Morph:
+        """The host with its sites and nothing planted, as if all slots were empty."""
+        return self.replace(seeds={}, state={}, spec=dataclasses.replace(self.spec, plants=()))
 
     def __repr__(self) -> str:
         if not isinstance(self.spec, Spec):  # a tree of other things in this shape, such as shardings

@@ -167,8 +167,12 @@ def when_seeds_compute(morph: Morph, do: Callable[..., Any], skip: Callable[...,
     """`do(*args)`, and `skip(*args)` while every seed rests, in one program: a branch, where any seed is planted."""
     if not any(plant.resident for plant in morph.spec.plants):
         return do(*args)
-    busy = jnp.any(jnp.stack([jnp.any(computes(state.stage)) for state in morph.state.values()]))
-    return jax.lax.cond(busy, do, skip, *args)
+    return jax.lax.cond(any_computes(morph), do, skip, *args)
+
+
+def any_computes(morph: Morph) -> Bool[Array, ""]:
+    """Whether the forward pass of any seed is needed; one must be planted."""
+    return jnp.any(jnp.stack([jnp.any(computes(state.stage)) for state in morph.state.values()]))
 
 
 def _looked_at(

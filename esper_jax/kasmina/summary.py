@@ -169,7 +169,7 @@ def compare(model: Any, morph: Morph, x: Any, *, repeats: int = 20, **kwargs: An
     grown = graft(model)
     args = inputs("x", x)
     given = {**grown.mode(False), **kwargs}
-    bare = dataclasses.replace(morph, seeds={}, state={}, spec=dataclasses.replace(morph.spec, plants=()))
+    bare = morph.alone()
 
     def forward(morph: Morph, *args: Any) -> Any:
         return grown(morph, *args, **given)

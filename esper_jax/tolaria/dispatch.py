@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from jaxtyping import Array, Int
 
 from .._checks import whole
 from ..kasmina.morph import Morph
+from ..kasmina.observe import any_computes
 from .data import nbytes
 from .optim import Growable
 from .peers import alone
@@ -140,19 +142,49 @@ def make_steps(
     return Program("train", train_steps, donate=(0,))
 
 
+Carry = tuple[Array, TrainState, dict[str, Array]]
+"""What goes from step to step of a loop: how many were made, the state, and the metrics of the last."""
+
+
 def _scanned(step: Any, probe_every: int, count: Int[Array, ""], state: TrainState) -> tuple[TrainState, Any]:
-    """`count` steps in a loop: stretches of steps that know nothing of probes, and those that measure between them."""
+    """`count` steps in loops of their own kinds, entered in turn.
 
-    def stretch(sample: bool, carry: Any) -> Any:
-        def here(carry: Any) -> Any:
-            return (carry[0] < count) & (sampled(carry[1], probe_every) == sample)
+    There are steps that measure, steps that know nothing of probes, and, where seeds were planted ahead, steps that
+    know nothing of seeds either: as long as all of these rest, a step is that of the host with empty slots.
+    """
+    ahead = any(plant.resident for plant in state.morph.spec.plants)
 
-        with jax.named_scope("sampled" if sample else "unsampled"):
-            return jax.lax.while_loop(here, lambda carry: (carry[0] + 1, *step(sample, *carry[:2])), carry)
+    def stretch(name: str, sample: bool, here: Callable[[Carry], Any], carry: Carry) -> Carry:
+        def on(carry: Carry) -> Any:
+            return (carry[0] < count) & (sampled(carry[1], probe_every) == sample) & here(carry)
+
+        with jax.named_scope(name):
+            return jax.lax.while_loop(on, lambda carry: (carry[0] + 1, *step(sample, *carry[:2])), carry)  # type: ignore[no-any-return]
+
+    def measuring(carry: Carry) -> Carry:
+        return stretch("sampled", True, lambda _: True, carry)
+
+    def resting(carry: Carry) -> Carry:
+        done, state, metrics = carry
+        rests = ~any_computes(state.morph)  # and no step of the host wakes a seed
+        opt_state = state.opt_state.replace(seeds={})
+        carry = done, state.replace(morph=state.morph.alone(), opt_state=opt_state), metrics
+        done, after, metrics = stretch("resting", False, lambda _: rests, carry)
+        morph, opt_state = (
+            state.morph.replace(host=after.morph.host),
+            state.opt_state.replace(host=after.opt_state.host),
+        )
+        return done, after.replace(morph=morph, opt_state=opt_state), metrics
+
+    def growing(carry: Carry) -> Carry:
+        return stretch("unsampled", False, lambda carry: any_computes(carry[1].morph) if ahead else True, carry)
+
+    kinds = [measuring] * (probe_every > 0) + ([resting] * ahead + [growing]) * (probe_every != 1)
+
+    def turn(carry: Carry) -> Carry:
+        return functools.reduce(lambda carry, kind: kind(carry), kinds, carry)
 
     carry = jnp.int32(0), state, {name: jnp.zeros((), jnp.float32) for name in METRICS}
-    if probe_every < 2:
-        return stretch(probe_every == 1, carry)[1:]
-    return jax.lax.while_loop(
-        lambda carry: carry[0] < count, lambda carry: stretch(False, stretch(True, carry)), carry
-    )[1:]
+    if len(kinds) > 1:
+        return jax.lax.while_loop(lambda carry: carry[0] < count, turn, carry)[1:]  # type: ignore[no-any-return]
+    return turn(carry)[1:]

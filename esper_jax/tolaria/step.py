@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -300,8 +299,7 @@ def _is_float(leaf: Any) -> bool:
 
 def convolves(calls: Calls, morph: Morph, batch: Any) -> bool:
     """Whether the host's own forward pass holds a convolution, wherever it is."""
-    bare = morph.replace(seeds={}, state={}, spec=dataclasses.replace(morph.spec, plants=()))
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (bare, batch))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (morph.alone(), batch))
     jaxpr = jax.make_jaxpr(lambda morph, batch: calls.evaluate(morph, batch)[0])(*shapes)
     return any(equation.primitive.name == "conv_general_dilated" for equation in _equations(jaxpr.jaxpr))
 

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import esper_jax
 from esper_jax import FixedSchedule, Gates, Lifecycle, Tolaria, TrainingInterrupted, TrainState, growable
+from esper_jax.kasmina.stages import Stage
 from esper_jax.tolaria.data import Batches, shuffled
 from esper_jax.tolaria.dispatch import Dispatch, Pace, make_steps
 from esper_jax.tolaria.feed import Feed
@@ -317,6 +319,76 @@ def test_bf16_trains_a_planted_seed_too() -> None:
     assert made._step._cache_size() == 1
 
 
+def loops(jaxpr: Any) -> list[str]:
+    """The bodies of the loops that a jaxpr holds, inner ones too."""
+    found = []
+    for equation in jaxpr.eqns:
+        for inner in jaxprs_in_params(equation.params):
+            found += loops(inner)
+        if equation.primitive.name == "while":
+            found.append(str(equation.params["body_jaxpr"]))
+    return found
+
+
+@pytest.mark.parametrize("probe_every", [0, 50])
+def test_while_every_planted_seed_rests_a_step_of_the_loop_is_the_empty_morphs_own(probe_every: int) -> None:
+    """The loop's body, equation for equation, and so the host's bits; a seed that trains is met by another."""
+    given = host("mlp")
+    calls, tx = Calls(esper_jax.graft(given.model), LOSS), growable(optax.adam(1e-2))
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), (given.x, given.y))
+
+    def state(planted: str | None) -> TrainState:
+        morph = esper_jax.morph(given.variables, where="Dense", planted=planted, slots=1)
+        return TrainState.create(morph, tx, key=jax.random.key(0))
+
+    def program() -> Any:
+        return make_steps(calls, tx, probe_every, Dispatch("scan"))
+
+    bodies = {name: loops(jax.make_jaxpr(program())(state(name), batches, 3).jaxpr) for name in (None, "lora")}
+    steps = [body for body in bodies[None] if "while" not in body]
+    assert len(steps) == (2 if probe_every else 1)
+    assert steps[-1] in bodies["lora"]
+    planted = program()
+    alone, _ = program()(state(None), batches, 3)
+    rested, _ = planted(state("lora"), batches, 3)
+    chex.assert_trees_all_equal(
+        (rested.morph.host, rested.opt_state.host, bits(rested.meters)),
+        (alone.morph.host, alone.opt_state.host, bits(alone.meters)),
+    )
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(rested.morph.seeds))
+    grown = state("lora")
+    site = grown.morph.spec.sites[0].path
+    morph = esper_jax.advance(esper_jax.germinate(grown.morph, site, "lora", key=jax.random.key(1)), site, 0)
+    before = bits(morph.seeds)
+    grown, _ = planted(grown.replace(morph=morph), batches, 3)
+    moved = jax.tree.map(lambda new, old: np.any(new != old), bits(grown.morph.seeds), before)
+    assert any(jax.tree.leaves(moved))
+    assert planted._cache_size() == 1
+
+
+def test_a_seed_that_faults_out_within_a_call_leaves_the_steps_that_follow_to_the_host() -> None:
+    """However its steps are grouped: three faults prune it, and what comes then is the resting kind of step."""
+    given = host("mlp")
+    calls, tx = Calls(esper_jax.graft(given.model), LOSS), growable(optax.adam(1e-2))
+    steps = make_steps(calls, tx, 4, Dispatch("scan"))
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), (given.x, given.y))
+    morph = esper_jax.morph(given.variables, where="Dense_1", planted="lora", slots=1)
+    site = morph.spec.sites[0].path
+    morph = esper_jax.advance(esper_jax.germinate(morph, site, "lora", key=jax.random.key(1)), site, 0)
+    morph = morph.replace(seeds=jax.tree.map(lambda leaf: leaf * jnp.nan, morph.seeds))
+
+    def run(sizes: list[int]) -> TrainState:
+        state = TrainState.create(morph, tx, key=jax.random.key(0))
+        for size in sizes:
+            state, _ = steps(state, batches, size)
+        return state
+
+    together, apart = run([8]), run([1] * 8)
+    chex.assert_trees_all_equal(bits(together), bits(apart))
+    assert int(together.morph.state[site].stage[0]) == Stage.PRUNED and int(together.step) == 8
+    assert steps._cache_size() == 1
+
+
 def test_accumulated_gradients_move_host_and_seed_as_one_batch_of_the_whole() -> None:
     """`optax.MultiSteps` through `growable`: four batches of 16 against one of 64; the seed on its own count."""
     given = host("mlp")
@@ -381,6 +453,7 @@ def test_a_rematerialised_host_stays_so_in_the_step(policy: str | None) -> None:
     assert str(bare).count("= tanh") == recomputed
     assert step(0, None).count("= tanh") == recomputed
     assert step(1, "lora").count("= tanh") == recomputed
-    assert step(50, "lora").count("= tanh") == 2 * recomputed  # a step that measures is one more body of the loop
+    assert step(50, None).count("= tanh") == 2 * recomputed  # a step that measures is one more body of the loop
+    assert step(50, "lora").count("= tanh") == 3 * recomputed  # and one in which every seed rests
     norms = len(jax.tree.leaves(variables))
     assert step(0, None).count(" dot_general[") == str(bare).count(" dot_general[") + norms
