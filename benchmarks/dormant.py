@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ COLUMNS = (
 IDENTICAL, COPY = "jaxpr identical", "the same once more"
 STEPS = {"mlp": 128, "cnn": 16, "transformer": 8}
 LOOP_BUDGET = 5
+ALONE = "planted dormant, rest_alone"
 
 
 def main() -> None:
@@ -52,7 +54,7 @@ def main() -> None:
     for name in args.models:
         for batch in args.batch:
             work = workload(name, scale=args.scale, dtype=args.dtype, batch=batch, seed=args.seed)
-            empty, planted = work.morph(), work.morph(planted=True)
+            empty, planted = work.morph(where=work.where), work.morph(planted=True)
             for kind, measure in MEASURES.items():
                 if kind == "loop" and batch != max(args.batch):
                     continue
@@ -62,9 +64,9 @@ def main() -> None:
     report.table("Train step, a loop of one's own", COLUMNS, rows["step"], explained(rows["step"]))
     steps = ", ".join(f"{name} {count}" for name, count in STEPS.items() if name in args.models)
     note = (
-        f"Base: an empty morph in the loop that fit runs, probes at the default interval. Steps a sample: {steps}. "
-        "Where steps are scanned, those in which every planted seed rests are a loop of their own, with the empty "
-        f"morph's own body. {explained(rows['loop'])}"
+        f"Base: an empty morph in the loop that fit runs, without probes. Steps a call: {steps}. rest_alone: scanned "
+        "steps in which every planted seed rests are a loop of their own, with the empty morph's own body. "
+        f"{explained(rows['loop'])}"
     )
     report.table("Train step, Tolaria's loop", COLUMNS, rows["loop"], note)
     planted_sites = {name: len(workload(name, batch=1, sets=1).morph(planted=True).spec.plants) for name in args.models}
@@ -112,16 +114,17 @@ def own_loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[
 
 def loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The loop that `fit` runs, whose base is itself with an empty morph."""
-    variants = {
-        name: Looped(work, morph, STEPS[work.name])
-        for name, morph in (("empty", empty), ("copy of it", empty), ("planted dormant", planted))
-    }
-    way = "scanned, the empty morph's body" if variants["empty"].scans else "one step a call, seeds behind lax.cond"
-    return variants, {
+    looped = functools.partial(Looped, work, count=STEPS[work.name], probe_every=0)
+    variants = {"empty": looped(empty), "copy of it": looped(empty), "planted dormant": looped(planted)}
+    found = {
         "empty": "base",
         "copy of it": COPY,
-        "planted dormant": f"{len(planted.spec.plants)} seeds; {way}",
+        "planted dormant": f"{len(planted.spec.plants)} seeds behind lax.cond",
     }
+    if variants["empty"].scans:
+        variants[ALONE] = looped(planted, alone=True)
+        found[ALONE] = "scanned, the empty morph's own steps"
+    return variants, found
 
 
 MEASURES = {"forward": forward, "step": own_loop, "loop": loop}
@@ -161,7 +164,7 @@ def compared(
 
 
 def explained(rows: list[dict[str, Any]]) -> str:
-    """Below each table: how many variants cannot be told from the bare host."""
+    """Below each table: how many variants cannot be told from the base."""
     judged = [row for row in rows if "verdict" in row]
     good = sum(row["verdict"] for row in judged)
     same = sum(row["program"] == IDENTICAL for row in judged if row["variant"] == "empty")

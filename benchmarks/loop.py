@@ -124,7 +124,7 @@ def main() -> None:
     made = parser(__doc__ or "", rounds=30, budget=4.5)
     made.add_argument("--steps", type=int, help=f"steps of an epoch (default: {STEPS}; a multiple of {WRITTEN_OUT})")
     made.add_argument(
-        "--unrolled", nargs="*", default=["cnn"], metavar="MODEL", help="models whose steps are written out"
+        "--unrolled", nargs="*", choices=tuple(STEPS), default=["cnn"], help="models whose steps are written out too"
     )
     args = begin(made, reuse=True)
     report = Report("loop", __doc__ or "", args)

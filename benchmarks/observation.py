@@ -1,9 +1,9 @@
 """What Foundation's probes cost in a train step, at the default interval and, with `--always`, while they measure.
 
-Variants take turns in one process: steps without probes (twice, for the noise floor), with probes at the default
-interval, and with probes on every step; each call makes a number of steps that holds sampled steps at exactly that
-interval. Beside the time stand XLA's own counts for the compiled step and, with `--instructions`, the instructions that
-the processor executed (counted by valgrind's callgrind, where it is installed), which no other load on the machine
+Variants take turns in one process: steps without probes (twice, for the noise floor) and with probes at the default
+interval, or on every step; each call makes a number of steps that holds sampled steps at exactly that interval. Beside
+the time stand XLA's own counts for the compiled step and, with `--instructions`, the instructions that the processor
+executed (counted by valgrind's callgrind, where it is installed), which no other load on the machine
 disturbs. The compiled program is read too: steps that are not sampled must not meet a measurement.
 """
 
@@ -37,7 +37,7 @@ MARK = "observation: counting"
 
 def steps_of(work: Any, probe_every: int, sites: str) -> Looped:
     """`STEPS` steps of one variant."""
-    return Looped(work, work.morph(planted=sites == "planted"), STEPS, probe_every)
+    return Looped(work, work.morph(planted=sites == "planted"), STEPS, probe_every=probe_every)
 
 
 def hidden(text: str) -> tuple[int, int]:

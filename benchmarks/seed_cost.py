@@ -43,12 +43,14 @@ TRAP = 2.0
 
 def main() -> None:
     """Measure and print."""
-    args = begin(parser(__doc__ or "", rounds=60, budget=1.2), reuse=True)
+    made = parser(__doc__ or "", rounds=60, budget=1.2)
+    made.add_argument("--all", action="store_true", help="all blueprints of each model, not the first alone")
+    args = begin(made, reuse=True)
     report = Report("seed_cost", __doc__ or "", args)
     rows: list[dict[str, Any]] = []
     for name in args.models:
         work = workload(name, scale=args.scale, dtype=args.dtype, seed=args.seed)
-        for blueprint, config in SEEDS[name]:
+        for blueprint, config in SEEDS[name][: None if args.all else 1]:
             rows += measured(args, dataclasses.replace(work, blueprint=blueprint, config=scaled(config, args.scale)))
     report.table(
         "One train step with a seed at every planted site, by stage",

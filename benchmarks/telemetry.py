@@ -69,7 +69,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=100, help="train steps between two ticks")
     made.add_argument("--batch", type=int, default=64, help="batch size")
     made.add_argument("--redis", help="URL of a running server; without it, one of our own is started")
-    args = begin(made, reuse=True)
+    args = begin(made)
     report = Report("telemetry", __doc__ or "", args, "redis", "tensorboardX", "prometheus-client")
     rows, counted = [], ""
     with tempfile.TemporaryDirectory() as folder, server(args.redis) as url:

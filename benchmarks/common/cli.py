@@ -51,7 +51,8 @@ def begin(
     """Parse, and choose jax's platform before jax starts; one that is not there ends the script in a sentence.
 
     With `reuse`, for scripts that do not time compiling, each program is compiled once: its copies, and XLA's figures
-    of it, come from a cache of this process's own.
+    of it, come from a cache of this process's own. A copy then shows what timing differs by, not what compiling anew
+    may choose.
     """
     args = made.parse_args(argv)
     if args.rounds < 1:

@@ -75,10 +75,12 @@ class Stepper:
 class Looped:
     """`count` steps of Tolaria's loop: a variant that makes them in as many calls as its own way of dispatch takes.
 
-    Without `probe_every` the probes measure as often as in a run that does not say.
+    `alone` is Tolaria's `rest_alone`.
     """
 
-    def __init__(self, work: Workload, morph: esper_jax.Morph, count: int, probe_every: int = 50) -> None:
+    def __init__(
+        self, work: Workload, morph: esper_jax.Morph, count: int, probe_every: int, alone: bool = False
+    ) -> None:
         calls, tx = Calls(esper_jax.graft(work.model), work.loss), esper_jax.growable(work.optimizer())
         self.state = esper_jax.TrainState.create(morph, tx, key=jax.random.key(0))
         self.scans = Dispatch().chosen(calls, morph, work.batches[0]) == "scan"
@@ -87,7 +89,7 @@ class Looped:
         groups = [rows[i : i + places] for i in range(0, count, places)]
         self.batches = [jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *group) for group in groups]
         self.places = np.int32(places)
-        self.steps = make_steps(calls, tx, probe_every, Dispatch("scan" if self.scans else "loop"))
+        self.steps = make_steps(calls, tx, probe_every, Dispatch("scan" if self.scans else "loop", None, alone))
 
     def __call__(self, i: int = 0) -> Any:
         """All the steps, on batches in the same order each time; returns what the last measured."""

@@ -34,7 +34,7 @@ def kron(self: Any, other: Any) -> Any:
 
 @op("linear.default")
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    result = product(input, weight.T) if weight.ndim == 2 else jnp.matmul(input, weight)
+    result = product(input, weight.T)
     return result if bias is None else result + bias
 
 

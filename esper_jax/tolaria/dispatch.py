@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .._checks import whole
+from .._checks import flag, whole
 from ..kasmina.morph import Morph
 from ..kasmina.observe import any_computes
 from .data import nbytes
@@ -42,13 +42,18 @@ class Dispatch:
       steps: steps a call. None, for data given as arrays: scanned as many as take half a second, up to 128 (fewer where
         their batches would exceed 64 MiB), and 4 unrolled; 1 for other data. "auto" with a number above 1 unrolls where
         it would have looped.
+      rest_alone: scanned steps in which every planted seed rests are those of the host with empty slots, for one more
+        body to compile. They cost what the host costs; but a host's bits are then those of another program as long as
+        no seed computes, and may differ by rounding from those that it has beside seeds.
 
     Raises:
-      ValueError: an unknown mode, steps below 1, or several steps a call with "loop".
+      ValueError: an unknown mode, steps below 1, or several steps a call with "loop". TypeError: `rest_alone` is no
+        bool.
     """
 
     mode: str = "auto"
     steps: int | None = None
+    rest_alone: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -57,6 +62,7 @@ class Dispatch:
             whole("steps_per_dispatch", self.steps, 1)
         if self.mode == "loop" and self.steps not in (None, 1):
             raise ValueError(f"dispatch='loop' makes one step a call; got steps_per_dispatch={self.steps}")
+        flag("rest_alone", self.rest_alone)
 
     def chosen(self, calls: Calls, morph: Morph, batch: Any) -> str:
         """The mode for this host on this platform, told from the shapes of a morph and of one batch."""
@@ -134,7 +140,8 @@ def make_steps(
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
         if dispatch.chosen(calls, state.morph, first) == "scan":
             state = state.replace(opt_state=tx.grow(state.opt_state, state.morph))
-            return _scanned(step, probe_every, count, state)
+            rest_alone = dispatch.rest_alone and any(plant.resident for plant in state.morph.spec.plants)
+            return _scanned(step, probe_every, rest_alone, count, state)
         for i in range(jax.tree.leaves(batches)[0].shape[0]):
             state, metrics = step(sampled(state, probe_every), i, state)
         return state, metrics
@@ -146,13 +153,14 @@ Carry = tuple[Array, TrainState, dict[str, Array]]
 """What goes from step to step of a loop: how many were made, the state, and the metrics of the last."""
 
 
-def _scanned(step: Any, probe_every: int, count: Int[Array, ""], state: TrainState) -> tuple[TrainState, Any]:
+def _scanned(
+    step: Any, probe_every: int, rest_alone: bool, count: Int[Array, ""], state: TrainState
+) -> tuple[TrainState, Any]:
     """`count` steps in loops of their own kinds, entered in turn.
 
-    There are steps that measure, steps that know nothing of probes, and, where seeds were planted ahead, steps that
-    know nothing of seeds either: as long as all of these rest, a step is that of the host with empty slots.
+    There are steps that measure, steps that know nothing of probes, and, with `rest_alone`, steps that know nothing of
+    seeds either, as long as all of these rest.
     """
-    ahead = any(plant.resident for plant in state.morph.spec.plants)
 
     def stretch(name: str, sample: bool, here: Callable[[Carry], Any], carry: Carry) -> Carry:
         def on(carry: Carry) -> Any:
@@ -177,9 +185,9 @@ def _scanned(step: Any, probe_every: int, count: Int[Array, ""], state: TrainSta
         return done, after.replace(morph=morph, opt_state=opt_state), metrics
 
     def growing(carry: Carry) -> Carry:
-        return stretch("unsampled", False, lambda carry: any_computes(carry[1].morph) if ahead else True, carry)
+        return stretch("unsampled", False, lambda carry: any_computes(carry[1].morph) if rest_alone else True, carry)
 
-    kinds = [measuring] * (probe_every > 0) + ([resting] * ahead + [growing]) * (probe_every != 1)
+    kinds = [measuring] * (probe_every > 0) + ([resting] * rest_alone + [growing]) * (probe_every != 1)
 
     def turn(carry: Carry) -> Carry:
         return functools.reduce(lambda carry, kind: kind(carry), kinds, carry)

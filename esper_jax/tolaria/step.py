@@ -207,7 +207,8 @@ def one_step(
     key = jax.random.fold_in(state.key, state.step)
     taps = zero_taps(morph)
     if sample is False:
-        taps = {path: tap for path, tap in taps.items() if path in morph.state}
+        sources = {plant.source for plant in morph.spec.plants}
+        taps = {path: tap for path, tap in taps.items() if path in morph.state or path in sources}
     where = None if sample is False else jnp.asarray(sample)
 
     def loss_fn(params: Any, taps: Any) -> tuple[Array, Any]:

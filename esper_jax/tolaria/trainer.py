@@ -82,6 +82,9 @@ class Tolaria:
         devices, along "data"), and how seeds are divided; see `tolaria.sharding.Layout`. Without them: one device.
       dispatch, steps_per_dispatch: how steps are handed to the device, "auto", "scan", "loop" or "unroll", and how many
         at a time (see `tolaria.dispatch.Dispatch`); Ctrl-C is noticed between two such calls.
+      rest_alone: while every planted seed rests, steps are those of the host with empty slots, and cost no more, where
+        several are scanned in a call. One more body of the program compiles, and the host's bits may differ by rounding
+        from those of a run in which a seed trains, which are the same without it.
       resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes, and
         validation data likewise; 0 only if it is there already.
       swap: when a grown or leaner program takes over. It is compiled in the background while training goes on in the
@@ -140,6 +143,7 @@ class Tolaria:
         seed_sharding: str = "host",
         dispatch: str = "auto",
         steps_per_dispatch: int | None = None,
+        rest_alone: bool = False,
         resident_bytes: int = 1 << 30,
         swap: str | int = "epoch",
         compile_in: str = "auto",
@@ -197,7 +201,7 @@ class Tolaria:
         self.layout = make_layout(sharding, mesh, seed_sharding)
         self._check = functools.partial(check_batch, classes=classes) if check_data else None
         self._evaluator = Evaluator(self._calls, score, eval_batch_size, self.layout, self._check)
-        self._dispatch, self._resident_bytes = Dispatch(dispatch, steps_per_dispatch), resident_bytes
+        self._dispatch, self._resident_bytes = Dispatch(dispatch, steps_per_dispatch, rest_alone), resident_bytes
         self._step = make_steps(self._calls, self.tx, probe_every, self._dispatch, self.layout)
         self._ticker = Ticker(
             self._evaluator,

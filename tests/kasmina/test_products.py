@@ -89,7 +89,7 @@ def test_a_tall_kernels_derivatives_are_those_of_matmul(inputs, outputs, dtype):
 
 
 def test_products_of_integers_are_matmuls():
-    x, kernel = jnp.arange(12).reshape(3, 4), jnp.arange(8).reshape(4, 2)
+    x, kernel = jnp.arange(1024).reshape(64, 16), jnp.arange(64).reshape(16, 4)
     np.testing.assert_array_equal(product(x, kernel), x @ kernel)
     np.testing.assert_array_equal(product(x.astype(jnp.float32), kernel), x @ kernel)
 

@@ -258,6 +258,16 @@ def test_options_that_cannot_work_are_refused_in_a_sentence() -> None:
         trainer(compute_dtype=jnp.int8)
     with pytest.raises(ValueError, match="resident_bytes must be a whole number of 0 or more"):
         trainer(resident_bytes=-1)
+    with pytest.raises(TypeError, match="rest_alone must be True or False, got 'yes'"):
+        trainer(rest_alone="yes")
+
+
+def test_a_run_whose_resting_seeds_leave_the_host_alone_goes_the_same_way(by_default) -> None:
+    """`rest_alone` through `fit`: a seed's whole life in one program, and the numbers of the run without it."""
+    state, history, made = fit(tick_every=9, rest_alone=True)
+    chex.assert_trees_all_close(state.morph, by_default[0].morph, atol=1e-5)
+    assert [e.data for e in history.of_kind("stage")] == [e.data for e in by_default[1].of_kind("stage")]
+    assert made._step._cache_size() == 1
 
 
 def test_no_more_than_three_calls_wait_on_the_device_and_nothing_is_fetched_before_the_tick(monkeypatch) -> None:
@@ -331,7 +341,7 @@ def loops(jaxpr: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("probe_every", [0, 50])
-def test_while_every_planted_seed_rests_a_step_of_the_loop_is_the_empty_morphs_own(probe_every: int) -> None:
+def test_where_resting_seeds_leave_the_host_alone_a_step_is_the_empty_morphs_own(probe_every: int) -> None:
     """The loop's body, equation for equation, and so the host's bits; a seed that trains is met by another."""
     given = host("mlp")
     calls, tx = Calls(esper_jax.graft(given.model), LOSS), growable(optax.adam(1e-2))
@@ -342,7 +352,7 @@ def test_while_every_planted_seed_rests_a_step_of_the_loop_is_the_empty_morphs_o
         return TrainState.create(morph, tx, key=jax.random.key(0))
 
     def program() -> Any:
-        return make_steps(calls, tx, probe_every, Dispatch("scan"))
+        return make_steps(calls, tx, probe_every, Dispatch("scan", rest_alone=True))
 
     bodies = {name: loops(jax.make_jaxpr(program())(state(name), batches, 3).jaxpr) for name in (None, "lora")}
     steps = [body for body in bodies[None] if "while" not in body]
@@ -366,27 +376,71 @@ def test_while_every_planted_seed_rests_a_step_of_the_loop_is_the_empty_morphs_o
     assert planted._cache_size() == 1
 
 
-def test_a_seed_that_faults_out_within_a_call_leaves_the_steps_that_follow_to_the_host() -> None:
-    """However its steps are grouped: three faults prune it, and what comes then is the resting kind of step."""
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_the_host_is_the_same_to_the_bit_whether_a_planted_seed_of_the_loop_sleeps_or_trains(name: str) -> None:
+    """Contract 16 in the loop that `fit` runs: parameters, statistics, optimizer state and what was measured."""
+    given = host(name)
+    calls, tx = Calls(esper_jax.graft(given.model), LOSS), growable(optax.adamw(1e-2))
+    steps = make_steps(calls, tx, 4, Dispatch("scan"))
+    batches = jnp.stack([given.x * (1 + i) for i in range(7)]), jnp.stack([given.y] * 7)
+    site = {"mlp": "Dense_1", "transformer": "CheckpointBlock_0/Dense_0"}[name]
+    morph = esper_jax.morph(given.variables, where=f"{site}$", planted="lora", slots=1)
+
+    def run(trains: bool) -> TrainState:
+        grown = morph
+        if trains:
+            grown = esper_jax.advance(esper_jax.germinate(morph, site, "lora", key=jax.random.key(1)), site, 0)
+        return steps(TrainState.create(grown, tx, key=jax.random.key(0)), batches, 7)[0]
+
+    slept, trained = run(False), run(True)
+    chex.assert_trees_all_equal(trained.morph.host, slept.morph.host)
+    chex.assert_trees_all_equal(trained.opt_state.host, slept.opt_state.host)
+    chex.assert_trees_all_equal(trained.meters, slept.meters)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(trained.morph.seeds))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(slept.morph.seeds))
+    assert steps._cache_size() == 1
+
+
+def test_a_span_trains_in_the_loop() -> None:
+    """Its source is a layer without a seed, which steps that know nothing of probes must reach all the same."""
     given = host("mlp")
     calls, tx = Calls(esper_jax.graft(given.model), LOSS), growable(optax.adam(1e-2))
-    steps = make_steps(calls, tx, 4, Dispatch("scan"))
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), (given.x, given.y))
+    morph = esper_jax.morph(given.variables, model=given.model, example=given.x)
+    span = esper_jax.spans(given.model, morph, given.x)[0]
+    key = jax.random.key(1)
+    morph = esper_jax.germinate(morph, span=span.ends, blueprint="units", units=2, key=key, **span.config)
+    (plant,) = morph.spec.plants
+    morph = esper_jax.advance(morph, plant.site, plant.slot)
+    before = bits(morph.seeds)
+    state = TrainState.create(morph, tx, key=jax.random.key(0))
+    state, metrics = make_steps(calls, tx, 2, Dispatch("scan"))(state, batches, 3)
+    moved = jax.tree.map(lambda new, old: np.any(new != old), bits(state.morph.seeds), before)
+    assert any(jax.tree.leaves(moved)) and np.isfinite(metrics["loss"])
+
+
+def test_a_seed_that_faults_out_within_a_call_leaves_the_steps_that_follow_to_the_host() -> None:
+    """However its steps are grouped: three faults prune it, and the host is that of a network with empty slots."""
+    given = host("mlp")
+    calls, tx = Calls(esper_jax.graft(given.model), LOSS), growable(optax.adam(1e-2))
+    steps = make_steps(calls, tx, 4, Dispatch("scan", rest_alone=True))
     batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), (given.x, given.y))
     morph = esper_jax.morph(given.variables, where="Dense_1", planted="lora", slots=1)
     site = morph.spec.sites[0].path
     morph = esper_jax.advance(esper_jax.germinate(morph, site, "lora", key=jax.random.key(1)), site, 0)
     morph = morph.replace(seeds=jax.tree.map(lambda leaf: leaf * jnp.nan, morph.seeds))
 
-    def run(sizes: list[int]) -> TrainState:
+    def run(morph: Any, sizes: list[int]) -> TrainState:
         state = TrainState.create(morph, tx, key=jax.random.key(0))
         for size in sizes:
             state, _ = steps(state, batches, size)
         return state
 
-    together, apart = run([8]), run([1] * 8)
+    together, apart = run(morph, [8]), run(morph, [1] * 8)
     chex.assert_trees_all_equal(bits(together), bits(apart))
+    chex.assert_trees_all_equal(together.morph.host, run(esper_jax.morph(given.variables), [8]).morph.host)
     assert int(together.morph.state[site].stage[0]) == Stage.PRUNED and int(together.step) == 8
-    assert steps._cache_size() == 1
+    assert steps._cache_size() == 2  # the planted program, and that of empty slots
 
 
 def test_accumulated_gradients_move_host_and_seed_as_one_batch_of_the_whole() -> None:
@@ -444,16 +498,18 @@ def test_a_rematerialised_host_stays_so_in_the_step(policy: str | None) -> None:
     calls, tx = Calls(esper_jax.graft(model), LOSS), growable(optax.sgd(0.1))
     batches = jax.tree.map(lambda leaf: leaf[None], (x, y))
 
-    def step(probe_every: int, planted: str | None) -> str:
+    def step(probe_every: int, planted: str | None, alone: bool = False) -> str:
         morph = esper_jax.morph(variables, where="layer_3/Dense_0", planted=planted, slots=1)
         state = TrainState.create(morph, tx, key=jax.random.key(0))
-        return str(jax.make_jaxpr(make_steps(calls, tx, probe_every, Dispatch("scan")))(state, batches, 1))
+        dispatch = Dispatch("scan", rest_alone=alone)
+        return str(jax.make_jaxpr(make_steps(calls, tx, probe_every, dispatch))(state, batches, 1))
 
     recomputed = 12 if policy else 6
     assert str(bare).count("= tanh") == recomputed
     assert step(0, None).count("= tanh") == recomputed
     assert step(1, "lora").count("= tanh") == recomputed
-    assert step(50, None).count("= tanh") == 2 * recomputed  # a step that measures is one more body of the loop
-    assert step(50, "lora").count("= tanh") == 3 * recomputed  # and one in which every seed rests
+    assert step(50, "lora").count("= tanh") == 2 * recomputed  # a step that measures is one more body of the loop
+    assert step(50, "lora", alone=True).count("= tanh") == 3 * recomputed  # and one in which every seed rests
+    assert step(50, None, alone=True) == step(50, None)
     norms = len(jax.tree.leaves(variables))
     assert step(0, None).count(" dot_general[") == str(bare).count(" dot_general[") + norms
