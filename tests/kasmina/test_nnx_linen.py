@@ -92,9 +92,10 @@ def test_a_linen_module_inside_a_larger_nnx_model_is_grown_at_both_kinds_of_laye
     assert not np.allclose(whole, model(TEXT), atol=1e-3)
     folded = esper_jax.fold(blended)
     assert not folded.spec.plants
-    np.testing.assert_allclose(forward(folded, TEXT), whole, rtol=1e-5, atol=1e-6)
+    close = 1e-6 * float(np.abs(whole).max())  # entries are sums of terms as large as the largest
+    np.testing.assert_allclose(forward(folded, TEXT), whole, rtol=1e-5, atol=close)
     nnx.update(model, esper_jax.unmorph(folded))
-    np.testing.assert_allclose(model(TEXT), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model(TEXT), whole, rtol=1e-5, atol=close)
 
 
 def test_the_users_module_is_as_it_was_and_one_without_seeds_is_told_too_whether_it_trains():
