@@ -15,12 +15,14 @@ import torch
 from torch.export import ExportedProgram, export
 from torch.utils import _pytree as pytree
 
+from .causes import cause_of
 from .graph import BridgeError, Graph, Tensor
 from .inputs import called_as, forward_names, free_axes, signature_of, two_examples
 from .reader import Reader, numpy_dtype
 from .torch_attention import attention_as_one_op
+from .torch_losses import losses_for_export
 from .torch_norms import written_out_statistics
-from .torch_random import number_noise, refuse_fixed_numbers, unvalidated_distributions
+from .torch_random import distributions_for_export, number_noise, refuse_fixed_numbers
 
 
 def capture(
@@ -214,7 +216,8 @@ def _export(
             torch.fx.experimental._config.patch(backed_size_oblivious=True),
             attention_as_one_op(),
             written_out_statistics(),
-            unvalidated_distributions(),
+            losses_for_export(),
+            distributions_for_export(),
             contextlib.redirect_stdout(said),
             contextlib.redirect_stderr(io.StringIO()),
             _custom_functions() as custom,
@@ -227,7 +230,7 @@ def _export(
     except BridgeError:
         raise
     except Exception as error:
-        shared, cause = _shared_buffers(module), _cause(error)
+        shared, cause = _shared_buffers(module), cause_of(error)
         if shared is not None and "compiled_fn" in str(error):
             cause = (
                 f"{shared[0]} and {shared[1]} are one buffer, which the forward changes under both names, and torch "
@@ -322,44 +325,6 @@ def _shared_buffers(module: torch.nn.Module) -> tuple[str, str] | None:
         if first.setdefault(id(buffer), path) != path:
             return first[id(buffer)], path
     return None
-
-
-def _cause(error: Exception) -> str:
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
-    where = _user_line(error)
-    at = f" ({where})" if where else ""
-    known = type(error).__name__
-    if isinstance(error, TypeError) and _passes_through(error, "nn/modules/rnn.py"):
-        return f"packed sequences have lengths of their own{at}; give padded arrays and a mask"
-    if "data-dependent" in text or "GuardOnDataDependent" in known or "DataDependent" in known:
-        return (
-            f"its control flow or its shapes depend on the values of a tensor{at}: a compiled program has one path for "
-            f"all values; use torch.where or a mask instead. torch said: {first}"
-        )
-    if "aten::nonzero" in text or "unbacked" in text.lower() or "DynamicOutputShape" in known:
-        return f"a shape depends on the values of a tensor{at}; torch said: {first}"
-    return f"{known}: {first}{at}"
-
-
-def _passes_through(error: Exception, file: str) -> bool:
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(file):
-            return True
-        trace = trace.tb_next
-    return False
-
-
-def _user_line(error: Exception) -> str:
-    """The last line of code outside torch that the traceback passes through."""
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        if "/torch/" not in frame.f_code.co_filename and frame.f_globals.get("__package__") != __package__:
-            found = f"line {trace.tb_lineno} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"
-        trace = trace.tb_next
-    return found
 
 
 def _is_torchs_own(module: torch.nn.Module, attribute: str) -> bool:

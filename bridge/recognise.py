@@ -72,6 +72,8 @@ def _home(weight: Tensor | None, bias: Any, bias_tensor: Tensor | None, args: _A
     owner, _, leaf = weight.name.rpartition(".")
     if not owner:
         return None
+    if 0 in weight.shape:
+        return (owner, "its weight is empty")
     if leaf not in ("weight", "in_proj_weight", "q_proj_weight"):
         return None
     if bias is not None and (bias_tensor is None or bias_tensor.name != f"{owner}.bias"):

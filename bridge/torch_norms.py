@@ -8,30 +8,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .recognise import WRITTEN_OUT
 
-_batch_forward, _instance_norm = _BatchNorm.forward, torch.nn.functional.instance_norm
+_instance_norm = torch.nn.functional.instance_norm
+_FORWARD = {kind: kind.forward for kind in (_BatchNorm, SyncBatchNorm)}
 
 
 @contextlib.contextmanager
 def written_out_statistics() -> Iterator[None]:
     """Meanwhile a BatchNorm that averages over all batches, and instance norms, keep their statistics in the open."""
-    _BatchNorm.forward = _averaging  # type: ignore[method-assign, assignment]
+    for kind in _FORWARD:
+        kind.forward = _averaging  # type: ignore[method-assign, assignment]
     torch.nn.functional.instance_norm = _instances
     try:
         yield
     finally:
         torch.nn.functional.instance_norm = _instance_norm
-        _BatchNorm.forward = _batch_forward  # type: ignore[method-assign]
+        for kind, forward in _FORWARD.items():
+            kind.forward = forward  # type: ignore[method-assign]
 
 
 def _averaging(norm: Any, input: Tensor) -> Tensor:
     """`momentum=None`: every batch has the same share; torch divides by the count of batches as a number."""
     tracked = norm.track_running_stats and norm.num_batches_tracked is not None
     if norm.momentum is not None or not norm.training or not tracked:
-        return _batch_forward(norm, input)
+        return _FORWARD[SyncBatchNorm if isinstance(norm, SyncBatchNorm) else _BatchNorm](norm, input)
     norm._check_input_dim(input)
     result = torch.nn.functional.batch_norm(input, None, None, norm.weight, norm.bias, True, WRITTEN_OUT, norm.eps)
     norm.num_batches_tracked.add_(1)

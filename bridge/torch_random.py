@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import BridgeError
-from .ops.random import exponentials, first_above, normals, units
+from .ops.random import cauchys, exponentials, first_above, normals, units
 
 NUMBER = "esper_number"
 
@@ -151,6 +152,12 @@ _NOISE: dict[str, Any] = {
     "normal": _normal,
     "normal_functional": _normal,
     "exponential": lambda shape, given, number: _of(exponentials, shape, number, given["self"]) / given["lambd"],
+    "log_normal": lambda *given: torch.exp(_normal(*given)),
+    "cauchy": lambda shape, given, number: (
+        given["median"] + given["sigma"] * _of(cauchys, shape, number, given["self"])
+    ),
+    "geometric": lambda shape, given, number: torch.ceil(_of(exponentials, shape, number) / -math.log1p(-given["p"])),
+    "_standard_gamma": lambda shape, given, number: given["self"] * (_of(units, shape, number, given["self"]) + 0.5),
     "bernoulli": _bernoulli,
     "poisson": lambda shape, given, number: torch.floor(given["self"] + _of(units, shape, number)),
     "randint": _integers,
@@ -162,15 +169,26 @@ _NOISE: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def unvalidated_distributions() -> Iterator[None]:
-    """Meanwhile torch.distributions do not look at the values of their parameters, as by default they do."""
-    kind = torch.distributions.Distribution
-    validates = kind._validate_args
+def distributions_for_export() -> Iterator[None]:
+    """Meanwhile torch.distributions do not look at the values of their parameters, as by default they do.
+
+    A gamma distribution clamps what it drew behind autograd's back, with which export loses the gradient: not now.
+    """
+    kind, gamma = torch.distributions.Distribution, torch.distributions.Gamma
+    validates, drawn = kind._validate_args, gamma.rsample
     kind.set_default_validate_args(False)
+    gamma.rsample = _gamma  # type: ignore[method-assign]
     try:
         yield
     finally:
+        gamma.rsample = drawn  # type: ignore[method-assign]
         kind.set_default_validate_args(validates)
+
+
+def _gamma(gamma: Any, sample_shape: Any = ()) -> torch.Tensor:
+    shape = gamma._extended_shape(torch.Size(sample_shape))
+    drawn = torch._standard_gamma(gamma.concentration.expand(shape)) / gamma.rate.expand(shape)
+    return drawn + (drawn.clamp(min=torch.finfo(drawn.dtype).tiny) - drawn).detach()
 
 
 def refuse_fixed_numbers(call: Callable[[], Any], name: str) -> Any:

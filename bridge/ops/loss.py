@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .pointwise import absolute, clamp_min
 from .reduce import pairwise_distance
@@ -196,3 +197,63 @@ def multilabel_margin_loss(self: Any, target: Any, reduction: int = 1) -> Any:
     over = 1 - jnp.take_along_axis(self, labels, axis=-1)[..., None] + self[..., None, :]
     counted = listed[..., None] & ~wanted[..., None, :] & (over > 0)
     return _REDUCE[reduction](jnp.sum(jnp.where(counted, over, 0), axis=(-2, -1)) / classes)
+
+
+_NEVER = -1e30  # the logarithm of 0 in sums that are differentiated
+
+
+@op("esper_jax.ctc_loss.default")
+def ctc_loss(
+    log_probs: Any,
+    targets: Any,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+) -> Any:
+    """Connectionist temporal classification (Graves et al. 2006); `log_probs` [T, N, C] or [T, C], targets in any form.
+
+    The gradient is torch's, which takes the probabilities to sum to 1.
+    """
+    batched = log_probs.ndim == 3
+    if not batched:
+        log_probs, targets = log_probs[:, None], targets.reshape(1, -1)
+        input_lengths, target_lengths = input_lengths.reshape(1), target_lengths.reshape(1)
+    if targets.ndim == 1:  # one after another
+        starts = jnp.cumsum(target_lengths) - target_lengths
+        places = starts[:, None] + jnp.arange(targets.shape[0])
+        targets = jnp.take(targets, places, mode="clip")
+    found = -_alignments(log_probs, targets, input_lengths, target_lengths, blank)
+    there = jnp.arange(log_probs.shape[0])[:, None] < input_lengths
+    total = jnp.sum(jnp.where(there[..., None], jnp.exp(log_probs), 0), (0, 2))
+    found = jnp.where(found > -_NEVER / 2, jnp.inf, found + (total - lax.stop_gradient(total)))
+    if zero_infinity:
+        found = jnp.where(jnp.isinf(found), 0, found)
+    if reduction == "mean":
+        return jnp.mean(found / jnp.maximum(target_lengths, 1))
+    return jnp.sum(found) if reduction == "sum" else found if batched else found[0]
+
+
+def _alignments(log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, blank: int) -> Any:
+    """The logarithm of the summed probabilities of all alignments of each target: [N]."""
+    rows, length = targets.shape
+    labels = jnp.full((rows, 2 * length + 1), blank, targets.dtype).at[:, 1::2].set(targets)
+    emitted = jnp.maximum(jnp.take_along_axis(log_probs, labels[None], axis=2), _NEVER)
+    skips = jnp.zeros(labels.shape, bool).at[:, 3::2].set(targets[:, 1:] != targets[:, :-1])
+
+    def before(sums: Any, by: int) -> Any:
+        return jnp.pad(sums, ((0, 0), (by, 0)), constant_values=_NEVER)[:, : labels.shape[1]]
+
+    def step(sums: Any, now: Any) -> tuple[Any, None]:
+        t, here = now
+        ways = jnp.stack([sums, before(sums, 1), jnp.where(skips, before(sums, 2), _NEVER)])
+        after = jnp.maximum(jax.nn.logsumexp(ways, axis=0) + here, _NEVER)
+        return jnp.where((t < input_lengths)[:, None], after, sums), None
+
+    begun = jnp.arange(labels.shape[1]) == 0
+    sums = jnp.broadcast_to(jnp.where(begun, 0.0, _NEVER).astype(log_probs.dtype), labels.shape)
+    sums, _ = lax.scan(step, sums, (jnp.arange(log_probs.shape[0]), emitted))
+    ends = 2 * target_lengths[:, None] - jnp.arange(2)
+    last = jnp.take_along_axis(sums, jnp.maximum(ends, 0), axis=1)
+    return jax.nn.logsumexp(jnp.where(ends >= 0, last, _NEVER), axis=1)

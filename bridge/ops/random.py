@@ -58,6 +58,11 @@ def exponentials(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
     return -np.log(units(shape, number))
 
 
+def cauchys(shape: tuple[int, ...], number: int = 0) -> np.ndarray:
+    """Float32 numbers spread as those of the standard Cauchy distribution, but no farther than 10 from 0."""
+    return np.clip(np.tan(np.pi * (units(shape, number).astype(np.float64) - 0.5)), -10, 10).astype(np.float32)
+
+
 def _drawn(draw: Any, shape: Any, dtype: Any, fresh: Callable[..., Any], instead: Callable[..., Any]) -> Any:
     """Numbers of a distribution, drawn in 32 bits at least as torch draws them, then rounded."""
     key = draw()
@@ -225,6 +230,34 @@ def normal_sized(
 @_noise("exponential.default")
 def exponential(self: Any, lambd: float = 1, generator: Any = None, *, draw: Any = None) -> Any:
     return _drawn(draw, self.shape, self.dtype, _exponential, exponentials) / lambd
+
+
+@_noise("log_normal.default")
+def log_normal(self: Any, mean: float = 1, std: float = 2, generator: Any = None, *, draw: Any = None) -> Any:
+    return jnp.exp(mean + std * _normal(draw, self.shape, self.dtype))
+
+
+@_noise("cauchy.default")
+def cauchy(self: Any, median: float = 0, sigma: float = 1, generator: Any = None, *, draw: Any = None) -> Any:
+    return median + sigma * _drawn(draw, self.shape, self.dtype, jax.random.cauchy, cauchys)
+
+
+@_noise("geometric.default")
+def geometric(self: Any, p: float, generator: Any = None, *, draw: Any = None) -> Any:
+    """How many trials a success takes: 1 or more."""
+    drawn = _drawn(draw, self.shape, jnp.promote_types(self.dtype, jnp.float32), _exponential, exponentials)
+    return jnp.ceil(drawn / -math.log1p(-p)).astype(self.dtype)
+
+
+@_noise("_standard_gamma.default")
+def standard_gamma(self: Any, generator: Any = None, *, draw: Any = None) -> Any:
+    """Shape parameters get their gradient by implicit differentiation (Figurnov et al. 2018), as torch's do."""
+    key = draw()
+    if key is not None:
+        return jax.random.gamma(key, self)
+    fixed = lax.stop_gradient(self * (units(self.shape, draw.number) + 0.5))
+    slope = lax.stop_gradient(lax.random_gamma_grad(self, fixed))
+    return fixed + slope * (self - lax.stop_gradient(self))
 
 
 def _exponential(key: Any, shape: Any, dtype: Any) -> Any:

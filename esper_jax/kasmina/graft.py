@@ -25,9 +25,7 @@ class Graft:
     def __call__(self, morph: Morph, *args: Any, **kwargs: Any) -> Any:
         """The grown model's output: what the host's `apply` returns for the same arguments."""
         _check_morph(morph)
-        sources = [plant.source for plant in morph.spec.plants if plant.source]
-        banks = {path: _bank(morph, path) for path in dict.fromkeys((*morph.spec.planted_at, *sources))}
-        return self._run(morph, banks, args, kwargs)
+        return self._run(morph, {path: _bank(morph, path) for path in morph.spec.read_at}, args, kwargs)
 
     def tapped(self, morph: Morph, taps: Mapping[str, Tap], sample: jax.Array, *args: Any, **kwargs: Any) -> Any:
         """The same output, with `taps` (see `zero_taps`) whose gradients are the step's faults and measurements."""

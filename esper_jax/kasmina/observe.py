@@ -165,7 +165,7 @@ def observed_states(
 
 def when_seeds_compute(morph: Morph, do: Callable[..., Any], skip: Callable[..., Any], *args: Any) -> Any:
     """`do(*args)`, and `skip(*args)` while every seed rests, in one program: a branch, where any seed is planted."""
-    if not any(plant.resident for plant in morph.spec.plants):
+    if not morph.spec.has_residents:
         return do(*args)
     return jax.lax.cond(any_computes(morph), do, skip, *args)
 

@@ -110,6 +110,17 @@ class Spec:
             found.setdefault(plant.site, []).append(plant)
         return {path: tuple(plants) for path, plants in found.items()}
 
+    @functools.cached_property
+    def read_at(self) -> tuple[str, ...]:
+        """The sites at which seeds read or write: those that have plants, then those that spans come from."""
+        sources = [plant.source for plant in self.plants if plant.source]
+        return tuple(dict.fromkeys((*self.planted_at, *sources)))
+
+    @property
+    def has_residents(self) -> bool:
+        """Whether any seed was planted ahead of time, and may rest in the program."""
+        return any(plant.resident for plant in self.plants)
+
     def plant(self, site: str, slot: int) -> Plant | None:
         """The plant in that slot, or None where the slot is empty."""
         return next((plant for plant in self.planted_at.get(site, ()) if plant.slot == slot), None)

@@ -140,7 +140,7 @@ def make_steps(
         first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batches)
         if dispatch.chosen(calls, state.morph, first) == "scan":
             state = state.replace(opt_state=tx.grow(state.opt_state, state.morph))
-            rest_alone = dispatch.rest_alone and any(plant.resident for plant in state.morph.spec.plants)
+            rest_alone = dispatch.rest_alone and state.morph.spec.has_residents
             return _scanned(step, probe_every, rest_alone, count, state)
         for i in range(jax.tree.leaves(batches)[0].shape[0]):
             state, metrics = step(sampled(state, probe_every), i, state)
@@ -175,14 +175,8 @@ def _scanned(
     def resting(carry: Carry) -> Carry:
         done, state, metrics = carry
         rests = ~any_computes(state.morph)  # and no step of the host wakes a seed
-        opt_state = state.opt_state.replace(seeds={})
-        carry = done, state.replace(morph=state.morph.alone(), opt_state=opt_state), metrics
-        done, after, metrics = stretch("resting", False, lambda _: rests, carry)
-        morph, opt_state = (
-            state.morph.replace(host=after.morph.host),
-            state.opt_state.replace(host=after.opt_state.host),
-        )
-        return done, after.replace(morph=morph, opt_state=opt_state), metrics
+        done, after, metrics = stretch("resting", False, lambda _: rests, (done, state.alone(), metrics))
+        return done, after.beside(state), metrics
 
     def growing(carry: Carry) -> Carry:
         return stretch("unsampled", False, lambda carry: any_computes(carry[1].morph) if rest_alone else True, carry)

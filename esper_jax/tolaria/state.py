@@ -76,6 +76,15 @@ class TrainState(Struct):
         zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731
         return TrainState(zero(), zero(), zero(), zero(), own, tx.init(own), typed_key(key), Meters.zero(morph))
 
+    def alone(self) -> TrainState:
+        """The state of the host with its sites and nothing planted, its optimizer's too; see `beside`."""
+        return self.replace(morph=self.morph.alone(), opt_state=self.opt_state.replace(seeds={}))
+
+    def beside(self, before: TrainState) -> TrainState:
+        """What became of `before.alone()`, with the seeds that `before` has."""
+        morph = before.morph.replace(host=self.morph.host)
+        return self.replace(morph=morph, opt_state=before.opt_state.replace(host=self.opt_state.host))
+
     def __repr__(self) -> str:
         if isinstance(self.step, jax.core.Tracer) or not isinstance(self.step, jax.Array | np.ndarray):
             return f"TrainState(step={self.step}, morph={self.morph!r})"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from .._checks import INT32, flag, function, one_of, whole, words
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
-from ..kasmina.observe import norm_of, observed_states, squared_norms, tree_norm
+from ..kasmina.observe import any_computes, norm_of, observed_states, squared_norms, tree_norm
 from ..kasmina.sites import split_path
 from ..kasmina.spec import Site, Spec
 from .optim import Growable, growable
@@ -143,6 +143,7 @@ def make_train_step(
     steps: int = 1,
     unroll: bool | None = None,
     donate: bool = True,
+    rest_alone: bool = False,
     unpack: Callable[[Any], tuple[tuple[Any, ...], Any]] | None = None,
     train_kwargs: Mapping[str, Any] | None = None,
     rngs: Sequence[str] | None = None,
@@ -161,6 +162,10 @@ def make_train_step(
       unroll: whether several steps are unrolled instead of scanned; None unrolls convolutional hosts on CPU, where
         XLA is slow at convolutions inside loops.
       donate: give the old state's buffers to the new one; never use the old state again.
+      rest_alone: while every planted seed rests, call the program of the host with empty slots, a second one; the seeds
+        are then no arguments of it and cost nothing, and a host's bits may differ by rounding from those that it has
+        beside seeds. Whether they rest is looked up when a state comes in whose seeds the step has not seen. Not within
+        other transformations: under `jit` or `vmap` of one's own the step knows of its seeds.
       unpack: `batch -> (model arguments, targets)`, for batches that are no pair.
       train_kwargs: keyword arguments of the model in training; None finds `train=True` and the like.
       rngs: names of the streams the model draws from; None gives "dropout".
@@ -176,6 +181,7 @@ def make_train_step(
     if unroll is not None:
         flag("unroll", unroll)
     flag("donate", donate)
+    flag("rest_alone", rest_alone)
     forward, tx = graft(forward), growable(tx)
     calls = Calls(forward, loss, unpack, train_kwargs, None, rngs, compute_dtype)
 
@@ -187,7 +193,41 @@ def make_train_step(
         slow = jax.default_backend() == "cpu" and convolves(calls, state.morph, first)
         return jax.lax.scan(train_step, state, batches, unroll=steps if (slow if unroll is None else unroll) else 1)
 
-    return jax.jit(train_step if steps == 1 else train_steps, donate_argnums=0 if donate else ())
+    jitted = jax.jit(train_step if steps == 1 else train_steps, donate_argnums=0 if donate else ())
+    return RestAlone(jitted) if rest_alone else jitted
+
+
+class RestAlone:
+    """A jitted train step that leaves the host alone while every planted seed rests; see `make_train_step`."""
+
+    def __init__(self, jitted: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]) -> None:
+        self.jitted = jitted
+        self._seen: tuple[Any, bool] = None, False
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        """The step, by the program that the seeds need."""
+        if self._rests(state.morph):
+            after, metrics = self.jitted(state.alone(), batch)
+            return after.beside(state), metrics
+        after, metrics = self.jitted(state, batch)
+        self._seen = after.morph.state, False  # who wants to know whether one has faulted out would wait for the step
+        return after, metrics
+
+    def _rests(self, morph: Morph) -> bool:
+        """Whether no seed computes. Nothing is asked of the device twice: steps of resting seeds hand them through."""
+        if not morph.spec.has_residents:
+            return False
+        known, rests = self._seen
+        if morph.state is not known:
+            computes = any_computes(morph)
+            if isinstance(computes, jax.core.Tracer):
+                return False
+            rests = not bool(computes)
+            self._seen = morph.state, rests
+        return rests
+
+    def __repr__(self) -> str:
+        return f"RestAlone({self.jitted!r})"
 
 
 def sampled(state: TrainState, probe_every: int) -> bool | Bool[Array, ""]:
@@ -207,8 +247,7 @@ def one_step(
     key = jax.random.fold_in(state.key, state.step)
     taps = zero_taps(morph)
     if sample is False:
-        sources = {plant.source for plant in morph.spec.plants}
-        taps = {path: tap for path, tap in taps.items() if path in morph.state or path in sources}
+        taps = {path: taps[path] for path in morph.spec.read_at}
     where = None if sample is False else jnp.asarray(sample)
 
     def loss_fn(params: Any, taps: Any) -> tuple[Array, Any]:

@@ -67,7 +67,29 @@ class InPlace(nn.Module):
 
 class Random(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.empty_like(x).cauchy_()
+        return x + torch.randint_like(x, torch.tensor(3))
+
+
+class Categories(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.binomial(x, x / 2)
+
+
+class Cond(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))  # type: ignore[no-any-return]
+
+
+class LayerDrop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.layerdrop = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), 0.2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if not self.training or torch.rand([]) > self.layerdrop:
+                x = layer(x)
+        return x
 
 
 class RawInstances(nn.Module):
@@ -209,7 +231,10 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "integer buffer": (BigBuffer, X, "hashes holds values beyond int32.*jax_enable_x64"),
     "shapes of values": (Nonzero, X, "the shape of aten.* depends on the values of a tensor"),
     "write to an input": (InPlace, X, "writes into its input 'x' in place; a pure function cannot: clone it first"),
-    "random numbers": (Random, X, "draws random numbers by aten.cauchy.default"),
+    "random numbers": (Random, X, "draws random numbers by aten.randint_like.Tensor"),
+    "no fake form": (Categories, X, "it calls aten.binomial.default \\(line .*which torch itself cannot export"),
+    "branches of torch.cond": (Cond, X, "torch.cond computes one of two branches \\(line .*choose by torch.where"),
+    "layers left out at random": (LayerDrop, X, "decides whether a layer is left out \\(line .*Set the rate to 0"),
     "complex parameters": (
         ComplexWeights,
         X,

@@ -38,6 +38,8 @@ def untracked():
 NORMS = {
     "an average that is not tracked any more": (untracked, ()),
     "average of rows": (lambda: nn.BatchNorm1d(4, momentum=None), ()),
+    "average over devices": (lambda: nn.SyncBatchNorm(4, momentum=None), (5,)),
+    "over devices": (lambda: nn.SyncBatchNorm(4, momentum=0.3), (5, 3)),
     "average of images": (lambda: nn.BatchNorm2d(4, momentum=None, affine=False), (5, 3)),
     "instances": (lambda: nn.InstanceNorm2d(4, track_running_stats=True, affine=True), (5, 3)),
     "instances without scale": (lambda: nn.InstanceNorm1d(4, track_running_stats=True, momentum=0.4), (7,)),

@@ -110,7 +110,7 @@ class Compilations(logging.Handler):
 
 
 def main(folder: pathlib.Path) -> dict[str, Any]:
-    """One device, "dp", "fsdp", a mesh of one's own, and the fsdp run gone on with from its middle on 4 and on 1."""
+    """One device, "dp", "fsdp", a mesh of one's own, seeds that rest until they germinate, and resumes of "fsdp"."""
     devices = np.asarray(jax.devices())
     grid = Mesh(devices.reshape(2, 4), ("in", "out"))
     found: dict[str, Any] = {"refused": refusals(grid)}
@@ -119,6 +119,7 @@ def main(folder: pathlib.Path) -> dict[str, Any]:
         "dp": {"sharding": "dp"},
         "fsdp": {"sharding": "fsdp", "checkpoint_dir": folder / "fsdp"},
         "own": {"sharding": {KERNEL: PartitionSpec("in", "out")}, "mesh": grid, "seed_sharding": "replicated"},
+        "rests": {"sharding": "fsdp", "rest_alone": True, "planted": {"lora": {"rank": 4}}, "where": "Dense_1"},
     }.items():
         made = trainer(**options)
         COMPILED.clear()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 WHOLE = "P()"
 
 
-OTHERS = ("dp", "fsdp", "own", "on 4", "on 1")
+OTHERS = ("dp", "fsdp", "own", "rests", "on 4", "on 1")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -31,7 +31,7 @@ def test_the_seeds_lives_are_the_same(found):
     stages = found["one"]["stages"]
     assert [stage for _, _, stage in stages] == ["GERMINATED", "TRAINING", "BLENDING", "HOLDING", "FOSSILIZED"]
     assert stages[2][0] < run.HALF < stages[3][0]
-    for name in ("dp", "fsdp", "own"):
+    for name in ("dp", "fsdp", "own", "rests"):
         assert found[name]["stages"] == stages
         np.testing.assert_allclose(found[name]["scores"], found["one"]["scores"], atol=1e-3)
     for name in ("on 4", "on 1"):
@@ -39,7 +39,7 @@ def test_the_seeds_lives_are_the_same(found):
 
 
 @pytest.mark.parametrize(
-    ("name", "devices"), [("one", 1), ("dp", 8), ("fsdp", 8), ("own", 8), ("on 4", 4), ("on 1", 1)]
+    ("name", "devices"), [("one", 1), ("dp", 8), ("fsdp", 8), ("own", 8), ("rests", 8), ("on 4", 4), ("on 1", 1)]
 )
 def test_every_array_of_the_morph_is_on_all_devices_of_the_run(found, name, devices):
     assert found[name]["devices"] == [devices]
@@ -64,9 +64,10 @@ def test_a_mesh_and_specs_of_ones_own_hold_and_seeds_can_be_kept_whole(found):
 
 
 def test_one_program_a_structure_and_the_grown_ones_are_built_ahead(found):
-    """The host's and the grown one; nothing that was built ahead is thrown away and compiled anew."""
+    """The host's and the grown one; nothing that was built ahead is compiled anew. Planted, there is one for all."""
     for name in ("one", "dp", "fsdp", "own"):
         assert found[name]["compiled"] == 2 and found[name]["warnings"] == []
+    assert found["rests"]["compiled"] == 1 and found["rests"]["warnings"] == []
 
 
 @pytest.mark.parametrize(

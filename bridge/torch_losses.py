@@ -1,0 +1,147 @@
+"""Losses that torch cannot export as they are, in forms that it can. Imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_ctc_loss = functional.ctc_loss
+_ranking, _hinge = functional.margin_ranking_loss, functional.hinge_embedding_loss
+_Adaptive = nn.AdaptiveLogSoftmaxWithLoss
+
+
+@contextlib.contextmanager
+def losses_for_export() -> Iterator[None]:
+    """Meanwhile these losses look at no values, and CTC is one operator."""
+    ours: list[tuple[Any, str, Any]] = [
+        (functional, "ctc_loss", _ctc),
+        (functional, "gaussian_nll_loss", _gaussian),
+        (functional, "margin_ranking_loss", _margin_ranking),
+        (functional, "hinge_embedding_loss", _hinge_embedding),
+        (_Adaptive, "forward", _adaptive),
+        (_Adaptive, "predict", _predict),
+    ]
+    before = [getattr(place, name) for place, name, _ in ours]
+    for place, name, function in ours:
+        setattr(place, name, function)
+    try:
+        yield
+    finally:
+        for (place, name, _), function in zip(ours, before, strict=True):
+            setattr(place, name, function)
+
+
+def _compute(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+) -> Tensor:
+    return _ctc_loss(log_probs, targets, input_lengths, target_lengths, blank, reduction, zero_infinity).clone()
+
+
+def _shaped(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor,
+    target_lengths: Tensor,
+    blank: int,
+    reduction: str,
+    zero_infinity: bool,
+) -> Tensor:
+    each = reduction == "none" and log_probs.dim() == 3
+    return log_probs.new_empty(log_probs.shape[1:2] if each else ())
+
+
+_op: Any = torch.library.custom_op("esper_jax::ctc_loss", _compute, mutates_args=())
+_op.register_fake(_shaped)
+
+
+def _ctc(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Tensor | Sequence[int],
+    target_lengths: Tensor | Sequence[int],
+    blank: int = 0,
+    reduction: str = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    lengths = (torch.as_tensor(given, device=targets.device) for given in (input_lengths, target_lengths))
+    return _op(log_probs, targets, *lengths, blank, reduction, zero_infinity)  # type: ignore[no-any-return]
+
+
+def _gaussian(
+    input: Tensor, target: Tensor, var: Tensor | float, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> Tensor:
+    """As torch has it, but for the error where an entry of `var` is negative; such an entry counts as `eps`."""
+    if isinstance(var, float):
+        var = var * torch.ones_like(input)
+    if var.size() != input.size() and input.size()[:-1] == var.size():
+        var = var.unsqueeze(-1)
+    var = var + (var.clamp(min=eps) - var).detach()  # a gradient goes to what was clamped too
+    loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
+    if full:
+        loss = loss + 0.5 * math.log(2 * math.pi)
+    return _reduced(loss, reduction)
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
+
+
+def _margin_ranking(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Torch's export knows the mean alone."""
+    if (way := _way(size_average, reduce, reduction)) == "mean":
+        return _ranking(input1, input2, target, margin=margin)
+    return _reduced((-target * (input1 - input2) + margin).clamp_min(0), way)
+
+
+def _hinge_embedding(
+    input: Tensor,
+    target: Tensor,
+    margin: float = 1.0,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Torch's export knows the mean alone."""
+    if (way := _way(size_average, reduce, reduction)) == "mean":
+        return _hinge(input, target, margin=margin)
+    apart = torch.where(target != 1, (margin - input).clamp_min(0), 0)
+    return _reduced(apart + torch.where(target != -1, input, 0), way)
+
+
+def _way(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """How to reduce, by torch's old arguments where they are given."""
+    if size_average is None and reduce is None:
+        return reduction
+    return nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+
+
+def _adaptive(softmax: Any, input_: Tensor, target_: Tensor) -> Any:
+    """Every cluster for every row, where torch computes a cluster for the rows whose targets are in it."""
+    one = target_.dim() == 0
+    input, target = (input_[None], target_[None]) if one else (input_, target_)
+    output = softmax.log_prob(input).gather(1, target.unsqueeze(1)).squeeze(1)
+    return nn.modules.adaptive._ASMoutput(output.squeeze(0) if one else output, -output.mean())
+
+
+def _predict(softmax: Any, input: Tensor) -> Tensor:
+    return torch.argmax(softmax.log_prob(input), dim=1)

@@ -1,0 +1,150 @@
+"""`rest_alone` beside what is not simply planted: lean seeds in the program, and stacks that live layer by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import esper_jax
+from esper_jax import Stage, TrainState, growable
+from esper_jax.kasmina.morph import Morph
+from esper_jax.tolaria import step as tolaria_step
+from esper_jax.tolaria.dispatch import Dispatch, make_steps
+from esper_jax.tolaria.step import Calls
+from tests.kasmina import test_stacked as stacks
+from tests.kasmina.hosts import host
+
+STACK = "blocks/Dense_0"
+
+
+def trained(model: Any, loss: Any, morph: Morph, batches: Any, rest_alone: bool) -> tuple[TrainState, Any]:
+    """The state after a call of five steps, and the program."""
+    tx = growable(optax.adam(1e-2))
+    steps = make_steps(Calls(esper_jax.graft(model), loss), tx, 4, Dispatch("scan", rest_alone=rest_alone))
+    state = TrainState.create(morph, tx, key=jax.random.key(0))
+    return steps(state, batches, 5)[0], steps
+
+
+def same_both_ways(model: Any, loss: Any, morph: Morph, batch: Any) -> TrainState:
+    """What five steps end with, which is the same with `rest_alone` and without."""
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf * (1 + i) for i in range(5)]), batch)
+    plain, _ = trained(model, loss, morph, batches, False)
+    rested, _ = trained(model, loss, morph, batches, True)
+    chex.assert_trees_all_close((rested.morph, rested.opt_state), (plain.morph, plain.opt_state), rtol=1e-5, atol=1e-6)
+    assert int(rested.step) == int(plain.step) == 5
+    return rested
+
+
+def moved(after: Any, before: Any) -> bool:
+    """Whether any leaf differs."""
+    return any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), after, before)))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_lean_seed_beside_a_planted_one_trains_or_waits(trains: bool) -> None:
+    """One that waits in GERMINATED computes nothing, so the host runs alone and the seed stays as it was."""
+    given = host("mlp")
+    morph = esper_jax.morph(given.variables, where="Dense_1", planted="lora", slots=2)
+    morph = esper_jax.germinate(morph, "Dense_1", "mlp", key=jax.random.key(1), hidden=4)
+    lean = next(plant for plant in morph.spec.plants if not plant.resident)
+    if trains:
+        morph = esper_jax.advance(morph, "Dense_1", lean.slot)
+    loss = optax.softmax_cross_entropy_with_integer_labels
+    after = same_both_ways(given.model, lambda logits, y: loss(logits, y * 0), morph, (given.x, given.y))
+    assert moved(after.morph.seeds["Dense_1"][lean.key], morph.seeds["Dense_1"][lean.key]) == trains
+    planted = next(plant for plant in morph.spec.plants if plant.resident)
+    assert not moved(after.morph.seeds["Dense_1"][planted.key], morph.seeds["Dense_1"][planted.key])
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_a_stack_in_which_no_layer_or_one_trains(layer: int | None) -> None:
+    """One layer's seed that computes keeps the whole stack in the steps that know of seeds."""
+    model = stacks.Scanned()
+    variables, _ = stacks.made(model)
+    morph = esper_jax.morph(variables, where=STACK, model=model, example=stacks.X, planted="lora", slots=1)
+    if layer is not None:
+        morph = esper_jax.germinate(morph, STACK, "lora", key=jax.random.key(3), layer=layer)
+        morph = esper_jax.advance(morph, STACK, 0, layer=layer)
+    batch = stacks.X, jnp.ones((*stacks.X.shape[:2], 2))
+    after = same_both_ways(model, lambda y, t: jnp.square(y - t), morph, batch)
+    stages = [Stage.TRAINING if at == layer else Stage.DORMANT for at in range(stacks.DEPTH)]
+    assert after.morph.state[STACK].stage[:, 0].tolist() == stages
+    for at in range(stacks.DEPTH):
+        row = lambda tree, at=at: jax.tree.map(lambda leaf: leaf[at], tree)  # noqa: E731
+        assert moved(row(after.morph.seeds[STACK]), row(morph.seeds[STACK])) == (at == layer)
+    assert moved(after.morph.host, morph.host)
+
+
+def test_a_stacks_resting_steps_are_those_of_the_stack_with_empty_slots() -> None:
+    """To the bit."""
+    model = stacks.Scanned()
+    variables, _ = stacks.made(model)
+    batches = jax.tree.map(lambda leaf: jnp.stack([leaf] * 5), (stacks.X, jnp.ones((*stacks.X.shape[:2], 2))))
+    sites = {"where": STACK, "model": model, "example": stacks.X, "slots": 1}
+
+    def host_after(**options: Any) -> Any:
+        morph = esper_jax.morph(variables, **sites, **options)
+        return trained(model, lambda y, t: jnp.square(y - t), morph, batches, True)[0].morph.host
+
+    chex.assert_trees_all_equal(host_after(planted="lora"), host_after())
+
+
+def own_loop(**options: Any) -> tuple[Any, TrainState, Any]:
+    """A step for a loop of one's own, the state of an MLP with a planted seed, and a batch."""
+    given = host("mlp")
+    loss, tx = optax.softmax_cross_entropy_with_integer_labels, growable(optax.adam(1e-2))
+    step = esper_jax.make_train_step(given.model, loss, tx, donate=False, **options)
+    morph = esper_jax.morph(given.variables, where="Dense_1", planted="lora", slots=1)
+    return step, TrainState.create(morph, tx, key=jax.random.key(0)), (given.x, given.y)
+
+
+def test_in_a_loop_of_ones_own_resting_seeds_are_no_arguments(monkeypatch) -> None:
+    """The host's bits are those of empty slots, and nothing is asked of the device from step to step."""
+    step, state, batch = own_loop(rest_alone=True)
+    asked = []
+    looked = tolaria_step.any_computes
+    monkeypatch.setattr(tolaria_step, "any_computes", lambda morph: (asked.append(1), looked(morph))[1])
+    rested, alone = state, state.alone()
+    for _ in range(3):
+        rested, _ = step(rested, batch)
+    for _ in range(3):
+        alone, _ = step(alone, batch)
+    chex.assert_trees_all_equal(rested.alone(), alone)
+    assert rested.morph.seeds is state.morph.seeds and rested.morph.state is state.morph.state
+    assert rested.opt_state.seeds is state.opt_state.seeds
+    assert len(asked) == 1 and step.jitted._cache_size() == 1
+
+
+def test_in_a_loop_of_ones_own_a_seed_that_computes_is_met_and_left_again() -> None:
+    step, state, batch = own_loop(rest_alone=True)
+    plain, _, _ = own_loop()
+    state, _ = step(state, batch)
+    morph = esper_jax.germinate(state.morph, "Dense_1", "lora", key=jax.random.key(1))
+    waiting, _ = step(state.replace(morph=morph), batch)
+    assert step.jitted._cache_size() == 1
+    state = waiting.replace(morph=esper_jax.advance(waiting.morph, "Dense_1", 0))
+    trains, expected = state, state
+    for _ in range(2):
+        trains, _ = step(trains, batch)
+        expected, _ = plain(expected, batch)
+    chex.assert_trees_all_equal(trains, expected)
+    assert moved(trains.morph.seeds, state.morph.seeds) and step.jitted._cache_size() == 2
+    pruned = trains.replace(morph=esper_jax.prune(trains.morph, "Dense_1", 0))
+    after, _ = step(pruned, batch)
+    assert after.morph.seeds is pruned.morph.seeds and step.jitted._cache_size() == 2
+
+
+def test_within_transformations_of_ones_own_the_step_knows_of_its_seeds() -> None:
+    """Where stages are traced nothing can be looked up; then the result is that of the step without the option."""
+    step, state, batch = own_loop(rest_alone=True)
+    plain, _, _ = own_loop()
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    for transformed in (jax.jit, lambda one: jax.vmap(one, (0, None))):
+        given = state if transformed is jax.jit else both
+        chex.assert_trees_all_equal(transformed(step)(given, batch), transformed(plain)(given, batch))
