@@ -21,7 +21,7 @@ from common import (
     within,
     workload,
 )
-from common.steps import Looped, Stepper, bare_step, morph_step, own, same_program
+from common.steps import Looped, Stepper, bare_step, library_step, morph_step, own, same_program
 
 import esper_jax
 
@@ -62,6 +62,11 @@ def main() -> None:
                 rows[kind] += compared(args, work, variants, programs, STEPS[name] if kind == "loop" else 1)
     report.table("Forward pass", COLUMNS, rows["forward"], explained(rows["forward"]))
     report.table("Train step, a loop of one's own", COLUMNS, rows["step"], explained(rows["step"]))
+    note = (
+        "Base: an empty morph in the same step, without probes. rest_alone: while all planted seeds rest, the step calls "
+        f"the program of empty slots. {explained(rows['library'])}"
+    )
+    report.table("Train step, make_train_step", COLUMNS, rows["library"], note)
     steps = ", ".join(f"{name} {count}" for name, count in STEPS.items() if name in args.models)
     note = (
         f"Base: an empty morph in the loop that fit runs, without probes. Steps a call: {steps}. rest_alone: scanned "
@@ -112,6 +117,18 @@ def own_loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[
     return variants, programs(identical, planted)
 
 
+def library(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """`make_train_step`'s step, whose base is itself with an empty morph."""
+
+    def variant(morph: Any, **options: Any) -> Stepper:
+        return Stepper(*library_step(work, morph, probe_every=0, **options), work.batches, jitted=True)
+
+    variants = {"empty": variant(empty), "copy of it": variant(empty), "planted dormant": variant(planted)}
+    variants[ALONE] = variant(planted, rest_alone=True)
+    seeds = f"{len(planted.spec.plants)} seeds behind lax.cond"
+    return variants, {"empty": "base", "copy of it": COPY, "planted dormant": seeds, ALONE: "the empty morph's own"}
+
+
 def loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The loop that `fit` runs, whose base is itself with an empty morph."""
     looped = functools.partial(Looped, work, count=STEPS[work.name], probe_every=0)
@@ -127,7 +144,7 @@ def loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str,
     return variants, found
 
 
-MEASURES = {"forward": forward, "step": own_loop, "loop": loop}
+MEASURES = {"forward": forward, "step": own_loop, "library": library, "loop": loop}
 
 
 def programs(identical: bool, planted: Any, more: str = "") -> dict[str, str]:

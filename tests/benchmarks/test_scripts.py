@@ -49,6 +49,9 @@ def dormant(found: dict[str, Any]) -> None:
     assert [row["variant"] for row in rows] == ["bare host", "copy of it", "empty", "planted dormant"]
     assert rows[2]["program"] == "jaxpr identical" and "equal to the bit" in rows[3]["program"]
     assert "NOT" not in rows[3]["program"] and rows[1]["floor"] > 0
+    own, library, loop = ({row["variant"] for row in table["rows"]} for table in found["tables"][1:])
+    assert own == {row["variant"] for row in rows}
+    assert library == loop == {"empty", "copy of it", "planted dormant", "planted dormant, rest_alone"}
 
 
 def growth_stall(found: dict[str, Any]) -> None:
