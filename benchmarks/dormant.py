@@ -63,8 +63,8 @@ def main() -> None:
     report.table("Forward pass", COLUMNS, rows["forward"], explained(rows["forward"]))
     report.table("Train step, a loop of one's own", COLUMNS, rows["step"], explained(rows["step"]))
     note = (
-        "Base: an empty morph in the same step, without probes. rest_alone: while all planted seeds rest, the step calls "
-        f"the program of empty slots. {explained(rows['library'])}"
+        "Base: an empty morph in the same step, without probes. rest_alone: while all planted seeds rest, the step "
+        f"calls the program of empty slots. {explained(rows['library'])}"
     )
     report.table("Train step, make_train_step", COLUMNS, rows["library"], note)
     steps = ", ".join(f"{name} {count}" for name, count in STEPS.items() if name in args.models)

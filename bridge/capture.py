@@ -22,6 +22,7 @@ from .reader import Reader, numpy_dtype
 from .torch_attention import attention_as_one_op
 from .torch_losses import losses_for_export
 from .torch_norms import written_out_statistics
+from .torch_patches import CAPTURING
 from .torch_random import distributions_for_export, number_noise, refuse_fixed_numbers
 
 
@@ -210,6 +211,7 @@ def _export(
     logging.disable(logging.CRITICAL)  # torch logs whole graphs for what the error below says in a sentence
     try:
         with (
+            CAPTURING,
             plain_attention(),
             _plain_checkpoints(),
             warnings.catch_warnings(record=True) as told,
@@ -230,7 +232,7 @@ def _export(
     except BridgeError:
         raise
     except Exception as error:
-        shared, cause = _shared_buffers(module), cause_of(error)
+        shared, cause = _shared_buffers(module), cause_of(error, module.training)
         if shared is not None and "compiled_fn" in str(error):
             cause = (
                 f"{shared[0]} and {shared[1]} are one buffer, which the forward changes under both names, and torch "

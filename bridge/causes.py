@@ -6,7 +6,7 @@ import linecache
 import re
 
 
-def cause_of(error: Exception) -> str:
+def cause_of(error: Exception, training: bool) -> str:
     """What of the user's module torch.export could not take, where, and what would help."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
@@ -17,7 +17,7 @@ def cause_of(error: Exception) -> str:
         return f"packed sequences have lengths of their own{at}; give padded arrays and a mask"
     if _passes_through(error, "_higher_order_ops/cond.py"):
         return f"torch.cond computes one of two branches{at}; compute both, and choose by torch.where"
-    if "data-dependent" in text and _leaves_layers_out(error):
+    if "data-dependent" in text and training and _leaves_layers_out(error):
         return (
             f"a random number decides whether a layer is left out{at}, as in LayerDrop: a compiled program has all its "
             "layers. Set the rate to 0 (in transformers: config.layerdrop = 0)"
@@ -28,7 +28,12 @@ def cause_of(error: Exception) -> str:
             f"all values; use torch.where or a mask instead. torch said: {first}"
         )
     if known == "UnsupportedOperatorException":
-        return f"it calls {first}{at}, which torch itself cannot export"
+        return (
+            f"it calls {first}{at}, which torch itself cannot export; an operator of your own needs a fake form "
+            "(torch.library.register_fake)"
+        )
+    if "aten._ctc_loss" in text:
+        return f"it calls torch.ctc_loss{at}: call torch.nn.functional.ctc_loss"
     if "aten::nonzero" in text or "unbacked" in text.lower() or "DynamicOutputShape" in known:
         return f"a shape depends on the values of a tensor{at}; torch said: {first}"
     return f"{known}: {first}{at}"
@@ -44,14 +49,15 @@ def _passes_through(error: Exception, file: str) -> bool:
 
 
 def _leaves_layers_out(error: Exception) -> bool:
-    """Whether the lines where the traceback left the user's code speak of dropping layers."""
+    """Whether the lines of code before the traceback left the user's speak of dropping layers."""
     said, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
         if "/torch/" not in file and trace.tb_frame.f_globals.get("__package__") != __package__:
-            said = "".join(linecache.getline(file, trace.tb_lineno - back) for back in range(4))
+            lines = (linecache.getline(file, trace.tb_lineno - back).split("#")[0] for back in range(8))
+            said = "".join(lines)
         trace = trace.tb_next
-    return re.search(r"layer_?drop|skip_the_layer", said, re.IGNORECASE) is not None
+    return re.search(r"\blayer_?drop\b|skip_the_layer", said, re.IGNORECASE) is not None
 
 
 def _user_line(error: Exception) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_patches import instead
+
 OP = "esper_jax.attention.default"
 
 
@@ -76,15 +78,15 @@ def attention_as_one_op() -> Iterator[None]:
     """Meanwhile each `nn.MultiheadAttention` is one node, its masks and shapes checked by torch."""
     from torch.nn.modules import transformer
 
-    forward, detect = torch.nn.MultiheadAttention.forward, transformer._detect_is_causal_mask
+    def detect(mask: Any, is_causal: Any = None, size: Any = None) -> bool:
+        return bool(is_causal)
+
     # it reads a mask's values to choose a fast kernel; the mask itself is given on, so that nothing hangs on it
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)  # type: ignore[assignment]
-    torch.nn.MultiheadAttention.forward = _forward  # type: ignore[method-assign, assignment]
-    try:
+    with instead(
+        (transformer, "_detect_is_causal_mask", detect),
+        (torch.nn.MultiheadAttention, "forward", _forward),
+    ):
         yield
-    finally:
-        transformer._detect_is_causal_mask = detect
-        torch.nn.MultiheadAttention.forward = forward  # type: ignore[method-assign]
 
 
 def _forward(

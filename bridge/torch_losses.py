@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .torch_patches import instead
+
 _ctc_loss = functional.ctc_loss
 _ranking, _hinge = functional.margin_ranking_loss, functional.hinge_embedding_loss
 _Adaptive = nn.AdaptiveLogSoftmaxWithLoss
@@ -19,22 +21,16 @@ _Adaptive = nn.AdaptiveLogSoftmaxWithLoss
 @contextlib.contextmanager
 def losses_for_export() -> Iterator[None]:
     """Meanwhile these losses look at no values, and CTC is one operator."""
-    ours: list[tuple[Any, str, Any]] = [
+    with instead(
         (functional, "ctc_loss", _ctc),
         (functional, "gaussian_nll_loss", _gaussian),
         (functional, "margin_ranking_loss", _margin_ranking),
         (functional, "hinge_embedding_loss", _hinge_embedding),
         (_Adaptive, "forward", _adaptive),
         (_Adaptive, "predict", _predict),
-    ]
-    before = [getattr(place, name) for place, name, _ in ours]
-    for place, name, function in ours:
-        setattr(place, name, function)
-    try:
+        (_Adaptive, "_get_full_log_prob", _full_log_prob),
+    ):
         yield
-    finally:
-        for (place, name, _), function in zip(ours, before, strict=True):
-            setattr(place, name, function)
 
 
 def _compute(
@@ -69,13 +65,16 @@ _op.register_fake(_shaped)
 def _ctc(
     log_probs: Tensor,
     targets: Tensor,
-    input_lengths: Tensor | Sequence[int],
-    target_lengths: Tensor | Sequence[int],
+    input_lengths: Tensor | Sequence[Any],
+    target_lengths: Tensor | Sequence[Any],
     blank: int = 0,
     reduction: str = "mean",
     zero_infinity: bool = False,
 ) -> Tensor:
-    lengths = (torch.as_tensor(given, device=targets.device) for given in (input_lengths, target_lengths))
+    lengths = (
+        given if isinstance(given, Tensor) else torch.stack([torch.as_tensor(n, device=targets.device) for n in given])
+        for given in (input_lengths, target_lengths)
+    )
     return _op(log_probs, targets, *lengths, blank, reduction, zero_infinity)  # type: ignore[no-any-return]
 
 
@@ -87,7 +86,7 @@ def _gaussian(
         var = var * torch.ones_like(input)
     if var.size() != input.size() and input.size()[:-1] == var.size():
         var = var.unsqueeze(-1)
-    var = var + (var.clamp(min=eps) - var).detach()  # a gradient goes to what was clamped too
+    var = torch.where(var < eps, eps + (var - var.detach()), var)  # a gradient goes to what was lifted too
     loss = 0.5 * (torch.log(var) + (input - target) ** 2 / var)
     if full:
         loss = loss + 0.5 * math.log(2 * math.pi)
@@ -141,6 +140,16 @@ def _adaptive(softmax: Any, input_: Tensor, target_: Tensor) -> Any:
     input, target = (input_[None], target_[None]) if one else (input_, target_)
     output = softmax.log_prob(input).gather(1, target.unsqueeze(1)).squeeze(1)
     return nn.modules.adaptive._ASMoutput(output.squeeze(0) if one else output, -output.mean())
+
+
+def _full_log_prob(softmax: Any, input: Tensor, head_output: Tensor) -> Tensor:
+    """In one array made of its parts, where torch writes them into an empty one, which fixes more sizes."""
+    head = functional.log_softmax(head_output, dim=1)
+    parts = [head[:, : softmax.shortlist_size]]
+    for i, cluster in enumerate(softmax.tail):
+        shared = head[:, softmax.shortlist_size + i].unsqueeze(1)
+        parts.append(functional.log_softmax(cluster(input), dim=1) + shared)
+    return torch.cat(parts, dim=1)
 
 
 def _predict(softmax: Any, input: Tensor) -> Tensor:

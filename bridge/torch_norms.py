@@ -12,6 +12,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .recognise import WRITTEN_OUT
+from .torch_patches import instead
 
 _instance_norm = torch.nn.functional.instance_norm
 _FORWARD = {kind: kind.forward for kind in (_BatchNorm, SyncBatchNorm)}
@@ -20,15 +21,9 @@ _FORWARD = {kind: kind.forward for kind in (_BatchNorm, SyncBatchNorm)}
 @contextlib.contextmanager
 def written_out_statistics() -> Iterator[None]:
     """Meanwhile a BatchNorm that averages over all batches, and instance norms, keep their statistics in the open."""
-    for kind in _FORWARD:
-        kind.forward = _averaging  # type: ignore[method-assign, assignment]
-    torch.nn.functional.instance_norm = _instances
-    try:
+    forwards = [(kind, "forward", _averaging) for kind in _FORWARD]
+    with instead(*forwards, (torch.nn.functional, "instance_norm", _instances)):
         yield
-    finally:
-        torch.nn.functional.instance_norm = _instance_norm
-        for kind, forward in _FORWARD.items():
-            kind.forward = forward  # type: ignore[method-assign]
 
 
 def _averaging(norm: Any, input: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .graph import BridgeError
 from .ops.random import cauchys, exponentials, first_above, normals, units
+from .torch_patches import instead
 
 NUMBER = "esper_number"
 
@@ -174,15 +175,14 @@ def distributions_for_export() -> Iterator[None]:
 
     A gamma distribution clamps what it drew behind autograd's back, with which export loses the gradient: not now.
     """
-    kind, gamma = torch.distributions.Distribution, torch.distributions.Gamma
-    validates, drawn = kind._validate_args, gamma.rsample
-    kind.set_default_validate_args(False)
-    gamma.rsample = _gamma  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        gamma.rsample = drawn  # type: ignore[method-assign]
-        kind.set_default_validate_args(validates)
+    kind = torch.distributions.Distribution
+    with instead((torch.distributions.Gamma, "rsample", _gamma)):
+        validates = kind._validate_args
+        kind.set_default_validate_args(False)
+        try:
+            yield
+        finally:
+            kind.set_default_validate_args(validates)
 
 
 def _gamma(gamma: Any, sample_shape: Any = ()) -> torch.Tensor:

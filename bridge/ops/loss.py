@@ -217,12 +217,16 @@ def ctc_loss(
     The gradient is torch's, which takes the probabilities to sum to 1.
     """
     batched = log_probs.ndim == 3
+    dtype, log_probs = log_probs.dtype, log_probs.astype(jnp.promote_types(log_probs.dtype, jnp.float32))
+    input_lengths, target_lengths = (n.astype(jnp.int32) for n in (input_lengths, target_lengths))
     if not batched:
         log_probs, targets = log_probs[:, None], targets.reshape(1, -1)
         input_lengths, target_lengths = input_lengths.reshape(1), target_lengths.reshape(1)
-    if targets.ndim == 1:  # one after another
+    if not targets.shape[-1]:
+        targets = jnp.full((*targets.shape[:-1], 1), blank, targets.dtype)
+    if targets.ndim == 1:  # one after another; what is longer than the input does not fit
         starts = jnp.cumsum(target_lengths) - target_lengths
-        places = starts[:, None] + jnp.arange(targets.shape[0])
+        places = starts[:, None] + jnp.arange(min(targets.shape[0], log_probs.shape[0]))
         targets = jnp.take(targets, places, mode="clip")
     found = -_alignments(log_probs, targets, input_lengths, target_lengths, blank)
     there = jnp.arange(log_probs.shape[0])[:, None] < input_lengths
@@ -231,13 +235,14 @@ def ctc_loss(
     if zero_infinity:
         found = jnp.where(jnp.isinf(found), 0, found)
     if reduction == "mean":
-        return jnp.mean(found / jnp.maximum(target_lengths, 1))
-    return jnp.sum(found) if reduction == "sum" else found if batched else found[0]
+        return jnp.mean(found / jnp.maximum(target_lengths, 1)).astype(dtype)
+    return (jnp.sum(found) if reduction == "sum" else found if batched else found[0]).astype(dtype)
 
 
 def _alignments(log_probs: Any, targets: Any, input_lengths: Any, target_lengths: Any, blank: int) -> Any:
     """The logarithm of the summed probabilities of all alignments of each target: [N]."""
     rows, length = targets.shape
+    targets = jnp.where(jnp.arange(length) < target_lengths[:, None], targets, blank)  # padding may be any number
     labels = jnp.full((rows, 2 * length + 1), blank, targets.dtype).at[:, 1::2].set(targets)
     emitted = jnp.maximum(jnp.take_along_axis(log_probs, labels[None], axis=2), _NEVER)
     skips = jnp.zeros(labels.shape, bool).at[:, 3::2].set(targets[:, 1:] != targets[:, :-1])
@@ -255,5 +260,5 @@ def _alignments(log_probs: Any, targets: Any, input_lengths: Any, target_lengths
     sums = jnp.broadcast_to(jnp.where(begun, 0.0, _NEVER).astype(log_probs.dtype), labels.shape)
     sums, _ = lax.scan(step, sums, (jnp.arange(log_probs.shape[0]), emitted))
     ends = 2 * target_lengths[:, None] - jnp.arange(2)
-    last = jnp.take_along_axis(sums, jnp.maximum(ends, 0), axis=1)
-    return jax.nn.logsumexp(jnp.where(ends >= 0, last, _NEVER), axis=1)
+    last = jnp.take_along_axis(sums, jnp.clip(ends, 0, 2 * length), axis=1)
+    return jax.nn.logsumexp(jnp.where((ends >= 0) & (ends <= 2 * length), last, _NEVER), axis=1)

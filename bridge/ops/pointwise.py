@@ -156,6 +156,19 @@ _binary(("hypot.default",), jnp.hypot, real=True)
 _binary(("logaddexp.default",), jnp.logaddexp, real=True)
 
 
+@op("xlogy.Tensor", "xlogy.Scalar_Self", "xlogy.Scalar_Other", **pointwise)
+def xlogy(self: Any, other: Any) -> Any:
+    """0 wherever the first is 0, but NaN for NaN."""
+    a, b = (floating(x) for x in together(number(self), number(other)))
+    nothing = (a == 0) & ((b <= 0) | jnp.isinf(b))
+    return jnp.where(nothing, 0, a) * jnp.log(jnp.where(nothing, 1, b))
+
+
+@op("type_as.default", **pointwise)
+def type_as(self: Any, other: Any) -> Any:
+    return self.astype(other.dtype)
+
+
 @op("add.Tensor", "add.Scalar", **pointwise)
 def add(self: Any, other: Any, alpha: Any = 1) -> Any:
     a, b = together(number(self), number(other))

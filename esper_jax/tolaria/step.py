@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ from jaxtyping import Array, Bool, Float
 from .._checks import INT32, flag, function, one_of, whole, words
 from ..kasmina.graft import Graft, graft, zero_taps
 from ..kasmina.morph import Morph
-from ..kasmina.observe import any_computes, norm_of, observed_states, squared_norms, tree_norm
+from ..kasmina.observe import norm_of, observed_states, squared_norms, tree_norm
+from ..kasmina.operate import concrete
 from ..kasmina.sites import split_path
 from ..kasmina.spec import Site, Spec
+from ..kasmina.state import SeedState, computes
 from .optim import Growable, growable
 from .state import Meters, TrainState
 
@@ -164,8 +167,10 @@ def make_train_step(
       donate: give the old state's buffers to the new one; never use the old state again.
       rest_alone: while every planted seed rests, call the program of the host with empty slots, a second one; the seeds
         are then no arguments of it and cost nothing, and a host's bits may differ by rounding from those that it has
-        beside seeds. Whether they rest is looked up when a state comes in whose seeds the step has not seen. Not within
-        other transformations: under `jit` or `vmap` of one's own the step knows of its seeds.
+        beside seeds. Whether they rest is fetched when a state comes in whose seeds the step has neither seen nor made;
+        one that it puts to rest itself, for faults, so counts as resting once somebody has operated on the morph. Not
+        within other transformations: under `jit` or `vmap` of one's own the step knows of its seeds. Its two programs
+        are those of `step.jitted`.
       unpack: `batch -> (model arguments, targets)`, for batches that are no pair.
       train_kwargs: keyword arguments of the model in training; None finds `train=True` and the like.
       rngs: names of the streams the model draws from; None gives "dropout".
@@ -200,31 +205,35 @@ def make_train_step(
 class RestAlone:
     """A jitted train step that leaves the host alone while every planted seed rests; see `make_train_step`."""
 
+    KEPT = 4
+
     def __init__(self, jitted: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]) -> None:
         self.jitted = jitted
-        self._seen: tuple[Any, bool] = None, False
+        self._seen: tuple[tuple[tuple[SeedState, ...], bool], ...] = ()
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         """The step, by the program that the seeds need."""
-        if self._rests(state.morph):
-            after, metrics = self.jitted(state.alone(), batch)
-            return after.beside(state), metrics
-        after, metrics = self.jitted(state, batch)
-        self._seen = after.morph.state, False  # who wants to know whether one has faulted out would wait for the step
-        return after, metrics
+        lives = tuple(state.morph.state.values())
+        if state.morph.spec.has_residents and all(concrete(life.stage) for life in lives):
+            if self._rest(lives):
+                after, metrics = self.jitted(state.alone(), batch)
+                return after.beside(state), metrics
+            after, metrics = self.jitted(state, batch)
+            self._note(tuple(after.morph.state.values()), False)  # who asks whether one has faulted out would wait
+            return after, metrics
+        return self.jitted(state, batch)
 
-    def _rests(self, morph: Morph) -> bool:
-        """Whether no seed computes. Nothing is asked of the device twice: steps of resting seeds hand them through."""
-        if not morph.spec.has_residents:
-            return False
-        known, rests = self._seen
-        if morph.state is not known:
-            computes = any_computes(morph)
-            if isinstance(computes, jax.core.Tracer):
-                return False
-            rests = not bool(computes)
-            self._seen = morph.state, rests
-        return rests
+    def _rest(self, lives: tuple[SeedState, ...]) -> bool:
+        """Whether none of these computes; fetched for those that no step of the last few has seen or made."""
+        for known, rest in self._seen:
+            if len(known) == len(lives) and all(map(operator.is_, known, lives)):
+                return rest
+        rest = not any(np.any(computes(stage)) for stage in jax.device_get([life.stage for life in lives]))
+        self._note(lives, rest)
+        return rest
+
+    def _note(self, lives: tuple[SeedState, ...], rest: bool) -> None:
+        self._seen = ((lives, rest), *self._seen[: self.KEPT - 1])
 
     def __repr__(self) -> str:
         return f"RestAlone({self.jitted!r})"

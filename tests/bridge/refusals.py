@@ -92,6 +92,31 @@ class LayerDrop(nn.Module):
         return x
 
 
+class Mentions(nn.Module):
+    """Not what LayerDrop does, though it is spoken of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_dropout = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer_dropout(x)  # LayerDrop is another thing
+        if self.training and x.sum() > 0:
+            return x + 1
+        return x
+
+
+class Dirichlet(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._sample_dirichlet(x)
+
+
+class DirectCTC(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        targets, lengths = torch.ones(2, 1, dtype=torch.long), torch.ones(2, dtype=torch.long)
+        return torch.ctc_loss(x[None].log_softmax(-1), targets, lengths, lengths)
+
+
 class RawInstances(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -234,6 +259,9 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "random numbers": (Random, X, "draws random numbers by aten.randint_like.Tensor"),
     "no fake form": (Categories, X, "it calls aten.binomial.default \\(line .*which torch itself cannot export"),
     "branches of torch.cond": (Cond, X, "torch.cond computes one of two branches \\(line .*choose by torch.where"),
+    "control flow where layers are dropped": (Mentions, X, "control flow or its shapes depend on the values"),
+    "a distribution that torch cannot export": (Dirichlet, X, "_sample_dirichlet.default \\(line"),
+    "ctc called directly": (DirectCTC, X, "it calls torch.ctc_loss \\(line .*call torch.nn.functional.ctc_loss"),
     "layers left out at random": (LayerDrop, X, "decides whether a layer is left out \\(line .*Set the rate to 0"),
     "complex parameters": (
         ComplexWeights,

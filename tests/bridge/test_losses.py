@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import esper_jax  # noqa: E402
+from esper_jax.bridge import torch_losses  # noqa: E402
 from esper_jax.bridge.ops.registry import find  # noqa: E402
 
 nn, functional = torch.nn, torch.nn.functional
@@ -88,6 +91,44 @@ def test_ctc_takes_long_inputs_and_impossible_classes():
     np.testing.assert_allclose(value, theirs[0], rtol=1e-5)
     ours, torchs = (np.abs(np.asarray(found) - exact.grad.numpy()).max() for found in (grad, theirs[1]))
     assert ours < 3e-4 and torchs < 3e-4  # both round in each of 3,000 steps
+
+
+@pytest.mark.parametrize("padding", [-100, -1, CLASSES, 1000])
+def test_what_stands_behind_a_targets_end_is_not_read(padding):
+    log_probs, targets, lengths, words, *rest = speech()
+    behind = torch.arange(targets.shape[1]) >= words[:, None]
+    same(*both(log_probs, targets.masked_fill(behind, padding), lengths, words, *rest))
+
+
+def test_ctc_is_summed_in_float32():
+    log_probs, *rest = speech()
+    fn = find("esper_jax.ctc_loss.default").fn
+    rest = [jnp.asarray(given.numpy()) if isinstance(given, torch.Tensor) else given for given in rest]
+    for dtype in (jnp.bfloat16, jnp.float16):
+        narrow = jnp.asarray(log_probs.numpy()).astype(dtype)
+        value, grad = jax.value_and_grad(lambda x: fn(x, *rest))(narrow)
+        wide = fn(narrow.astype(jnp.float32), *rest)
+        assert value.dtype == dtype and jnp.allclose(value, wide, rtol=1e-2) and jnp.isfinite(grad).all()
+
+
+def test_targets_that_are_all_empty_and_lengths_of_any_whole_kind():
+    log_probs, targets, lengths, _, *rest = speech()
+    nothing = torch.zeros(ROWS, dtype=torch.long)
+    same(*both(log_probs, targets[0, :0], lengths, nothing, *rest))
+    same(*both(log_probs, targets[:, :0], lengths, nothing, *rest))
+    fn = find("esper_jax.ctc_loss.default").fn
+    long = jnp.log(jnp.full((400, 1, 2), 0.5))
+    ones = jnp.tile(jnp.ones(150, jnp.int32), (1, 1))
+    narrow = fn(long, ones, jnp.array([400]), jnp.array([150], jnp.uint8), 0, "sum", False)
+    assert narrow == fn(long, ones, jnp.array([400]), jnp.array([150]), 0, "sum", False) and jnp.isfinite(narrow)
+
+
+def test_concatenated_targets_that_are_longer_than_the_input_do_not_fit():
+    log_probs = torch.randn(3, 2, CLASSES).log_softmax(-1)
+    given = torch.tensor([1, 2, 1, 2, 1]), torch.tensor([3, 3]), torch.tensor([4, 1]), 0, "none", False
+    (value, _), wanted = both(log_probs, *given)
+    assert np.isinf(value[0]) and np.isinf(wanted[0][0])
+    np.testing.assert_allclose(value[1], wanted[0][1], rtol=1e-5)
 
 
 class Listener(nn.Module):
@@ -172,6 +213,48 @@ def test_a_model_that_computes_it_is_imported(name):
     module, example = MODELS[name]()
     report = esper_jax.from_torch(module, example).report
     assert report.passed and report.worst("forward") <= 1e-5 and report.worst("training: gradients") <= 1e-4
+
+
+def test_a_negative_variance_counts_as_the_least():
+    found = esper_jax.from_torch(Likelihood(), (torch.randn(4, 6), torch.randn(4, 5)))
+    assert found.report.passed
+    loss = torch_losses._gaussian(torch.ones(3), torch.ones(3), torch.tensor([-1.0, -50.0, 0.0]), reduction="none")
+    torch.testing.assert_close(loss, torch.full((3,), 0.5 * float(np.log(1e-6))))
+
+
+def test_adaptive_softmax_takes_any_batch():
+    found = esper_jax.from_torch(Adaptive(False), (torch.randn(5, 6), torch.tensor([0, 11, 5, 3, 7])))
+    assert found.model.apply(found.variables, jnp.ones((1, 6)), jnp.array([3]))[0].shape == (1,)
+
+
+def test_other_threads_and_imports_in_turn_do_not_meet_torchs_replacements():
+    """The operators that stand in have no gradient in torch."""
+    given = speech()
+    attention, x = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4)
+    wrong, done = [], threading.Event()
+
+    def trains():
+        while not done.is_set():
+            try:
+                leaf = given[0].clone().requires_grad_()
+                functional.ctc_loss(leaf, *given[1:]).backward()
+                attention(x, x, x)[0].sum().backward()
+            except Exception as error:
+                wrong.append(error)
+
+    names = ("ctc_loss", "gaussian_nll_loss", "margin_ranking_loss", "hinge_embedding_loss", "instance_norm")
+    before = [getattr(functional, name) for name in names]
+    imports = [
+        threading.Thread(target=lambda: esper_jax.from_torch(nn.Linear(3, 2), torch.randn(4, 3))) for _ in range(2)
+    ]
+    trainer = threading.Thread(target=trains)
+    for thread in (trainer, *imports):
+        thread.start()
+    for thread in imports:
+        thread.join()
+    done.set()
+    trainer.join()
+    assert not wrong and before == [getattr(functional, name) for name in names]
 
 
 def test_torch_keeps_its_own_losses():

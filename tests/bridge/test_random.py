@@ -402,6 +402,12 @@ def test_fresh_numbers_have_their_mean_and_variance(name):
     assert abs(found.var() - variance) < 10 * variance / np.sqrt(N) + 1e-9
 
 
+def test_small_gammas_are_never_zero():
+    """Their logarithm is taken, as of torch's."""
+    found = find("aten._standard_gamma.default").fn(LIKE + 0.01, draw=lambda: jax.random.key(7))
+    assert jnp.isfinite(jnp.log(found)).all()
+
+
 def test_numbers_of_a_cauchy_distribution_have_its_quartiles():
     """It has no mean."""
     found = find("aten.cauchy.default").fn(LIKE, 1.0, 2.0, draw=lambda: jax.random.key(7))

@@ -107,18 +107,18 @@ def own_loop(**options: Any) -> tuple[Any, TrainState, Any]:
 def test_in_a_loop_of_ones_own_resting_seeds_are_no_arguments(monkeypatch) -> None:
     """The host's bits are those of empty slots, and nothing is asked of the device from step to step."""
     step, state, batch = own_loop(rest_alone=True)
-    asked = []
-    looked = tolaria_step.any_computes
-    monkeypatch.setattr(tolaria_step, "any_computes", lambda morph: (asked.append(1), looked(morph))[1])
-    rested, alone = state, state.alone()
-    for _ in range(3):
+    asked, looked = [], tolaria_step.computes
+    monkeypatch.setattr(tolaria_step, "computes", lambda stage: (asked.append(1), looked(stage))[1])
+    rested, other, alone = state, jax.tree.map(jnp.array, state), state.alone()
+    for _ in range(3):  # two runs in turn by one step
         rested, _ = step(rested, batch)
-    for _ in range(3):
+        other, _ = step(other, batch)
         alone, _ = step(alone, batch)
+    chex.assert_trees_all_equal(other, rested)
     chex.assert_trees_all_equal(rested.alone(), alone)
     assert rested.morph.seeds is state.morph.seeds and rested.morph.state is state.morph.state
     assert rested.opt_state.seeds is state.opt_state.seeds
-    assert len(asked) == 1 and step.jitted._cache_size() == 1
+    assert len(asked) == 2 and step.jitted._cache_size() == 1
 
 
 def test_in_a_loop_of_ones_own_a_seed_that_computes_is_met_and_left_again() -> None:
@@ -145,6 +145,20 @@ def test_within_transformations_of_ones_own_the_step_knows_of_its_seeds() -> Non
     step, state, batch = own_loop(rest_alone=True)
     plain, _, _ = own_loop()
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    with jax.checking_leaks():
+        jax.jit(step)(state, batch)
     for transformed in (jax.jit, lambda one: jax.vmap(one, (0, None))):
         given = state if transformed is jax.jit else both
         chex.assert_trees_all_equal(transformed(step)(given, batch), transformed(plain)(given, batch))
+
+
+def test_what_is_changed_in_place_is_seen_and_nothing_is_fetched_in_secret() -> None:
+    step, state, batch = own_loop(rest_alone=True)
+    with jax.transfer_guard_device_to_host("disallow"):
+        state, _ = step(state, batch)
+    morph = esper_jax.advance(esper_jax.germinate(state.morph, "Dense_1", "lora", key=jax.random.key(1)), "Dense_1", 0)
+    before = morph.seeds
+    state = state.replace(morph=state.morph.replace(seeds=morph.seeds))
+    state.morph.state["Dense_1"] = morph.state["Dense_1"]
+    after, _ = step(state, batch)
+    assert moved(after.morph.seeds, before)
