@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -62,7 +61,7 @@ class Morph(Struct):
 
     def alone(self) -> Morph:
         """The host with its sites and nothing planted, as if all slots were empty."""
-        return self.replace(seeds={}, state={}, spec=dataclasses.replace(self.spec, plants=()))
+        return Morph(self.host, {}, {}, self.spec.empty, self.form)
 
     def __repr__(self) -> str:
         if not isinstance(self.spec, Spec):  # a tree of other things in this shape, such as shardings

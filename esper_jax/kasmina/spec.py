@@ -116,7 +116,12 @@ class Spec:
         sources = [plant.source for plant in self.plants if plant.source]
         return tuple(dict.fromkeys((*self.planted_at, *sources)))
 
-    @property
+    @functools.cached_property
+    def empty(self) -> Spec:
+        """The same sites with nothing in their slots."""
+        return dataclasses.replace(self, plants=())
+
+    @functools.cached_property
     def has_residents(self) -> bool:
         """Whether any seed was planted ahead of time, and may rest in the program."""
         return any(plant.resident for plant in self.plants)
