@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import linecache
 import re
+from collections.abc import Iterator
 
 
 def cause_of(error: Exception, training: bool) -> str:
     """What of the user's module torch.export could not take, where, and what would help."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else type(error).__name__
-    where = _user_line(error)
-    at = f" ({where})" if where else ""
+    last = _last(error)
+    at = f" (line {last[1]} of {last[0].rsplit('/', 1)[-1]})" if last else ""
     known = type(error).__name__
     if isinstance(error, TypeError) and _passes_through(error, "nn/modules/rnn.py"):
         return f"packed sequences have lengths of their own{at}; give padded arrays and a mask"
@@ -39,33 +40,28 @@ def cause_of(error: Exception, training: bool) -> str:
     return f"{known}: {first}{at}"
 
 
-def _passes_through(error: Exception, file: str) -> bool:
+def _frames(error: Exception) -> Iterator[tuple[str, int, bool]]:
+    """File and line of each frame that the traceback passes through, and whether it is neither torch's nor ours."""
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename.endswith(file):
-            return True
+        frame = trace.tb_frame
+        file = frame.f_code.co_filename
+        yield file, trace.tb_lineno, "/torch/" not in file and frame.f_globals.get("__package__") != __package__
         trace = trace.tb_next
-    return False
+
+
+def _passes_through(error: Exception, file: str) -> bool:
+    return any(passed.endswith(file) for passed, _, _ in _frames(error))
+
+
+def _last(error: Exception) -> tuple[str, int] | None:
+    """The last file and line of the user's that the traceback passes through."""
+    theirs = [(file, line) for file, line, is_theirs in _frames(error) if is_theirs]
+    return theirs[-1] if theirs else None
 
 
 def _leaves_layers_out(error: Exception) -> bool:
     """Whether the lines of code before the traceback left the user's speak of dropping layers."""
-    said, trace = "", error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in file and trace.tb_frame.f_globals.get("__package__") != __package__:
-            lines = (linecache.getline(file, trace.tb_lineno - back).split("#")[0] for back in range(8))
-            said = "".join(lines)
-        trace = trace.tb_next
+    file, line = _last(error) or ("", 0)
+    said = "".join(linecache.getline(file, line - back).split("#")[0] for back in range(8))
     return re.search(r"\blayer_?drop\b|skip_the_layer", said, re.IGNORECASE) is not None
-
-
-def _user_line(error: Exception) -> str:
-    """The last line of code outside torch that the traceback passes through."""
-    found, trace = "", error.__traceback__
-    while trace is not None:
-        frame = trace.tb_frame
-        if "/torch/" not in frame.f_code.co_filename and frame.f_globals.get("__package__") != __package__:
-            found = f"line {trace.tb_lineno} of {frame.f_code.co_filename.rsplit('/', 1)[-1]}"
-        trace = trace.tb_next
-    return found
