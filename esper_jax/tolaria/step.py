@@ -21,6 +21,7 @@ from ..kasmina.operate import concrete
 from ..kasmina.sites import split_path
 from ..kasmina.spec import Site, Spec
 from ..kasmina.state import SeedState, computes
+from .branch import changed_if
 from .optim import Growable, growable
 from .state import Meters, TrainState
 
@@ -279,7 +280,7 @@ def one_step(
     meters = state.meters
     old = morph.params, _collections(morph), tx.grow(state.opt_state, morph), (meters.stats, meters.gradients)
     measured = {path: tapped[path].stats for path in meters.stats if path in tapped}, squares
-    params, others, opt_state, sums = _if(ok, learn, old, grads, collections, measured)
+    params, others, opt_state, sums = changed_if(ok, learn, old, grads, collections, measured)
     kept = morph.with_params(params).with_collections(others)
     states, faults = observed_states(morph, grads, norm, tapped, ok)
     new = state.replace(
@@ -324,17 +325,6 @@ def _at(tree: Any, path: str) -> Any:
 def _collections(morph: Morph) -> dict[str, Any]:
     """The host's mutable collections."""
     return {name: part for name, part in morph.variables.items() if name != "params"}
-
-
-def _if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> Any:
-    """`change(*old, *given)` if `ok`, else `old`.
-
-    On the CPU a branch: a select beside the update makes XLA copy the whole optimizer state in each step. On other
-    platforms a select: there a branch waits for the host.
-    """
-    if jax.default_backend() == "cpu":
-        return jax.lax.cond(ok, change, lambda *args: args[: len(old)], *old, *given)
-    return jax.tree.map(lambda new, old: jnp.where(ok, new, old), change(*old, *given), old)
 
 
 def _like(new: Any, old: Any) -> Any:

@@ -1,0 +1,81 @@
+"""Changes that are made or not made, as one branch of a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jaxtyping import Array
+
+
+def changed_if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> Any:
+    """`change(*old, *given)` if `ok`, else `old`.
+
+    On the CPU a branch: a select beside the update makes XLA copy the whole optimizer state in each step. On other
+    platforms a select: there a branch waits for the host.
+
+    Args:
+      ok: a boolean scalar.
+      change: pure; gives what has the structure, shapes and dtypes of `old`.
+      old: a tuple of pytrees, written over.
+      given: pytrees that the change only reads, such as gradients. Scalars that follow from them alone, such as the
+        norm by which an optimizer clips them, are computed outside the branch, where XLA finds that they are there
+        already: it does not look into a branch for what is computed outside.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.tree.map(lambda new, old: jnp.where(ok, new, old), change(*old, *given), old)
+    olds, structure = jax.tree.flatten(old)
+    givens, rest = jax.tree.flatten(given)
+
+    def flat(*leaves: Any) -> list[Any]:
+        before = jax.tree.unflatten(structure, leaves[: len(olds)])
+        return structure.flatten_up_to(change(*before, *jax.tree.unflatten(rest, leaves[len(olds) :])))
+
+    closed = jax.make_jaxpr(flat)(*olds, *givens)
+    inputs, outputs = closed.jaxpr.invars, closed.jaxpr.outvars
+    scalars = _scalars(closed.jaxpr, inputs[len(olds) :])
+    found = _function(closed, inputs[len(olds) :], scalars)(*givens)
+    changed = _function(closed, [*inputs, *scalars], outputs)
+    new = jax.lax.cond(ok, lambda old, *more: changed(*old, *more), lambda old, *_: old, olds, *givens, *found)
+    return jax.tree.unflatten(structure, new)
+
+
+def _scalars(jaxpr: Jaxpr, given: Sequence[Var]) -> list[Var]:
+    """The scalars that arrays are computed with and that follow from `given` alone."""
+    fixed, known, found = set(jaxpr.constvars), set(given), []
+    for equation in jaxpr.eqns:
+        inputs = _variables(equation.invars)
+        if equation.effects or not inputs <= known | fixed:
+            continue
+        if inputs & known:
+            known.update(equation.outvars)
+            found += [var for var in equation.outvars if _is_scalar(var)]
+        else:
+            fixed.update(equation.outvars)
+    larger = [equation for equation in jaxpr.eqns if not all(map(_is_scalar, equation.outvars))]
+    read = {var for equation in larger for var in _variables(equation.invars)}
+    return [var for var in found if var in read]
+
+
+def _is_scalar(var: Var) -> bool:
+    return getattr(var.aval, "shape", None) == ()
+
+
+def _variables(atoms: Sequence[Any]) -> set[Var]:
+    return {atom for atom in atoms if not isinstance(atom, Literal)}
+
+
+def _function(closed: ClosedJaxpr, inputs: Sequence[Var], outputs: Sequence[Any]) -> Callable[..., list[Any]]:
+    """The part of a jaxpr that leads from inputs, which may be its intermediate values, to outputs, as a function."""
+    jaxpr, needed = closed.jaxpr, _variables(outputs) - set(inputs)
+    equations: list[JaxprEqn] = []
+    for equation in reversed(jaxpr.eqns):
+        if needed & set(equation.outvars) or (equation.effects and outputs is jaxpr.outvars):
+            equations.append(equation)
+            needed |= _variables(equation.invars) - set(inputs)
+    unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    part = jaxpr.replace(invars=list(inputs), eqns=equations[::-1], outvars=list(outputs), debug_info=unnamed)
+    return jaxpr_as_fun(ClosedJaxpr(part, closed.consts))  # type: ignore[no-any-return]
