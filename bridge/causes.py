@@ -21,7 +21,7 @@ def cause_of(error: Exception, training: bool) -> str:
     if "data-dependent" in text and training and _leaves_layers_out(error):
         return (
             f"a random number decides whether a layer is left out{at}, as in LayerDrop: a compiled program has all its "
-            "layers. Set the rate to 0 (in transformers: config.layerdrop = 0)"
+            f"layers. Set the rate to 0 (in transformers: config.layerdrop = 0). torch said: {first}"
         )
     if "data-dependent" in text or "GuardOnDataDependent" in known or "DataDependent" in known:
         return (

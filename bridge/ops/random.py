@@ -254,9 +254,8 @@ def standard_gamma(self: Any, generator: Any = None, *, draw: Any = None) -> Any
     """Shape parameters get their gradient by implicit differentiation (Figurnov et al. 2018), as torch's do."""
     key = draw()
     if key is not None:
-        wide = self.astype(jnp.promote_types(self.dtype, jnp.float32))
-        drawn = jnp.maximum(jax.random.gamma(key, wide), jnp.finfo(wide.dtype).tiny)  # never 0, as torch's
-        return drawn.astype(self.dtype)
+        drawn = jax.random.gamma(key, self.astype(jnp.promote_types(self.dtype, jnp.float32)))
+        return jnp.maximum(drawn.astype(self.dtype), jnp.finfo(self.dtype).tiny)  # never 0, as torch's
     fixed = lax.stop_gradient(self * (units(self.shape, draw.number) + 0.5))
     slope = lax.stop_gradient(lax.random_gamma_grad(self, fixed))
     return fixed + slope * (self - lax.stop_gradient(self))

@@ -21,9 +21,12 @@ def changed_if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> 
       ok: a boolean scalar.
       change: pure; gives what has the structure, shapes and dtypes of `old`.
       old: a tuple of pytrees, written over.
-      given: pytrees that the change only reads, such as gradients. Scalars that follow from them alone, such as the
-        norm by which an optimizer clips them, are computed outside the branch, where XLA finds that they are there
-        already: it does not look into a branch for what is computed outside.
+      given: pytrees that the change only reads, such as gradients. Scalars that follow from them alone by elementwise
+        operations and sums, such as the norm by which an optimizer clips them, are computed outside the branch, where
+        XLA finds that they are there already: it does not look into a branch for what is computed outside.
+
+    Raises:
+      TypeError: a change that gives another structure.
     """
     if jax.default_backend() != "cpu":
         return jax.tree.map(lambda new, old: jnp.where(ok, new, old), change(*old, *given), old)
@@ -32,7 +35,10 @@ def changed_if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> 
 
     def flat(*leaves: Any) -> list[Any]:
         before = jax.tree.unflatten(structure, leaves[: len(olds)])
-        return structure.flatten_up_to(change(*before, *jax.tree.unflatten(rest, leaves[len(olds) :])))
+        new, found = jax.tree.flatten(change(*before, *jax.tree.unflatten(rest, leaves[len(olds) :])))
+        if found != structure:
+            raise TypeError(f"a change must give the structure of what it changes, {structure}, got {found}")
+        return new
 
     closed = jax.make_jaxpr(flat)(*olds, *givens)
     inputs, outputs = closed.jaxpr.invars, closed.jaxpr.outvars
@@ -44,11 +50,11 @@ def changed_if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> 
 
 
 def _scalars(jaxpr: Jaxpr, given: Sequence[Var]) -> list[Var]:
-    """The scalars that arrays are computed with and that follow from `given` alone."""
+    """The scalars that arrays are computed with and that follow from `given` alone, by what costs little."""
     fixed, known, found = set(jaxpr.constvars), set(given), []
     for equation in jaxpr.eqns:
         inputs = _variables(equation.invars)
-        if equation.effects or not inputs <= known | fixed:
+        if not _is_cheap(equation) or not inputs <= known | fixed:
             continue
         if inputs & known:
             known.update(equation.outvars)
@@ -58,6 +64,19 @@ def _scalars(jaxpr: Jaxpr, given: Sequence[Var]) -> list[Var]:
     larger = [equation for equation in jaxpr.eqns if not all(map(_is_scalar, equation.outvars))]
     read = {var for equation in larger for var in _variables(equation.invars)}
     return [var for var in found if var in read]
+
+
+_CHEAP = {
+    "abs", "add", "clamp", "div", "imag", "integer_pow", "max", "min", "mul", "neg", "pow", "real", "rsqrt", "sign",
+    "sqrt", "square", "sub", "and", "eq", "ge", "gt", "is_finite", "le", "lt", "ne", "not", "or", "select_n",
+    "broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "reduce_max", "reduce_min", "reduce_sum",
+}  # fmt: skip
+
+
+def _is_cheap(equation: JaxprEqn) -> bool:
+    """Whether nothing is lost where a bad batch computes it, or a branch computes it once more."""
+    name = equation.primitive.name
+    return name in _CHEAP or (name == "dot_general" and _is_scalar(equation.outvars[0]))
 
 
 def _is_scalar(var: Var) -> bool:

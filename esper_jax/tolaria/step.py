@@ -234,7 +234,8 @@ class RestAlone:
         return rest
 
     def _note(self, lives: tuple[SeedState, ...], rest: bool) -> None:
-        self._seen = ((lives, rest), *self._seen[: self.KEPT - 1])
+        if all(concrete(life.stage) for life in lives):
+            self._seen = ((lives, rest), *self._seen[: self.KEPT - 1])
 
     def __repr__(self) -> str:
         return f"RestAlone({self.jitted!r})"

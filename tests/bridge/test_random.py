@@ -404,8 +404,9 @@ def test_fresh_numbers_have_their_mean_and_variance(name):
 
 def test_small_gammas_are_never_zero():
     """Their logarithm is taken, as of torch's."""
-    found = find("aten._standard_gamma.default").fn(LIKE + 0.01, draw=lambda: jax.random.key(7))
-    assert jnp.isfinite(jnp.log(found)).all()
+    for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
+        found = find("aten._standard_gamma.default").fn((LIKE + 0.01).astype(dtype), draw=lambda: jax.random.key(7))
+        assert found.dtype == dtype and jnp.isfinite(jnp.log(found)).all()
 
 
 def test_numbers_of_a_cauchy_distribution_have_its_quartiles():

@@ -108,4 +108,35 @@ def test_a_step_sums_the_gradients_outside_its_branch() -> None:
         return reductions(jax.make_jaxpr(steps)(state, batches, 1).jaxpr)
 
     assert sums(OPTIMIZERS["clipped"]()) == sums(OPTIMIZERS["plain"]()) == 0
-    assert np.isfinite(sums(OPTIMIZERS["trust"]()))
+
+
+def test_what_costs_much_or_might_not_end_stays_within_the_branch() -> None:
+    """A loop over a norm that is no number would never end; what gives arrays too would be computed twice."""
+
+    def halved(x: Any, given: Any) -> tuple[Any]:
+        norm = jnp.sum(given)
+        return (x * jax.lax.while_loop(lambda k: ~(norm * k <= 1.0), lambda k: k * 0.5, 1.0),)
+
+    @jax.jit
+    def both(given: Any) -> tuple[Any, Any]:
+        norm = jnp.sum(given)
+        return given / norm, norm
+
+    def twice(x: Any, given: Any) -> tuple[Any]:
+        shares, norm = both(given)
+        return (x + shares * norm,)
+
+    x = jnp.arange(3.0)
+    kept = jax.jit(lambda ok, x, given: changed_if(ok, halved, (x,), given))(jnp.bool_(False), x, x * jnp.nan)
+    assert np.array_equal(kept[0], x)
+    for change in (halved, twice):
+        traced = jax.make_jaxpr(lambda x, change=change: changed_if(x[0] < 9, change, (x,), x))(x).jaxpr
+        outside = {equation.primitive.name for equation in traced.eqns}
+        assert not outside & {"while", "jit", "pjit"}
+        (found,) = changed_if(jnp.bool_(True), change, (x,), x)
+        np.testing.assert_allclose(found, change(x, x)[0])
+
+
+def test_a_change_of_another_structure_is_an_error() -> None:
+    with pytest.raises(TypeError, match="must give the structure of what it changes"):
+        changed_if(jnp.bool_(True), lambda a, b: ((a, b), None), (jnp.ones(2), jnp.zeros(2)))

@@ -144,8 +144,11 @@ def test_within_transformations_of_ones_own_the_step_knows_of_its_seeds() -> Non
     step, state, batch = own_loop(rest_alone=True)
     plain, _, _ = own_loop()
     both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+    awake = esper_jax.germinate(state.morph, "Dense_1", "lora", key=jax.random.key(1))
+    awake = state.replace(morph=esper_jax.advance(awake, "Dense_1", 0))
     with jax.checking_leaks():
         jax.jit(step)(state, batch)
+        jax.jit(lambda batch: step(awake, batch))(batch)
     for transformed in (jax.jit, lambda one: jax.vmap(one, (0, None))):
         given = state if transformed is jax.jit else both
         chex.assert_trees_all_equal(transformed(step)(given, batch), transformed(plain)(given, batch))
