@@ -125,19 +125,24 @@ def library(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[s
 
     variants = {"empty": variant(empty), "copy of it": variant(empty), "planted dormant": variant(planted)}
     variants[ALONE] = variant(planted, rest_alone=True)
-    seeds = f"{len(planted.spec.plants)} seeds behind lax.cond"
-    return variants, {"empty": "base", "copy of it": COPY, "planted dormant": seeds, ALONE: "the empty morph's own"}
+    return variants, {**beside_empty(planted), ALONE: "the empty morph's own"}
+
+
+def beside_empty(planted: Any) -> dict[str, str]:
+    """What to say of the programs where an empty morph's is the base."""
+    return {"empty": "base", "copy of it": COPY, "planted dormant": behind(planted)}
+
+
+def behind(planted: Any) -> str:
+    """What keeps planted seeds that sleep from being computed."""
+    return f"{len(planted.spec.plants)} seeds behind lax.cond"
 
 
 def loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The loop that `fit` runs, whose base is itself with an empty morph."""
     looped = functools.partial(Looped, work, count=STEPS[work.name], probe_every=0)
     variants = {"empty": looped(empty), "copy of it": looped(empty), "planted dormant": looped(planted)}
-    found = {
-        "empty": "base",
-        "copy of it": COPY,
-        "planted dormant": f"{len(planted.spec.plants)} seeds behind lax.cond",
-    }
+    found = beside_empty(planted)
     if variants["empty"].scans:
         variants[ALONE] = looped(planted, alone=True)
         found[ALONE] = "scanned, the empty morph's own steps"
@@ -149,7 +154,7 @@ MEASURES = {"forward": forward, "step": own_loop, "library": library, "loop": lo
 
 def programs(identical: bool, planted: Any, more: str = "") -> dict[str, str]:
     """What to say of each variant's program."""
-    text = f"{len(planted.spec.plants)} seeds behind lax.cond"
+    text = behind(planted)
     return {
         "bare host": "base",
         "copy of it": COPY,

@@ -22,7 +22,7 @@ from .reader import Reader, numpy_dtype
 from .torch_attention import attention_as_one_op
 from .torch_losses import losses_for_export
 from .torch_norms import written_out_statistics
-from .torch_patches import CAPTURING
+from .torch_patches import CAPTURING, instead
 from .torch_random import distributions_for_export, number_noise, refuse_fixed_numbers
 
 
@@ -128,23 +128,14 @@ def plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@contextlib.contextmanager
-def _plain_checkpoints() -> Iterator[None]:
+def _plain_checkpoints() -> contextlib.AbstractContextManager[None]:
     """Meanwhile checkpoints that are not reentrant are plain calls: of nested ones export would lose the gradients."""
     private, place = "_checkpoint_without_reentrant_generator", torch.utils.checkpoint
-    before = getattr(place, private, None)
 
     def nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
         yield
 
-    if before is None:
-        yield
-        return
-    setattr(place, private, nothing)
-    try:
-        yield
-    finally:
-        setattr(place, private, before)
+    return instead((place, private, nothing)) if hasattr(place, private) else contextlib.nullcontext()
 
 
 def copy_of(module: torch.nn.Module) -> torch.nn.Module:

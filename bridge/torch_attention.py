@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -73,8 +72,7 @@ _op: Any = torch.library.custom_op("esper_jax::attention", _compute, mutates_arg
 _op.register_fake(_compute)
 
 
-@contextlib.contextmanager
-def attention_as_one_op() -> Iterator[None]:
+def attention_as_one_op() -> AbstractContextManager[None]:
     """Meanwhile each `nn.MultiheadAttention` is one node, its masks and shapes checked by torch."""
     from torch.nn.modules import transformer
 
@@ -82,11 +80,10 @@ def attention_as_one_op() -> Iterator[None]:
         return bool(is_causal)
 
     # it reads a mask's values to choose a fast kernel; the mask itself is given on, so that nothing hangs on it
-    with instead(
+    return instead(
         (transformer, "_detect_is_causal_mask", detect),
         (torch.nn.MultiheadAttention, "forward", _forward),
-    ):
-        yield
+    )
 
 
 def _forward(

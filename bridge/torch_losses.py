@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,14 +15,12 @@ from torch.nn import functional
 from .torch_patches import instead
 
 _ctc_loss = functional.ctc_loss
-_ranking, _hinge = functional.margin_ranking_loss, functional.hinge_embedding_loss
 _Adaptive = nn.AdaptiveLogSoftmaxWithLoss
 
 
-@contextlib.contextmanager
-def losses_for_export() -> Iterator[None]:
+def losses_for_export() -> AbstractContextManager[None]:
     """Meanwhile these losses look at no values, and CTC is one operator."""
-    with instead(
+    return instead(
         (functional, "ctc_loss", _ctc),
         (functional, "gaussian_nll_loss", _gaussian),
         (functional, "margin_ranking_loss", _margin_ranking),
@@ -29,8 +28,7 @@ def losses_for_export() -> Iterator[None]:
         (_Adaptive, "forward", _adaptive),
         (_Adaptive, "predict", _predict),
         (_Adaptive, "_get_full_log_prob", _full_log_prob),
-    ):
-        yield
+    )
 
 
 def _compute(
@@ -97,41 +95,32 @@ def _reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss
 
 
-def _margin_ranking(
-    input1: Tensor,
-    input2: Tensor,
-    target: Tensor,
-    margin: float = 0,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """Torch's export knows the mean alone."""
-    if (way := _way(size_average, reduce, reduction)) == "mean":
-        return _ranking(input1, input2, target, margin=margin)
-    return _reduced((-target * (input1 - input2) + margin).clamp_min(0), way)
+def _with_sums(theirs: Any, each: Any) -> Any:
+    """A loss of which torch's export knows the mean alone; its other reductions are those of what `each` gives."""
+    signature = inspect.signature(theirs)
+
+    def ours(*args: Any, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        old, way = [given.arguments.pop(name) for name in ("size_average", "reduce")], given.arguments.pop("reduction")
+        if old != [None, None]:
+            way = nn._reduction.legacy_get_string(*old, emit_warning=False)
+        return theirs(**given.arguments) if way == "mean" else _reduced(each(**given.arguments), way)
+
+    return ours
 
 
-def _hinge_embedding(
-    input: Tensor,
-    target: Tensor,
-    margin: float = 1.0,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """Torch's export knows the mean alone."""
-    if (way := _way(size_average, reduce, reduction)) == "mean":
-        return _hinge(input, target, margin=margin)
+def _margins(input1: Tensor, input2: Tensor, target: Tensor, margin: float) -> Tensor:
+    return (-target * (input1 - input2) + margin).clamp_min(0)
+
+
+def _hinges(input: Tensor, target: Tensor, margin: float) -> Tensor:
     apart = torch.where(target != 1, (margin - input).clamp_min(0), 0)
-    return _reduced(apart + torch.where(target != -1, input, 0), way)
+    return apart + torch.where(target != -1, input, 0)
 
 
-def _way(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
-    """How to reduce, by torch's old arguments where they are given."""
-    if size_average is None and reduce is None:
-        return reduction
-    return nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+_margin_ranking = _with_sums(functional.margin_ranking_loss, _margins)
+_hinge_embedding = _with_sums(functional.hinge_embedding_loss, _hinges)
 
 
 def _adaptive(softmax: Any, input_: Tensor, target_: Tensor) -> Any:

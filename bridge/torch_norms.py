@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,12 +17,10 @@ _instance_norm = torch.nn.functional.instance_norm
 _FORWARD = {kind: kind.forward for kind in (_BatchNorm, SyncBatchNorm)}
 
 
-@contextlib.contextmanager
-def written_out_statistics() -> Iterator[None]:
+def written_out_statistics() -> AbstractContextManager[None]:
     """Meanwhile a BatchNorm that averages over all batches, and instance norms, keep their statistics in the open."""
     forwards = [(kind, "forward", _averaging) for kind in _FORWARD]
-    with instead(*forwards, (torch.nn.functional, "instance_norm", _instances)):
-        yield
+    return instead(*forwards, (torch.nn.functional, "instance_norm", _instances))
 
 
 def _averaging(norm: Any, input: Tensor) -> Tensor:

@@ -51,16 +51,15 @@ def changed_if(ok: Array, change: Callable[..., Any], old: Any, *given: Any) -> 
 
 def _scalars(jaxpr: Jaxpr, given: Sequence[Var]) -> list[Var]:
     """The scalars that arrays are computed with and that follow from `given` alone, by what costs little."""
-    fixed, known, found = set(jaxpr.constvars), set(given), []
+    known, follow, found = {*jaxpr.constvars, *given}, set(given), []
     for equation in jaxpr.eqns:
         inputs = _variables(equation.invars)
-        if not _is_cheap(equation) or not inputs <= known | fixed:
+        if not _is_cheap(equation) or not inputs <= known:
             continue
-        if inputs & known:
-            known.update(equation.outvars)
+        known.update(equation.outvars)
+        if inputs & follow:
+            follow.update(equation.outvars)
             found += [var for var in equation.outvars if _is_scalar(var)]
-        else:
-            fixed.update(equation.outvars)
     larger = [equation for equation in jaxpr.eqns if not all(map(_is_scalar, equation.outvars))]
     read = {var for equation in larger for var in _variables(equation.invars)}
     return [var for var in found if var in read]
@@ -89,12 +88,12 @@ def _variables(atoms: Sequence[Any]) -> set[Var]:
 
 def _function(closed: ClosedJaxpr, inputs: Sequence[Var], outputs: Sequence[Any]) -> Callable[..., list[Any]]:
     """The part of a jaxpr that leads from inputs, which may be its intermediate values, to outputs, as a function."""
-    jaxpr, needed = closed.jaxpr, _variables(outputs) - set(inputs)
-    equations: list[JaxprEqn] = []
+    jaxpr, there = closed.jaxpr, set(inputs)
+    needed, equations = _variables(outputs) - there, []
     for equation in reversed(jaxpr.eqns):
         if needed & set(equation.outvars) or (equation.effects and outputs is jaxpr.outvars):
             equations.append(equation)
-            needed |= _variables(equation.invars) - set(inputs)
+            needed |= _variables(equation.invars) - there
     unnamed = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     part = jaxpr.replace(invars=list(inputs), eqns=equations[::-1], outvars=list(outputs), debug_info=unnamed)
     return jaxpr_as_fun(ClosedJaxpr(part, closed.consts))  # type: ignore[no-any-return]

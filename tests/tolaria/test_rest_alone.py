@@ -23,19 +23,19 @@ from tests.kasmina.hosts import host
 STACK = "blocks/Dense_0"
 
 
-def trained(model: Any, loss: Any, morph: Morph, batches: Any, rest_alone: bool) -> tuple[TrainState, Any]:
-    """The state after a call of five steps, and the program. Adam would move what has no gradient by rounding."""
+def trained(model: Any, loss: Any, morph: Morph, batches: Any, rest_alone: bool) -> TrainState:
+    """The state after a call of five steps. (Adam would move what has no gradient by rounding.)"""
     tx = growable(optax.sgd(1e-2, momentum=0.9))
     steps = make_steps(Calls(esper_jax.graft(model), loss), tx, 4, Dispatch("scan", rest_alone=rest_alone))
     state = TrainState.create(morph, tx, key=jax.random.key(0))
-    return steps(state, batches, 5)[0], steps
+    return steps(state, batches, 5)[0]
 
 
 def same_both_ways(model: Any, loss: Any, morph: Morph, batch: Any) -> TrainState:
     """What five steps end with, which is the same with `rest_alone` and without."""
     batches = jax.tree.map(lambda leaf: jnp.stack([leaf * (1 + i) for i in range(5)]), batch)
-    plain, _ = trained(model, loss, morph, batches, False)
-    rested, _ = trained(model, loss, morph, batches, True)
+    plain = trained(model, loss, morph, batches, False)
+    rested = trained(model, loss, morph, batches, True)
     chex.assert_trees_all_close((rested.morph, rested.opt_state), (plain.morph, plain.opt_state), rtol=1e-5, atol=1e-6)
     assert int(rested.step) == int(plain.step) == 5
     return rested
@@ -89,7 +89,7 @@ def test_a_stacks_resting_steps_are_those_of_the_stack_with_empty_slots() -> Non
 
     def host_after(**options: Any) -> Any:
         morph = esper_jax.morph(variables, **sites, **options)
-        return trained(model, lambda y, t: jnp.square(y - t), morph, batches, True)[0].morph.host
+        return trained(model, lambda y, t: jnp.square(y - t), morph, batches, True).morph.host
 
     chex.assert_trees_all_close(host_after(planted="lora"), host_after(), rtol=1e-6, atol=1e-7)
 
