@@ -41,7 +41,7 @@ COLUMNS = (
 IDENTICAL, COPY = "jaxpr identical", "the same once more"
 STEPS = {"mlp": 128, "cnn": 16, "transformer": 8}
 LOOP_BUDGET = 5
-ALONE = "planted dormant, rest_alone"
+ALONE, AWAKE = "planted dormant, rest_alone", "planted dormant, awake"
 
 
 def main() -> None:
@@ -60,8 +60,9 @@ def main() -> None:
                     continue
                 variants, programs = measure(work, empty, planted)
                 rows[kind] += compared(args, work, variants, programs, STEPS[name] if kind == "loop" else 1)
-    report.table("Forward pass", COLUMNS, rows["forward"], explained(rows["forward"]))
-    report.table("Train step, a loop of one's own", COLUMNS, rows["step"], explained(rows["step"]))
+    awake = "awake: the morph that `awake` makes of the planted one."
+    report.table("Forward pass", COLUMNS, rows["forward"], f"{awake} {explained(rows['forward'])}")
+    report.table("Train step, a loop of one's own", COLUMNS, rows["step"], f"{awake} {explained(rows['step'])}")
     note = (
         "Base: an empty morph in the same step, without probes. rest_alone: while all planted seeds rest, the step "
         f"calls the program of empty slots. {explained(rows['library'])}"
@@ -81,7 +82,7 @@ def main() -> None:
 
 def forward(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The forward pass in evaluation mode."""
-    grafted = esper_jax.graft(work.model.apply)
+    grafted, awake = esper_jax.graft(work.model.apply), esper_jax.awake(planted)
     xs = [x for x, _ in work.batches]
 
     def variant(apply: Any, variables: Any) -> Any:
@@ -94,27 +95,30 @@ def forward(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[s
         "copy of it": variant(work.model.apply, work.variables),
         "empty": variant(grafted, empty),
         "planted dormant": variant(grafted, planted),
+        AWAKE: variant(grafted, awake),
     }
-    identical = same_program(work.model.apply, work.variables, grafted, empty, xs[0])
+    same = functools.partial(same_program, work.model.apply, work.variables, grafted)
     same_bits = all(
         np.array_equal(variants["bare host"](i), variants[other](i))
         for i in range(len(xs))
-        for other in ("empty", "planted dormant")
+        for other in ("empty", "planted dormant", AWAKE)
     )
-    found = programs(identical, planted, f"outputs {'equal' if same_bits else 'NOT equal'} to the bit")
-    return variants, found
+    bits = f"outputs {'equal' if same_bits else 'NOT equal'} to the bit"
+    return variants, programs(same(empty, xs[0]), same(awake, xs[0]), planted, bits)
 
 
 def own_loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The hand-written train step, and the same with a morph."""
+    awake = esper_jax.awake(planted)
     variants = {
         "bare host": Stepper(*bare_step(work), work.batches),
         "copy of it": Stepper(*bare_step(work), work.batches),
         "empty": Stepper(*morph_step(work, empty), work.batches),
         "planted dormant": Stepper(*morph_step(work, planted), work.batches),
+        AWAKE: Stepper(*morph_step(work, awake), work.batches),
     }
-    identical = same_program(*bare_step(work), *morph_step(work, empty), work.batches[0])
-    return variants, programs(identical, planted)
+    same = [same_program(*bare_step(work), *morph_step(work, morph), work.batches[0]) for morph in (empty, awake)]
+    return variants, programs(*same, planted)
 
 
 def library(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -152,14 +156,15 @@ def loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str,
 MEASURES = {"forward": forward, "step": own_loop, "library": library, "loop": loop}
 
 
-def programs(identical: bool, planted: Any, more: str = "") -> dict[str, str]:
-    """What to say of each variant's program."""
-    text = behind(planted)
+def programs(empty: bool, awake: bool, planted: Any, more: str = "") -> dict[str, str]:
+    """What to say of each variant's program; whether these two are the host's own."""
+    text, different = behind(planted), "jaxpr DIFFERENT"
     return {
         "bare host": "base",
         "copy of it": COPY,
-        "empty": IDENTICAL if identical else "jaxpr DIFFERENT",
+        "empty": IDENTICAL if empty else different,
         "planted dormant": f"{text}; {more}" if more else text,
+        AWAKE: IDENTICAL if awake else different,
     }
 
 
@@ -189,10 +194,11 @@ def explained(rows: list[dict[str, Any]]) -> str:
     """Below each table: how many variants cannot be told from the base."""
     judged = [row for row in rows if "verdict" in row]
     good = sum(row["verdict"] for row in judged)
-    same = sum(row["program"] == IDENTICAL for row in judged if row["variant"] == "empty")
     told = f"{good} of {len(judged)} ratios are 1.00 within the noise floor that the copy of the base shows"
-    empty = [row for row in judged if row["variant"] == "empty"]
-    return f"{told}; {same} of {len(empty)} empty morphs trace to the host's own jaxpr." if empty else f"{told}."
+    for variant in ("empty", AWAKE):
+        these = [row["program"] == IDENTICAL for row in judged if row["variant"] == variant]
+        told += f"; {sum(these)} of {len(these)} {variant} morphs trace to the host's own jaxpr" if these else ""
+    return f"{told}."
 
 
 if __name__ == "__main__":

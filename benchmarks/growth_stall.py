@@ -41,6 +41,7 @@ COLUMNS = (
     Column("extra_steps", "in steps", "steps"),
     Column("noise_steps", "noise, steps", "steps"),
     Column("swap_steps", "swap, steps", "steps"),
+    Column("swap_grown_steps", "in grown steps", "steps"),
     Column("events", "events", "count"),
 )
 HOW_GROMO = (
@@ -114,8 +115,8 @@ NOTES = (
     "compile, which all other ways find warm. lean: a seed in an empty slot, its train program built by the program "
     "store. thread: the same by a plain thread. recompile: compiled when the next step needs it.",
     "Each step is waited for. Extra time: all steps from the decision until three steps after the swap, above what as "
-    "many undisturbed steps take; noise: the same of idle windows of that length. Medians of the events, but of worst "
-    "steps and p99 the worst.",
+    "many undisturbed steps take; noise: the same of idle windows of that length. The swap: in idle steps, then in "
+    "steps of the grown network. Medians of the events, but of worst steps and p99 the worst.",
     "GroMo: statistics over one pass of the training data, optimal update and its application, of one layer. Its "
     "network also changes at once, while a seed first learns apart.",
 )

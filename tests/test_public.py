@@ -64,6 +64,7 @@ def cases() -> dict[str, tuple[Any, dict[str, Any]]]:
         "fold": (ej.fold, {**AT, "strict": False}),
         "foldable": (ej.foldable, {"morph": G}),
         "shed": (ej.shed, {"morph": G}),
+        "awake": (ej.awake, {"morph": G}),
         "unmorph": (ej.unmorph, {"morph": M}),
         "summary": (ej.summary, {"morph": G, "health": {"Dense_0": 0.5}}),
         "sites": (ej.sites, {"params": V, "where": "Dense"}),

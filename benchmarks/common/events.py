@@ -71,7 +71,8 @@ def measure(event: Event, *, warm: int = 5, settle: int = 3) -> dict[str, float 
       and `worst_steps`, in idle medians. `extra`: all time from the decision to the settled swap above what as many
       undisturbed steps take, seconds, and `extra_steps`. `noise_steps`: how much an idle window of that length differs
       from its own median, in idle steps (the median of its absolute value over all windows). `swap_steps`: the part of
-      `extra_steps` that falls on the swap and the steps in which it settles. `waited`: steps from decision to swap.
+      `extra_steps` that falls on the swap and the steps in which it settles, `swap_grown_steps`: the same in steps of
+      the grown network. `waited`: steps from decision to swap.
 
     Raises:
       ValueError: too few steps before the event or after the swap.
@@ -102,6 +103,7 @@ def measure(event: Event, *, warm: int = 5, settle: int = 3) -> dict[str, float 
         "extra_steps": extra / median,
         "noise_steps": _noise(idle, before.size + swap.size) / median,
         "swap_steps": swap_extra / median,
+        "swap_grown_steps": swap_extra / grown,
         "waited": int(before.size),
     }
 

@@ -15,7 +15,7 @@ from .lifecycle import Lifecycle
 from .modules import KasminaAttention, KasminaBatchNorm, KasminaConv, KasminaDense, KasminaLayerNorm, with_seeds_of
 from .morph import Morph, morph, sites, unmorph
 from .observe import contributions, observe, silence
-from .operate import advance, fossilize, prune, set_alpha, shed, tick, unload
+from .operate import advance, awake, fossilize, prune, set_alpha, shed, tick, unload
 from .scores import GrowthScores, growth_scores
 from .spans import Span, spans
 from .spec import Plant, Site, Spec
@@ -54,6 +54,7 @@ __all__ = [
     "Stage",
     "Table",
     "advance",
+    "awake",
     "blueprints",
     "compact",
     "compare",

@@ -30,8 +30,15 @@ class Struct:
     """Base of the pytree dataclasses."""
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        """A copy with some fields changed. (`dataclasses.replace` takes several times as long, as small steps feel.)"""
+        copy = object.__new__(type(self))
+        fields, ours = copy.__dict__, self.__dict__
+        fields.update(ours)
+        fields.update(changes)
+        if len(fields) > len(ours):
+            unknown, known = (", ".join(names) for names in (fields.keys() - ours.keys(), ours))
+            raise TypeError(f"{type(self).__name__} has no {unknown}; its fields are {known}")
+        return copy
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))

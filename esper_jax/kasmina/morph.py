@@ -61,7 +61,7 @@ class Morph(Struct):
 
     def alone(self) -> Morph:
         """The host with its sites and nothing planted, as if all slots were empty."""
-        return Morph(self.host, {}, {}, self.spec.empty, self.form)
+        return self.replace(seeds={}, state={}, spec=self.spec.empty)
 
     def __repr__(self) -> str:
         if not isinstance(self.spec, Spec):  # a tree of other things in this shape, such as shardings

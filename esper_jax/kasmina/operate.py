@@ -1,4 +1,4 @@
-"""The hand-held lifecycle calls on a Morph that has its seeds: advance, set_alpha, prune, fossilize, tick, unload.
+"""The hand-held calls on a Morph that has its seeds: advance, set_alpha, prune, fossilize, tick, unload, shed, awake.
 
 With concrete arrays an illegal call raises and changes nothing. Under a trace it leaves the state unchanged; ask for
 `with_ok=True` to get `(morph, ok)`.
@@ -21,7 +21,7 @@ from .morph import Morph, check_morph, with_spec
 from .refusals import illegal, not_live
 from .spec import Plant, Site
 from .stages import NEXT, Stage
-from .state import SeedState, choose, layers_of, live, slot_of
+from .state import SeedState, choose, computes, layers_of, live, slot_of
 
 NAN = float("nan")
 Layers = int | Sequence[int] | None
@@ -153,10 +153,40 @@ def shed(morph: Morph) -> Morph:
     Call `growable(...).grow(opt_state, morph)` after it, so that the next seed in such a slot finds no old moments.
     """
     check_morph(morph, "shed")
-    stages = {path: np.asarray(state.stage) for path, state in morph.state.items()}
+    return _without(morph, lambda plant, stage: not plant.resident and np.all(stage == Stage.DORMANT))
+
+
+def awake(morph: Morph) -> Morph:
+    """The morph with the seeds that compute and no others: what it computes, at the cost of those.
+
+    A seed that was planted ahead stays in the program while it rests, behind a branch, which small models and single
+    calls feel. Without it they are the leaner program's; where no seed computes, the host's own, the jaxpr is the same:
+    `jax.jit(graft(model))(awake(morph), x)`. Outputs are equal, but for what a compiler rounds otherwise in another
+    program. Ask again after each operation and tick; a jitted function compiles once for each set of seeds that were
+    ever awake together.
+
+    It is for calls that change no seed's stage: what rests (DORMANT, GERMINATED, and after a prune PRUNED, EMBARGOED
+    and RESETTING) has lost its slot and its time of rest in it. Go on growing with the morph itself; for training see
+    `make_train_step(rest_alone=True)`, which keeps them.
+
+    Args:
+      morph: the morph, with concrete arrays; of a population a seed stays that computes in any member. Not changed.
+
+    Raises:
+      TypeError: no morph. ValueError: under a trace.
+    """
+    check_morph(morph, "awake")
+    if not all(concrete(state.stage) for state in morph.state.values()):
+        raise ValueError("awake() takes seeds out of the structure, as their stages say; call it outside jit and vmap")
+    return _without(morph, lambda plant, stage: not np.any(computes(stage)))
+
+
+def _without(morph: Morph, gone: Callable[[Plant, Any], Any]) -> Morph:
+    """The morph without the plants of which `gone(plant, stages in its slot)` is true; the same object for none."""
+    stages = jax.device_get({path: state.stage for path, state in morph.state.items()})
     spec = morph.spec
     for plant in morph.spec.plants:
-        if not plant.resident and np.all(stages[plant.site][..., plant.slot] == Stage.DORMANT):
+        if gone(plant, stages[plant.site][..., plant.slot]):
             spec = spec.without(plant.site, plant.slot)
     return morph if spec is morph.spec else with_spec(morph, spec)
 

@@ -23,6 +23,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import serialize_executable
 
@@ -214,6 +215,8 @@ class _Queued:
             try:
                 with under(wanted):
                     built = self._build(job)
+                with contextlib.suppress(Exception):  # the first call comes all the same, and says what is wrong
+                    rehearse(built.call, job.args)
                 future.set_result(built)
             except BaseException as error:
                 future.set_exception(error)
@@ -385,21 +388,24 @@ def _loaded(job: Job, found: dict[str, Any]) -> Built:
     in_tree, out_tree = jax.tree.structure((job.args, {})), jax.tree.structure(skeleton)
     devices = jax.local_devices()[:1]
     call = serialize_executable.deserialize_and_load(found["payload"], in_tree, out_tree, execution_devices=devices)
-    with contextlib.suppress(Exception):
-        rehearse(call, job.args)
     return Built(call, found["trace"], found["compile"], "process", len(found["payload"]))
 
 
 def rehearse(call: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Run a program once on made-up arrays of these shapes: zeros, and 1 for whole numbers behind the first argument.
+    """Run a program on made-up arrays of these shapes: zeros, and 1 for whole numbers behind the first argument.
 
     XLA's CPU backend makes the kernels of its matrix products at a program's first run, which takes as long as several
-    steps. So that run is made here, beside the training. It needs the memory of one more state while it lasts.
+    steps. And JAX finds out once, in Python, how to call a program with arguments of each kind. So that is done here,
+    beside the training: with a state of JAX's arrays, as it will be, and batches of NumPy's and of JAX's. It needs the
+    memory of one more state while it lasts.
     """
     if jax.default_backend() == "cpu":
-        first, rest = jax.tree.map(_zeros, args[0]), jax.tree.map(_zeros, args[1:])
+        rest = jax.tree.map(_zeros, args[1:])
         rest = jax.tree.map(lambda leaf: leaf + 1 if np.ndim(leaf) == 0 and leaf.dtype.kind in "iu" else leaf, rest)
-        jax.block_until_ready(call(first, *rest))
+        there = jax.tree.map(lambda leaf: jnp.asarray(leaf) if np.ndim(leaf) else leaf, rest)
+        for batches in (rest, there) if any(map(np.ndim, jax.tree.leaves(rest))) else (rest,):
+            first = jax.tree.map(lambda shape: jnp.asarray(_zeros(shape)), args[0])
+            jax.block_until_ready(call(first, *batches))
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
@@ -412,4 +418,4 @@ def _zeros(shape: jax.ShapeDtypeStruct) -> Any:
         return jax.random.key_data(key)
 
     words = jax.eval_shape(data, shape)
-    return jax.random.wrap_key_data(jax.numpy.zeros(words.shape, words.dtype), impl=kinds[0])
+    return jax.random.wrap_key_data(jnp.zeros(words.shape, words.dtype), impl=kinds[0])

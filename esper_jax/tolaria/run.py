@@ -185,7 +185,7 @@ class Run:
         for batch, _ in validation.batches if isinstance(validation, Held) else ():
             self.ticker.evaluator.plain.expect(batch)
             self.ticker.evaluator.rows.expect(batch)
-        self.ticker.move.expect(jnp.float32(0))
+        self.ticker.move.expect(np.float32(0))
         self.changes.ask(self.state)
 
     def room(self) -> int:

@@ -78,13 +78,12 @@ class TrainState(Struct):
 
     def alone(self) -> TrainState:
         """The state of the host with its sites and nothing planted, its optimizer's too; see `beside`."""
-        return self.replace(morph=self.morph.alone(), opt_state=GrowState(self.opt_state.host, {}))
+        return self.replace(morph=self.morph.alone(), opt_state=self.opt_state.replace(seeds={}))
 
     def beside(self, before: TrainState) -> TrainState:
         """What became of `before.alone()`, with the seeds that `before` has."""
-        was = before.morph
-        morph = Morph(self.morph.host, was.seeds, was.state, was.spec, was.form)
-        return self.replace(morph=morph, opt_state=GrowState(self.opt_state.host, before.opt_state.seeds))
+        opt_state = before.opt_state.replace(host=self.opt_state.host)
+        return self.replace(morph=before.morph.replace(host=self.morph.host), opt_state=opt_state)
 
     def __repr__(self) -> str:
         if isinstance(self.step, jax.core.Tracer) or not isinstance(self.step, jax.Array | np.ndarray):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..kasmina import operate
@@ -102,7 +101,7 @@ class Ticker:
             loss, score = self.evaluator(view.morph, validation)
         contributions = self._contributions(view.morph, validation, sink, nothing if rolled else pause)
         view = _with_contributions(view, contributions)
-        morph, ticked = self.move(view.morph, jnp.float32(score))
+        morph, ticked = self.move(view.morph, np.float32(score))
         state = _swap.unpark(view.replace(morph=morph), held)
         peers.soon((morph.state, dict(ticked)))
         before = state.morph.spec

@@ -32,6 +32,7 @@ def test_a_slower_grown_program_is_no_extra_time_but_slow_steps_while_waiting_ar
     assert found["during_median"] == found["during_p99"] == 1.5 and found["waited"] == 11
     assert found["decision_steps"] == 2
     assert found["extra"] == pytest.approx(4 + 10 * 1 + 4) and found["swap_steps"] == pytest.approx(2)
+    assert found["swap_grown_steps"] == pytest.approx(1)
     assert found["worst"] == 8
 
 

@@ -60,6 +60,21 @@ def test_a_program_built_in_the_background_changes_no_bit_of_the_run(now, option
     assert made._step._cache_size() == 1 and made._evaluator.plain._cache_size() == 1
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere it would take a step's time of the device")
+@pytest.mark.parametrize("options", [{}, {"resident_bytes": 0}, {"compile_in": "thread"}])
+def test_the_first_call_of_a_program_built_ahead_is_as_quick_as_the_next(monkeypatch, options) -> None:
+    """JAX finds out in Python how to call it; that was done where it was built, for batches on the device or not."""
+    slow, found = [], jax.stages.Compiled.call
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        slow.append(threading.current_thread().name)
+        return found(*args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Compiled, "call", staticmethod(call))
+    _, _, history = run(**options)
+    assert history.of_kind("swap") and slow and set(slow) == {"esper_jax compiler"}
+
+
 def test_the_seed_waits_in_germinated_until_its_program_takes_over() -> None:
     _, _, history = run(swap=11)  # the boundary lies past the next tick
     told = [(e.epoch, e.data["after"]) for e in history.of_kind("stage")]
