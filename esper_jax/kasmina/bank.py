@@ -32,8 +32,9 @@ class Tap(Struct):
 class Bank(Struct):
     """All that one site needs in a forward pass. Adapters carry it to the layer; `plants` and `site` are static.
 
-    A bank without `state` is that of a finished network: its seeds are part of the output for good, by a constant alpha
-    each (`constants`, in the order of `plants`; at stacked layers `alphas` by slot, an array of a layer's each).
+    `sample` says whether the tap measures in this call; with `always` nobody asks, and there is no branch. A bank
+    without `state` is that of a finished network: its seeds are part of the output for good, by a constant alpha each
+    (`constants`, in the order of `plants`; at stacked layers `alphas` by slot, an array of a layer's each).
     """
 
     seeds: dict[str, Any]
@@ -47,6 +48,7 @@ class Bank(Struct):
     places: tuple[Site, ...] = static(default=())
     read: bool = static(default=False)
     notes: Any = static(default=None)
+    always: bool = static(default=False)
 
     def place(self, index: int) -> Site:
         """Where a plant's seed stands (see `Spec.place`)."""
@@ -91,9 +93,9 @@ def apply_bank(
         inputs[bank.site.path] = u
     if bank.notes is not None:
         h = bank.notes(bank.site.path, u, h)
-    if bank.tap is not None and bank.sample is not None:
+    if bank.tap is not None and (bank.always or bank.sample is not None):
         read, weights = jax.lax.stop_gradient((u, linear))
-        h = tap(read, h, bank.tap.stats, bank.sample, weights)
+        h = tap((bank.site.in_shape, bank.site.out_shape), read, h, bank.tap.stats, bank.sample, weights)
     for index, plant in enumerate(bank.plants):
         source = _source(plant, u, inputs, call)
         h = (_slot if bank.state is not None else _baked)(bank, index, source, h)

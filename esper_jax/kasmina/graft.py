@@ -27,8 +27,13 @@ class Graft:
         _check_morph(morph)
         return self._run(morph, {path: _bank(morph, path) for path in morph.spec.read_at}, args, kwargs)
 
-    def tapped(self, morph: Morph, taps: Mapping[str, Tap], sample: jax.Array, *args: Any, **kwargs: Any) -> Any:
-        """The same output, with `taps` (see `zero_taps`) whose gradients are the step's faults and measurements."""
+    def tapped(
+        self, morph: Morph, taps: Mapping[str, Tap], sample: jax.Array | bool | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The same output, with `taps` (see `zero_taps`) whose gradients are the step's faults and measurements.
+
+        `sample` says whether the probes measure: a boolean array, behind a branch; True; or False and None for never.
+        """
         _check_morph(morph)
         banks = {path: _bank(morph, path, tap, sample) for path, tap in taps.items()}
         return self._run(morph, banks, args, kwargs)
@@ -144,10 +149,13 @@ def _check_morph(morph: Any) -> None:
         raise TypeError(f"a grafted forward takes a Morph first, got {got}; make one with morph(params)")
 
 
-def _bank(morph: Morph, path: str, tap: Tap | None = None, sample: jax.Array | None = None) -> Bank:
+def _bank(morph: Morph, path: str, tap: Tap | None = None, sample: jax.Array | bool | None = None) -> Bank:
     plants = morph.spec.planted_at.get(path, ())
     state = morph.state[path] if plants else None
     places = tuple(morph.spec.place(plant) for plant in plants) if any(plant.source for plant in plants) else ()
     read = any(plant.source == path for plant in morph.spec.plants)
     seeds = dict(morph.seeds.get(path, {}))
-    return Bank(seeds, state, tap, sample, morph.spec.by_path[path], plants, places=places, read=read)
+    always = sample is True
+    asked = None if isinstance(sample, bool) else sample
+    site = morph.spec.by_path[path]
+    return Bank(seeds, state, tap, asked, site, plants, places=places, read=read, always=always)

@@ -6,6 +6,7 @@ transform and cost nothing on the steps that are not sampled.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -40,34 +41,42 @@ class Probe(NamedTuple):
 SIZE = len(Probe._fields)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def tap(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
     u: Float[Array, "... I"],
     h: Float[Array, "... O"],
     stats: Float[Array, " P"],
-    sample: Bool[Array, ""],
+    sample: Bool[Array, ""] | None,
     linear: tuple[Array, Array | None] | None,
 ) -> Float[Array, "... O"]:
-    """`h` itself; where `sample`, the gradient of `stats` is the probe's vector for this call.
+    """`h` itself; where `sample`, the gradient of `stats` is the probe's vector for this call. None always measures.
 
+    `shapes` are the features of the layer's input and output as the layer has them, before they became one axis.
     `linear` is a linear layer's kernel `[I, O]` and bias, None for other layers. By these `h` is found again from `u`
-    when it is measured, and need not be kept: under `nn.remat` keeping it would run the layer once more in every step.
+    where the step asks whether to measure, and need not be kept: under `nn.remat` keeping it would run the layer once
+    more in every step.
     """
     return h
 
 
-def _tap_fwd(u: Array, h: Array, stats: Array, sample: Array, linear: Any) -> tuple[Array, Any]:
-    return h, (u, None if linear is not None else h, sample, linear)
+def _tap_fwd(shapes: Any, u: Array, h: Array, stats: Array, sample: Array | None, linear: Any) -> tuple[Array, Any]:
+    return h, (u, h if linear is None or sample is None else None, sample, linear)
 
 
-def _tap_bwd(residuals: Any, cotangent: Array) -> tuple[Any, ...]:
+def _tap_bwd(shapes: Any, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     u, h, sample, linear = residuals
     reads_input = u.shape[:-1] == cotangent.shape[:-1]
     # As rows, the form in which XLA gives them to the layer's own products: another would be one more array.
     source = _rows(u) if reads_input or linear is not None else None
-    stats = jax.lax.cond(sample, _measure, _nothing, source, None if h is None else _rows(h), linear, _rows(cotangent))
+    given = source, None if h is None else _rows(h), linear, _rows(cotangent)
+    if sample is None:
+        stats = _measure(u, h, None, cotangent, shapes) if reads_input else _measure(*given)
+    else:
+        stats = jax.lax.cond(sample, _measure, _nothing, *given)
     unread = jax.tree.map(_zero, (u, linear))
-    return unread[0], cotangent, stats, np.zeros(np.shape(sample), jax.dtypes.float0), unread[1]
+    unasked = None if sample is None else np.zeros(np.shape(sample), jax.dtypes.float0)
+    return unread[0], cotangent, stats, unasked, unread[1]
 
 
 tap.defvjp(_tap_fwd, _tap_bwd)
@@ -88,16 +97,17 @@ def _nothing(*_: Any) -> Float[Array, " P"]:
 
 
 @jax.named_scope("measure")
-def _measure(source: Array | None, h: Array | None, linear: Any, cotangent: Array) -> Float[Array, " P"]:
+def _measure(
+    source: Array | None, h: Array | None, linear: Any, cotangent: Array, shapes: Any = None
+) -> Float[Array, " P"]:
     if h is None:
         h = _linear(source, *linear)
     source = h if source is None else source
-    source, rows, gradient = (x.astype(jnp.float32) for x in (source, h, cotangent))
+    source, h, gradient = (x.astype(jnp.float32) for x in (source, h, cotangent))
+    rows = _rows(h)
     variance = jnp.var(rows, axis=0)
     dead = jnp.mean(variance <= 1e-12)
     silent = jnp.mean(jnp.all(rows <= 0, axis=0))
-    # as JAX writes the kernel's own gradient: in a step that measures XLA then computes the product once
-    moment = jax.lax.dot_general(gradient, source, (((0,), (0,)), ((), ())))
     return jnp.stack(
         Probe(
             calls=jnp.float32(1),
@@ -106,9 +116,17 @@ def _measure(source: Array | None, h: Array | None, linear: Any, cotangent: Arra
             silent=silent,
             correlation=_correlation(rows),
             gradient=jnp.linalg.norm(gradient),
-            gain=jnp.sum(jnp.square(moment)),
+            gain=jnp.sum(jnp.square(_moment(source, gradient, shapes or (source.shape[-1:], gradient.shape[-1:])))),
         )
     )
+
+
+def _moment(source: Float[Array, "... I"], gradient: Float[Array, "... O"], shapes: Any) -> Float[Array, "..."]:
+    """`source^T gradient`, as JAX writes the gradient of a kernel: in a step that measures XLA computes it once."""
+    over = tuple(range(gradient.ndim - 1))
+    source, gradient = (x.reshape(*x.shape[:-1], *own) for x, own in zip((source, gradient), shapes, strict=True))
+    product = jax.lax.dot_general(gradient, source, ((over, over), ((), ())))
+    return jnp.moveaxis(product, range(len(shapes[1])), range(-len(shapes[1]), 0))
 
 
 def _rows(x: Array) -> Float[Array, "N F"]:

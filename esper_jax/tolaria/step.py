@@ -259,10 +259,9 @@ def one_step(
     taps = zero_taps(morph)
     if sample is False:
         taps = {path: taps[path] for path in morph.spec.read_at}
-    where = None if sample is False else jnp.asarray(sample)
 
     def loss_fn(params: Any, taps: Any) -> tuple[Array, Any]:
-        return calls.train(morph.with_params(params), taps, where, batch, key)
+        return calls.train(morph.with_params(params), taps, sample, batch, key)
 
     (loss, collections), (grads, tapped) = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)(morph.params, taps)
     squares = squared_norms(grads["host"])
@@ -274,8 +273,11 @@ def one_step(
         changed = _collections(morph.with_collections(collections))
         # What was measured goes through this branch too: XLA then knows that the probes have read the parameters by
         # now, and lets the update write over them instead of over a copy.
-        add = functools.partial(_added, morph.spec)
-        sums = sums if where is None else jax.lax.cond(where, add, lambda sums, *_: sums, sums, *new, grads["host"])
+        measured = functools.partial(_added, morph.spec), sums, *new, grads["host"]
+        if isinstance(sample, bool):
+            sums = measured[0](*measured[1:]) if sample else sums
+        else:
+            sums = jax.lax.cond(sample, measured[0], lambda sums, *_: sums, *measured[1:])
         return *_like((learnt, changed, after), (params, others, opt_state)), sums
 
     meters = state.meters

@@ -15,6 +15,7 @@ import pytest
 import esper_jax
 from esper_jax import TrainState, growable, make_train_step
 from esper_jax.kasmina.morph import Morph
+from esper_jax.tolaria.step import Calls, one_step
 from tests.kasmina.hosts import host
 
 from .test_growable import SITE, TXS, ones, seeded
@@ -46,6 +47,25 @@ def test_a_step_that_measures_nothing_runs_no_layer_for_the_probes_and_copies_no
     assert len(re.findall(r" dot\(", probed)) == len(re.findall(r" dot\(", without))
     copied = re.findall(r"= f32\[(\d[\d,]*)\]\S* copy\(%state_morph_host", probed)
     assert copied == []
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what XLA's CPU backend writes")
+@pytest.mark.parametrize("name", ["mlp", "transformer"])
+def test_a_step_that_always_measures_takes_the_growth_gain_from_the_kernels_own_gradient(name: str) -> None:
+    """Without a branch, under `nn.remat` too: each site adds the product of its correlations, and one without a kernel
+    that of its gain."""
+    made = host(name)
+    tx, calls = growable(optax.adam(1e-2)), Calls(esper_jax.graft(made.model), LOSS)
+    morph = esper_jax.morph(made.variables, model=made.model, example=made.x)
+    state = TrainState.create(morph, tx, key=jax.random.key(0))
+
+    def products(sample: bool) -> int:
+        step = jax.jit(lambda state, batch: one_step(calls, tx, sample, state, batch))
+        return len(re.findall(r" dot\(", step.lower(state, (made.x, made.y)).compile().as_text()))
+
+    kinds = [site.kind for site in morph.spec.sites]
+    bare = sum(kind in ("layer_norm", "attention") for kind in kinds)
+    assert products(True) - products(False) == len(kinds) + bare
 
 
 def test_a_resting_seed_gives_its_branch_nothing_to_fill_but_the_layers_output_and_three_numbers() -> None:
