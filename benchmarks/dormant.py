@@ -70,8 +70,8 @@ def main() -> None:
     report.table("Train step, make_train_step", COLUMNS, rows["library"], note)
     steps = ", ".join(f"{name} {count}" for name, count in STEPS.items() if name in args.models)
     note = (
-        f"Base: an empty morph in the loop that fit runs, without probes. Steps a call: {steps}. rest_alone: scanned "
-        "steps in which every planted seed rests are a loop of their own, with the empty morph's own body. "
+        f"Base: an empty morph in the loop that fit runs, without probes. Steps a call: {steps}. rest_alone: steps "
+        "in which every planted seed rests are the empty morph's, in a loop of their own or another program. "
         f"{explained(rows['loop'])}"
     )
     report.table("Train step, Tolaria's loop", COLUMNS, rows["loop"], note)
@@ -146,11 +146,12 @@ def loop(work: Any, empty: Any, planted: Any) -> tuple[dict[str, Any], dict[str,
     """The loop that `fit` runs, whose base is itself with an empty morph."""
     looped = functools.partial(Looped, work, count=STEPS[work.name], probe_every=0)
     variants = {"empty": looped(empty), "copy of it": looped(empty), "planted dormant": looped(planted)}
-    found = beside_empty(planted)
-    if variants["empty"].scans:
-        variants[ALONE] = looped(planted, alone=True)
-        found[ALONE] = "scanned, the empty morph's own steps"
-    return variants, found
+    variants[ALONE] = looped(planted, alone=True)
+    scans = variants["empty"].scans
+    return variants, {
+        **beside_empty(planted),
+        ALONE: "scanned, the empty morph's own steps" if scans else "the empty morph's own",
+    }
 
 
 MEASURES = {"forward": forward, "step": own_loop, "library": library, "loop": loop}

@@ -3,23 +3,21 @@
 Variants take turns in one process: steps without probes (twice, for the noise floor) and with probes at the default
 interval, or on every step; each call makes a number of steps that holds sampled steps at exactly that interval. Beside
 the time stand XLA's own counts for the compiled step and, with `--instructions`, the instructions that the processor
-executed (counted by valgrind's callgrind, where it is installed), which no other load on the machine
+executes on one thread (counted by valgrind's callgrind, where it is installed), which no other load on the machine
 disturbs. The compiled program is read too: steps that are not sampled must not meet a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
 import jax
+import numpy as np
 from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
+from common.instructions import counted
 from common.steps import Looped
 
 from esper_jax.kasmina.summary import flops
@@ -32,7 +30,6 @@ SITES = {
 }
 VARIANTS = {"no probes": 0, "no probes again": 0, f"probes every {EVERY}": EVERY}
 ALWAYS = {"probes every step": 1}
-MARK = "observation: counting"
 
 
 def steps_of(work: Any, probe_every: int, sites: str) -> Looped:
@@ -74,34 +71,18 @@ def hidden(text: str) -> tuple[int, int]:
     return total, sum(len(lines) for name, lines in exposed.items() if name not in inside)
 
 
-def count(name: str, sites: str, args: argparse.Namespace, probe_every: int) -> float | None:
-    """Instructions a step, by callgrind in a process of its own; None where they could not be counted."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *("valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={folder}/out"),
-            *(sys.executable, __file__, "--models", name, "--counted", str(probe_every), "--sites", sites),
-            *("--dtype", args.dtype, "--scale", str(args.scale), "--seed", str(args.seed), "--platform", "cpu"),
-        ]
-        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": flags})
-    found = re.search(r"Collected : (\d+)", done.stderr)
-    if MARK not in done.stdout or found is None or int(found.group(1)) == 0:
+def instructions(steps: Looped, probe_every: int) -> float | None:
+    """Instructions a step, over `STEPS` of which the first is sampled; None where they could not be counted.
+
+    The first has a call of its own. What each of the others adds is told from a call with one and a call with two,
+    where a call may hold several.
+    """
+    sizes = ((1, 1, 2) if probe_every else (1, 2)) if steps.scans else (1, 1)
+    found = counted(steps.steps.function, steps.state, [(steps.batches[0], np.int32(size)) for size in sizes])
+    if found is None:
         return None
-    return int(found.group(1)) / STEPS
-
-
-def counted(args: argparse.Namespace) -> None:
-    """In the process that callgrind watches: warm up, then `STEPS` steps with counting on."""
-    work = workload(args.models[0], scale=args.scale, dtype=args.dtype, seed=args.seed)
-    steps = steps_of(work, args.counted, args.sites[0])
-    for _ in range(2):
-        jax.block_until_ready(steps())
-    print(MARK, flush=True)
-    switch = lambda *what: subprocess.run(["callgrind_control", *what, str(os.getpid())], capture_output=True)  # noqa: E731
-    switch("-i", "on")
-    switch("-z")
-    jax.block_until_ready(steps())
-    switch("-i", "off")
+    each = found[-1] - found[-2] if steps.scans else found[-1]
+    return (found[0] + (STEPS - 1) * each) / STEPS
 
 
 def main() -> None:
@@ -110,10 +91,7 @@ def main() -> None:
     made.add_argument("--sites", nargs="+", choices=tuple(SITES), default=["all"], help="which sites are probed")
     made.add_argument("--always", action="store_true", help="measure steps that all measure too")
     made.add_argument("--instructions", action="store_true", help="count instructions too; minutes for each model")
-    made.add_argument("--counted", type=int, help=argparse.SUPPRESS)
     args = begin(made, reuse=True)
-    if args.counted is not None:
-        return counted(args)
     report = Report("observation", __doc__ or "", args)
     counting = args.instructions and shutil.which("valgrind") is not None and jax.default_backend() == "cpu"
     if args.instructions and not counting:
@@ -122,7 +100,6 @@ def main() -> None:
         for sites in args.sites:
             measure(name, sites, args, report, counting)
     report.finish()
-    return None
 
 
 def measure(name: str, sites: str, args: argparse.Namespace, report: Report, counting: bool) -> None:
@@ -138,7 +115,7 @@ def measure(name: str, sites: str, args: argparse.Namespace, report: Report, cou
         row |= {"step": timing.median / STEPS, "least": float(timing.samples.min() / base.samples.min())}
         row |= {"flops": flops(compiled), "probing": total, "outside": outside}
         if counting and not n.endswith("again"):
-            counts[n] = count(name, sites, args, intervals[n])
+            counts[n] = instructions(variants[n], intervals[n])
             row["instructions"] = counts[n]
             if counts[n] and counts["no probes"]:
                 row["instruction_ratio"] = counts[n] / counts["no probes"]

@@ -11,7 +11,7 @@ import optax
 
 import esper_jax
 from esper_jax.tolaria.dispatch import Dispatch, make_steps
-from esper_jax.tolaria.step import Calls
+from esper_jax.tolaria.step import Calls, RestAlone
 
 from .models import Workload
 
@@ -90,11 +90,12 @@ class Looped:
         self.batches = [jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *group) for group in groups]
         self.places = np.int32(places)
         self.steps = make_steps(calls, tx, probe_every, Dispatch("scan" if self.scans else "loop", None, alone))
+        self.call = RestAlone(self.steps) if alone and not self.scans else self.steps
 
     def __call__(self, i: int = 0) -> Any:
         """All the steps, on batches in the same order each time; returns what the last measured."""
         for batches in self.batches:
-            self.state, metrics = self.steps(self.state, batches, self.places)
+            self.state, metrics = self.call(self.state, batches, self.places)
         return metrics["loss"]
 
     def compiled(self) -> Any:

@@ -397,9 +397,10 @@ def rehearse(call: Callable[..., Any], args: tuple[Any, ...]) -> None:
     XLA's CPU backend makes the kernels of its matrix products at a program's first run, which takes as long as several
     steps. And JAX finds out once, in Python, how to call a program with arguments of each kind. So that is done here,
     beside the training: with a state of JAX's arrays, as it will be, and batches of NumPy's and of JAX's. It needs the
-    memory of one more state while it lasts.
+    memory of one more state while it lasts. Not on a mesh, where a program waits for other devices and processes.
     """
-    if jax.default_backend() == "cpu":
+    on_mesh = any(leaf.sharding is not None for leaf in jax.tree.leaves(args))
+    if jax.default_backend() == "cpu" and not on_mesh:
         rest = jax.tree.map(_zeros, args[1:])
         rest = jax.tree.map(lambda leaf: leaf + 1 if np.ndim(leaf) == 0 and leaf.dtype.kind in "iu" else leaf, rest)
         there = jax.tree.map(lambda leaf: jnp.asarray(leaf) if np.ndim(leaf) else leaf, rest)

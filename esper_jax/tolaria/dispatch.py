@@ -42,9 +42,10 @@ class Dispatch:
       steps: steps a call. None, for data given as arrays: scanned as many as take half a second, up to 128 (fewer where
         their batches would exceed 64 MiB), and 4 unrolled; 1 for other data. "auto" with a number above 1 unrolls where
         it would have looped.
-      rest_alone: scanned steps in which every planted seed rests are those of the host with empty slots, for one more
-        body to compile. They cost what the host costs; but a host's bits are then those of another program as long as
-        no seed computes, and may differ by rounding from those that it has beside seeds.
+      rest_alone: steps in which every planted seed rests are those of the host with empty slots and cost no more:
+        scanned, a loop of their own in the program; otherwise calls of another program, while that with the seeds is
+        built in the background. A host's bits are then those of another program as long as no seed computes, and may
+        differ by rounding from those that it has beside seeds.
 
     Raises:
       ValueError: an unknown mode, steps below 1, or several steps a call with "loop". TypeError: `rest_alone` is no

@@ -82,6 +82,11 @@ class Feed:
         """Whether calls make as many steps as the clock tells, which several processes would read differently."""
         return self.mode == "scan" and self.dispatch.steps is None and alone()
 
+    @property
+    def parts(self) -> bool:
+        """Whether steps in which all planted seeds rest are calls of another program."""
+        return self.dispatch.rest_alone and self.mode not in ("", "scan")
+
     def _settle(self, morph: Morph, batch: Any, length: int | None) -> None:
         """Choose mode and places by the first batch and the number of batches."""
         if not self.mode:

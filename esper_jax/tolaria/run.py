@@ -8,7 +8,7 @@ import dataclasses
 import pathlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from .records import FILE, HistoryFile
 from .saving import Saver
 from .session import Session
 from .state import TrainState
+from .step import RestAlone
 from .ticker import Sink, Ticker, TrainingDiverged
 
 IN_FLIGHT = 2
@@ -123,6 +124,8 @@ class Run:
         self.rest = Rest(self.save_at_rest)
         self.before: Before | None = None
         self.rested = False
+        self.step: Callable[..., Any] = steps
+        self.prepared = False
 
     @property
     def directory(self) -> pathlib.Path | None:
@@ -161,6 +164,8 @@ class Run:
         """Train on the rest of this epoch, with the ticks that fall into it; whether to stop early."""
         with self.rest:
             batches = feed.epoch(self.state.morph, self.epoch, self.batch)
+        if feed.parts and self.step is self.steps:
+            self.step = RestAlone(self.steps)
         while True:
             if self.tick_every is not None and self.unticked >= self.tick_every:
                 self.restructure(stop, at_tick=True)
@@ -197,10 +202,13 @@ class Run:
     def dispatch(self, batches: Any, count: int) -> None:
         """Hand `count` steps to the device, and wait for the last call but one so that the queue stays short."""
         with self.rest:  # until the step is on its way: it may have to be compiled
-            after = self.steps(self.state, batches, np.int32(count))
+            after = self.step(self.state, batches, np.int32(count))
         if not self.running:
             self.pace.began()
         self.state, metrics = after
+        if self.step is not self.steps and not self.prepared:  # so that no step waits for it when a seed wakes
+            self.prepared = True
+            self.changes.programs.request(self.state)
         self.batch += count
         self.unticked += count
         self.made += count

@@ -204,25 +204,28 @@ def make_train_step(
 
 
 class RestAlone:
-    """A jitted train step that leaves the host alone while every planted seed rests; see `make_train_step`."""
+    """A jitted train step that leaves the host alone while every planted seed rests; see `make_train_step`.
+
+    `jitted` takes a state and whatever else, and returns the next state and metrics; it may be a `Program`.
+    """
 
     KEPT = 4
 
-    def __init__(self, jitted: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]) -> None:
+    def __init__(self, jitted: Callable[..., tuple[TrainState, dict[str, Array]]]) -> None:
         self.jitted = jitted
         self._seen: tuple[tuple[tuple[SeedState, ...], bool], ...] = ()
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def __call__(self, state: TrainState, *rest: Any) -> tuple[TrainState, dict[str, Array]]:
         """The step, by the program that the seeds need."""
         lives = tuple(state.morph.state.values())
         if state.morph.spec.has_residents and all(concrete(life.stage) for life in lives):
             if self._rest(lives):
-                after, metrics = self.jitted(state.alone(), batch)
+                after, metrics = self.jitted(state.alone(), *rest)
                 return after.beside(state), metrics
-            after, metrics = self.jitted(state, batch)
+            after, metrics = self.jitted(state, *rest)
             self._note(tuple(after.morph.state.values()), False)  # who asks whether one has faulted out would wait
             return after, metrics
-        return self.jitted(state, batch)
+        return self.jitted(state, *rest)
 
     def _rest(self, lives: tuple[SeedState, ...]) -> bool:
         """Whether none of these computes; fetched for those that no step of the last few has seen or made."""

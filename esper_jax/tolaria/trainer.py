@@ -82,9 +82,9 @@ class Tolaria:
         devices, along "data"), and how seeds are divided; see `tolaria.sharding.Layout`. Without them: one device.
       dispatch, steps_per_dispatch: how steps are handed to the device, "auto", "scan", "loop" or "unroll", and how many
         at a time (see `tolaria.dispatch.Dispatch`); Ctrl-C is noticed between two such calls.
-      rest_alone: while every planted seed rests, steps are those of the host with empty slots, and cost no more, where
-        several are scanned in a call. One more body of the program compiles, and the host's bits may differ by rounding
-        from those of a run in which a seed trains, which are the same without it.
+      rest_alone: while every planted seed rests, steps are those of the host with empty slots, and cost no more. One
+        more body of the program compiles, or one more program where steps are not scanned, and the host's bits may
+        differ by rounding from those of a run in which a seed trains, which are the same without it.
       resident_bytes: training data given as arrays stays on the device if it takes at most so many bytes, and
         validation data likewise; 0 only if it is there already.
       swap: when a grown or leaner program takes over. It is compiled in the background while training goes on in the

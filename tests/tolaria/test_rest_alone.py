@@ -18,7 +18,7 @@ from esper_jax.tolaria import step as tolaria_step
 from esper_jax.tolaria.dispatch import Dispatch, make_steps
 from esper_jax.tolaria.step import Calls
 from tests.kasmina import test_stacked as stacks
-from tests.kasmina.hosts import host
+from tests.kasmina.hosts import CNN, host
 
 STACK = "blocks/Dense_0"
 
@@ -164,3 +164,44 @@ def test_what_is_changed_in_place_is_seen_and_nothing_is_fetched_in_secret() -> 
     state.morph.state["Dense_1"] = morph.state["Dense_1"]
     after, _ = step(state, batch)
     assert moved(after.morph.seeds, before)
+
+
+def cnn_run(epochs: int = 6, **options: Any) -> tuple[TrainState, Any, Any]:
+    """A CNN, whose steps are not scanned on a CPU, with a planted seed that germinates at the second tick."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(24, 6, 6, 2)).astype(np.float32), rng.integers(0, 3, 24).astype(np.int32)
+    gates = esper_jax.Gates(min_training_ticks=1, min_health=0.0)
+    wanted: dict[str, Any] = {
+        "controller": esper_jax.FixedSchedule({2: [("Conv_1", "conv_light", {})]}, gates=gates),
+        "lifecycle": esper_jax.Lifecycle(gates),
+        "planted": {"conv_light": {}},
+        "where": "Conv_1",
+        "slots": 1,
+        "batch_size": 8,
+        "dispatch": "loop",
+    }
+    loss, tx = optax.softmax_cross_entropy_with_integer_labels, optax.sgd(1e-2, momentum=0.9)
+    made = esper_jax.Tolaria(CNN(), loss, tx, **{**wanted, **options})
+    state = made.init(host("cnn").variables, key=jax.random.key(0), model=CNN(), example=x[:1])
+    state, history = made.fit(state, (x, y), (x, y), epochs=epochs)
+    return state, history, made
+
+
+def test_where_steps_are_not_scanned_resting_seeds_are_left_to_another_program() -> None:
+    """That of the host alone runs first, and that with the seed is there when it wakes, built meanwhile."""
+    state, history, made = cnn_run(rest_alone=True)
+    plain, told, _ = cnn_run()
+    stages = [(e.epoch, e.data["after"]) for e in history.of_kind("stage")]
+    assert stages == [(e.epoch, e.data["after"]) for e in told.of_kind("stage")] and (3, "TRAINING") in stages
+    chex.assert_trees_all_close((state.morph, state.opt_state), (plain.morph, plain.opt_state), rtol=1e-4, atol=1e-5)
+    ran = {spec.plants for spec, _ in made._step.ran}
+    ahead = {spec.plants for spec, _ in made._step.ahead}
+    assert ran == {()} and ahead == {state.morph.spec.plants}
+    assert made._step._cache_size() == 1 and not history.of_kind("warning")
+
+
+def test_a_run_that_is_not_scanned_ends_with_the_bits_of_empty_slots_where_no_seed_wakes() -> None:
+    rested, _, _ = cnn_run(epochs=2, rest_alone=True)
+    empty, _, _ = cnn_run(epochs=2, planted=None, controller=None)
+    assert rested.morph.spec.plants and not empty.morph.spec.plants
+    chex.assert_trees_all_equal(rested.morph.host, empty.morph.host)
