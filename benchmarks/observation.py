@@ -2,22 +2,17 @@
 
 Variants take turns in one process: steps without probes (twice, for the noise floor) and with probes at the default
 interval, or on every step; each call makes a number of steps that holds sampled steps at exactly that interval. Beside
-the time stand XLA's own counts for the compiled step and, with `--instructions`, the instructions that the processor
-executes on one thread (counted by valgrind's callgrind, where it is installed), which no other load on the machine
-disturbs. The compiled program is read too: steps that are not sampled must not meet a measurement.
+the time stand XLA's own counts for the compiled step; `instructions.py` counts those that the processor executes. The
+compiled program is read too: steps that are not sampled must not meet a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import shutil
 from typing import Any
 
-import jax
-import numpy as np
 from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
-from common.instructions import counted
 from common.steps import Looped
 
 from esper_jax.kasmina.summary import flops
@@ -71,54 +66,31 @@ def hidden(text: str) -> tuple[int, int]:
     return total, sum(len(lines) for name, lines in exposed.items() if name not in inside)
 
 
-def instructions(steps: Looped, probe_every: int) -> float | None:
-    """Instructions a step, over `STEPS` of which the first is sampled; None where they could not be counted.
-
-    The first has a call of its own. What each of the others adds is told from a call with one and a call with two,
-    where a call may hold several.
-    """
-    sizes = ((1, 1, 2) if probe_every else (1, 2)) if steps.scans else (1, 1)
-    found = counted(steps.steps.function, steps.state, [(steps.batches[0], np.int32(size)) for size in sizes])
-    if found is None:
-        return None
-    each = found[-1] - found[-2] if steps.scans else found[-1]
-    return (found[0] + (STEPS - 1) * each) / STEPS
-
-
 def main() -> None:
     made = parser(__doc__ or "", rounds=40, budget=4.0)
     made.set_defaults(models=["mlp", "transformer"])  # a CNN on a CPU takes minutes
     made.add_argument("--sites", nargs="+", choices=tuple(SITES), default=["all"], help="which sites are probed")
     made.add_argument("--always", action="store_true", help="measure steps that all measure too")
-    made.add_argument("--instructions", action="store_true", help="count instructions too; minutes for each model")
     args = begin(made, reuse=True)
     report = Report("observation", __doc__ or "", args)
-    counting = args.instructions and shutil.which("valgrind") is not None and jax.default_backend() == "cpu"
-    if args.instructions and not counting:
-        report.note("Instructions are not counted: that needs valgrind and --platform cpu.")
     for name in args.models:
         for sites in args.sites:
-            measure(name, sites, args, report, counting)
+            measure(name, sites, args, report)
     report.finish()
 
 
-def measure(name: str, sites: str, args: argparse.Namespace, report: Report, counting: bool) -> None:
+def measure(name: str, sites: str, args: argparse.Namespace, report: Report) -> None:
     work = workload(name, scale=args.scale, dtype=args.dtype, seed=args.seed)
     intervals = VARIANTS | (ALWAYS if args.always else {})
     variants = {n: steps_of(work, every, sites) for n, every in intervals.items()}
     timed = interleave(variants, rounds=args.rounds, warmup=2, budget=args.budget, least=6, seed=args.seed)
-    base, counts, rows = timed["no probes"], {}, []
+    base, rows = timed["no probes"], []
     for n, timing in timed.items():
         compiled = variants[n].compiled()
         total, outside = hidden(compiled.as_text())
         row = {"variant": n, **time_columns(timing), **ratio_columns(ratio(timing, base))}
         row |= {"step": timing.median / STEPS, "least": float(timing.samples.min() / base.samples.min())}
         row |= {"flops": flops(compiled), "probing": total, "outside": outside}
-        if counting and not n.endswith("again"):
-            counts[n] = instructions(variants[n], intervals[n])
-            row["instructions"] = counts[n]
-            if counts[n] and counts["no probes"]:
-                row["instruction_ratio"] = counts[n] / counts["no probes"]
         rows.append(row)
     floor = noise_floor([ratio(timed["no probes again"], base)])
     columns = (
@@ -127,8 +99,6 @@ def measure(name: str, sites: str, args: argparse.Namespace, report: Report, cou
         Column("ratio", "time", "ratio"),
         Column("interval", "95%", "interval"),
         Column("least", "fastest", "ratio"),
-        Column("instructions", "instructions", "count"),
-        Column("instruction_ratio", "ratio", "ratio"),
         Column("probing", "probe operations", "count"),
         Column("outside", "of them in every step", "count"),
         Column("samples", "samples", "count"),

@@ -19,6 +19,7 @@ ORDER = (
     "compile_time",
     "loop",
     "observation",
+    "instructions",
     "telemetry",
     "scaling",
     "bridge",

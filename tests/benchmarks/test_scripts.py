@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -88,6 +89,15 @@ def test_the_page_of_faults_tells_what_was_done_and_seen(tmp_path: pathlib.Path)
     page = (tmp_path / "page.md").read_text()
     assert f"| donated | {row['about']} | 10 | 0 |" in page and "- **donated**: the state as it was (10)" in page
     assert tests["passed"] >= 20 and f"`faults/test_data.py` | {tests['passed']} | 0 |" in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind counts")
+def test_instructions_of_a_step_are_counted_and_a_sampled_one_has_more(tmp_path: pathlib.Path) -> None:
+    done = run("instructions", *SMALL, "--models", "mlp", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    without, probed = json.loads((tmp_path / "out.json").read_text())["tables"][0]["rows"]
+    assert 0.5 < probed["ratio"] < 2 and without["other"] > 10_000 and probed["sampled"] > probed["other"]
 
 
 @pytest.mark.slow

@@ -27,10 +27,17 @@ DUMP, START, STOP = (0x43540000 + number for number in (0, 4, 5))
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
-def counted(function: Callable[..., Any], state: Any, calls: Sequence[tuple[Any, ...]]) -> list[int] | None:
+def counted(
+    function: Callable[..., Any], state: Any, warm: Sequence[tuple[Any, ...]], calls: Sequence[tuple[Any, ...]]
+) -> list[int]:
     """Instructions of each call `function(state, *rest) -> (state, ...)`, for the `rest` of each of `calls` in turn.
 
-    Each goes on from the state that the last one gave, which is donated. None where they could not be counted.
+    Each goes on from the state that the last one gave, which is donated. Before that those of `warm` are made, from the
+    same state on, and not counted: so is what is made at a first call. Threads that wait for others add about a million
+    instructions to a call, more or less.
+
+    Raises:
+      RuntimeError: valgrind or the program failed; the last line that it wrote.
     """
     leaves, structure = jax.tree.flatten(state)
     keys = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
@@ -42,7 +49,7 @@ def counted(function: Callable[..., Any], state: Any, calls: Sequence[tuple[Any,
         return [jax.random.key_data(leaf) if key else leaf for leaf, key in zip(after, keys, strict=True)]
 
     program = jax.export.export(jax.jit(plain, donate_argnums=0), platforms=("cpu",))(raw, list(calls[0]))
-    given = jax.tree.map(np.asarray, (raw, list(map(list, calls))))
+    given = jax.tree.map(np.asarray, (raw, [[list(rest) for rest in group] for group in (warm, calls)]))
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         (folder / "program").write_bytes(pickle.dumps((bytes(program.serialize()), *given)))
@@ -52,19 +59,19 @@ def counted(function: Callable[..., Any], state: Any, calls: Sequence[tuple[Any,
         done = subprocess.run(command, capture_output=True, env=environment)
         dumps = [folder / f"out.{number}" for number in range(1, len(calls) + 1)]
         if done.returncode or not all(dump.exists() for dump in dumps):
-            return None
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise RuntimeError(f"callgrind counted nothing: {said[-1] if said else 'it said nothing'}")
         found = [re.search(r"^totals: (\d+)", dump.read_text(), re.MULTILINE) for dump in dumps]
     return [int(one.group(1)) for one in found if one]
 
 
 def main() -> None:
     """In the process that callgrind watches: compile, warm up, and go back to the first state to count."""
-    program, raw, calls = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
-    call = jax.jit(jax.export.deserialize(program).call, donate_argnums=0).lower(raw, calls[0]).compile()
-    calls = jax.tree.map(jax.numpy.asarray, calls)
+    program, raw, groups = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+    call = jax.jit(jax.export.deserialize(program).call, donate_argnums=0).lower(raw, groups[0][0]).compile()
 
     request = client_requests()
-    for counting in (False, True):  # what is made at a first call is not counted
+    for counting, calls in zip((False, True), jax.tree.map(jax.numpy.asarray, groups), strict=True):
         state = jax.tree.map(jax.numpy.array, raw)
         for rest in calls:
             if counting:
