@@ -173,11 +173,14 @@ def awake(morph: Morph) -> Morph:
       morph: the morph, with concrete arrays; of a population a seed stays that computes in any member. Not changed.
 
     Raises:
-      TypeError: no morph. ValueError: under a trace.
+      TypeError: no morph. ValueError: under a trace, or of shapes alone.
     """
     check_morph(morph, "awake")
-    if not all(concrete(state.stage) for state in morph.state.values()):
-        raise ValueError("awake() takes seeds out of the structure, as their stages say; call it outside jit and vmap")
+    if not all(concrete(state.stage) and hasattr(state.stage, "__array__") for state in morph.state.values()):
+        raise ValueError(
+            "awake() takes seeds out of the structure as their stages say, and here these are no arrays yet; call it "
+            "outside jit and vmap"
+        )
     return _without(morph, lambda plant, stage: not np.any(computes(stage)))
 
 

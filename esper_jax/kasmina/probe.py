@@ -7,6 +7,7 @@ transform and cost nothing on the steps that are not sampled.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -98,7 +99,7 @@ def _nothing(*_: Any) -> Float[Array, " P"]:
 
 @jax.named_scope("measure")
 def _measure(
-    source: Array | None, h: Array | None, linear: Any, cotangent: Array, shapes: Any = None
+    source: Array | None, h: Array | None, linear: Any, cotangent: Array, shapes: Any = ()
 ) -> Float[Array, " P"]:
     if h is None:
         h = _linear(source, *linear)
@@ -116,7 +117,7 @@ def _measure(
             silent=silent,
             correlation=_correlation(rows),
             gradient=jnp.linalg.norm(gradient),
-            gain=jnp.sum(jnp.square(_moment(source, gradient, shapes or (source.shape[-1:], gradient.shape[-1:])))),
+            gain=jnp.sum(jnp.square(_moment(source, gradient, shapes))),
         )
     )
 
@@ -124,6 +125,11 @@ def _measure(
 def _moment(source: Float[Array, "... I"], gradient: Float[Array, "... O"], shapes: Any) -> Float[Array, "..."]:
     """`source^T gradient`, as JAX writes the gradient of a kernel: in a step that measures XLA computes it once."""
     over = tuple(range(gradient.ndim - 1))
+    given = source.shape[-1], gradient.shape[-1]
+    if (
+        tuple(map(math.prod, shapes)) != given
+    ):  # of a grouped convolution that was not traced a group's inputs are known
+        shapes = tuple((size,) for size in given)
     source, gradient = (x.reshape(*x.shape[:-1], *own) for x, own in zip((source, gradient), shapes, strict=True))
     product = jax.lax.dot_general(gradient, source, ((over, over), ((), ())))
     return jnp.moveaxis(product, range(len(shapes[1])), range(-len(shapes[1]), 0))

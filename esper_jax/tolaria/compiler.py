@@ -215,8 +215,6 @@ class _Queued:
             try:
                 with under(wanted):
                     built = self._build(job)
-                with contextlib.suppress(Exception):  # the first call comes all the same, and says what is wrong
-                    rehearse(built.call, job.args)
                 future.set_result(built)
             except BaseException as error:
                 future.set_exception(error)
@@ -388,6 +386,8 @@ def _loaded(job: Job, found: dict[str, Any]) -> Built:
     in_tree, out_tree = jax.tree.structure((job.args, {})), jax.tree.structure(skeleton)
     devices = jax.local_devices()[:1]
     call = serialize_executable.deserialize_and_load(found["payload"], in_tree, out_tree, execution_devices=devices)
+    with contextlib.suppress(Exception):  # the first call comes all the same, and says what is wrong
+        rehearse(call, job.args)
     return Built(call, found["trace"], found["compile"], "process", len(found["payload"]))
 
 
@@ -397,10 +397,10 @@ def rehearse(call: Callable[..., Any], args: tuple[Any, ...]) -> None:
     XLA's CPU backend makes the kernels of its matrix products at a program's first run, which takes as long as several
     steps. And JAX finds out once, in Python, how to call a program with arguments of each kind. So that is done here,
     beside the training: with a state of JAX's arrays, as it will be, and batches of NumPy's and of JAX's. It needs the
-    memory of one more state while it lasts. Not on a mesh, where a program waits for other devices and processes.
+    memory of one more state and two batches while it lasts. Only programs that came from the other process are
+    rehearsed: they are for one device and call nothing in this one.
     """
-    on_mesh = any(leaf.sharding is not None for leaf in jax.tree.leaves(args))
-    if jax.default_backend() == "cpu" and not on_mesh:
+    if jax.default_backend() == "cpu":
         rest = jax.tree.map(_zeros, args[1:])
         rest = jax.tree.map(lambda leaf: leaf + 1 if np.ndim(leaf) == 0 and leaf.dtype.kind in "iu" else leaf, rest)
         there = jax.tree.map(lambda leaf: jnp.asarray(leaf) if np.ndim(leaf) else leaf, rest)

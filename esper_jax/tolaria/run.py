@@ -125,7 +125,7 @@ class Run:
         self.before: Before | None = None
         self.rested = False
         self.step: Callable[..., Any] = steps
-        self.prepared = False
+        self.prepared = 0
 
     @property
     def directory(self) -> pathlib.Path | None:
@@ -206,8 +206,10 @@ class Run:
         if not self.running:
             self.pace.began()
         self.state, metrics = after
-        if self.step is not self.steps and not self.prepared:  # so that no step waits for it when a seed wakes
-            self.prepared = True
+        if self.step is not self.steps and self.prepared < len(
+            self.steps.shapes
+        ):  # a seed that wakes waits for nothing
+            self.prepared = len(self.steps.shapes)
             self.changes.programs.request(self.state)
         self.batch += count
         self.unticked += count

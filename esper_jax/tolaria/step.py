@@ -276,11 +276,11 @@ def one_step(
         changed = _collections(morph.with_collections(collections))
         # What was measured goes through this branch too: XLA then knows that the probes have read the parameters by
         # now, and lets the update write over them instead of over a copy.
-        measured = functools.partial(_added, morph.spec), sums, *new, grads["host"]
+        add, more = functools.partial(_added, morph.spec), (*new, grads["host"])
         if isinstance(sample, bool):
-            sums = measured[0](*measured[1:]) if sample else sums
+            sums = add(sums, *more) if sample else sums
         else:
-            sums = jax.lax.cond(sample, measured[0], lambda sums, *_: sums, *measured[1:])
+            sums = jax.lax.cond(sample, add, lambda sums, *_: sums, sums, *more)
         return *_like((learnt, changed, after), (params, others, opt_state)), sums
 
     meters = state.meters

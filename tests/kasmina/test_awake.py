@@ -82,5 +82,7 @@ def test_it_is_refused_where_the_stages_are_not_known():
     morph = grown("mlp", resident=True)
     with pytest.raises(ValueError, match="outside jit and vmap"):
         jax.jit(esper_jax.awake)(morph)
+    with pytest.raises(ValueError, match="no arrays yet"):
+        esper_jax.awake(jax.eval_shape(lambda: morph))
     with pytest.raises(TypeError, match="awake"):
         esper_jax.awake(morph.params)

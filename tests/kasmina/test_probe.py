@@ -1,5 +1,6 @@
 """What a sampled step measures at a site, against the same quantities in numpy."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,3 +74,39 @@ def test_the_gain_predicts_the_decrease_of_the_loss_by_a_small_step(measured):
     new = -step * u.T @ gradients[2]
     before, after = jnp.mean(jnp.square(h)), jnp.mean(jnp.square(h + u @ new))
     assert float(before - after) == pytest.approx(step * float(probes["Dense_2"].gain), rel=0.05)
+
+
+class Grouped(nn.Module):
+    """A convolution in groups, of which nothing but a group's inputs is known where it was not traced."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.Conv(8, (3, 3), feature_group_count=4)(x)).mean((1, 2)))
+
+
+class Heads(nn.Module):
+    """Linear layers of several axes, under `nn.remat`."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.remat(nn.DenseGeneral)((2, 3))(x)
+        return nn.remat(nn.DenseGeneral)(5, axis=(-2, -1))(jnp.tanh(h))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "traced"),
+    [(Grouped(), (4, 6, 6, 4), True), (Grouped(), (4, 6, 6, 4), False), (Heads(), (4, 7, 6), True)],
+)
+def test_a_step_that_always_measures_measures_what_one_that_asks_does(model, shape, traced):
+    x = jax.random.normal(jax.random.key(2), shape)
+    variables = model.init(jax.random.key(0), x)
+    forward = esper_jax.graft(model)
+    morph = esper_jax.morph(variables, **({"model": model, "example": x} if traced else {}))
+
+    def loss(taps, sample):
+        return jnp.mean(jnp.square(forward.tapped(morph, taps, sample, x)))
+
+    always = jax.jit(jax.grad(lambda taps: loss(taps, True)))(zero_taps(morph))
+    asked = jax.jit(jax.grad(loss))(zero_taps(morph), jnp.array(True))
+    assert always and all(float(tap.stats[0]) == 1 for tap in always.values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), always, asked)

@@ -200,6 +200,13 @@ def test_where_steps_are_not_scanned_resting_seeds_are_left_to_another_program()
     assert made._step._cache_size() == 1 and not history.of_kind("warning")
 
 
+def test_unrolled_steps_have_each_of_their_programs_built_before_a_seed_wakes() -> None:
+    """Three batches an epoch, two a call: a call of two and a call of one."""
+    _, history, made = cnn_run(rest_alone=True, dispatch="unroll", steps_per_dispatch=2)
+    assert ("TRAINING",) in {(e.data["after"],) for e in history.of_kind("stage")}
+    assert {spec.plants for spec, _ in made._step.ran} == {()} and len(made._step.ahead) == 2
+
+
 def test_a_run_that_is_not_scanned_ends_with_the_bits_of_empty_slots_where_no_seed_wakes() -> None:
     rested, _, _ = cnn_run(epochs=2, rest_alone=True)
     empty, _, _ = cnn_run(epochs=2, planted=None, controller=None)
