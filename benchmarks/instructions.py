@@ -41,11 +41,11 @@ def main() -> None:
     rows = []
     for name in args.models:
         work = workload(name, scale=args.scale, dtype=args.dtype, seed=args.seed)
-        base = None
+        base = 0.0
         for every in (0, EVERY) * args.again:
             row = instructions(steps_of(work, every, args.sites), MORE[name])
             base = row["instructions"] if every == 0 else base
-            ratio = {} if base is None or every == 0 else {"ratio": row["instructions"] / base}
+            ratio = {"ratio": row["instructions"] / base} if every else {}
             rows.append({"model": name, "variant": f"probes every {every}" if every else "no probes", **row, **ratio})
         report.note(f"{name}, to be reached: {LIMITS[name]:.2f}.")
     report.table("Instructions of a train step", COLUMNS, rows)

@@ -33,8 +33,8 @@ def counted(
     """Instructions of each call `function(state, *rest) -> (state, ...)`, for the `rest` of each of `calls` in turn.
 
     Each goes on from the state that the last one gave, which is donated. Before that those of `warm` are made, from the
-    same state on, and not counted: so is what is made at a first call. Threads that wait for others add about a million
-    instructions to a call, more or less.
+    same state on, and not counted, so that what is made at a first call is not. Threads that wait for others add about
+    a million instructions to a call, more or less.
 
     Raises:
       RuntimeError: valgrind or the program failed; the last line that it wrote.
@@ -61,8 +61,10 @@ def counted(
         if done.returncode or not all(dump.exists() for dump in dumps):
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise RuntimeError(f"callgrind counted nothing: {said[-1] if said else 'it said nothing'}")
-        found = [re.search(r"^totals: (\d+)", dump.read_text(), re.MULTILINE) for dump in dumps]
-    return [int(one.group(1)) for one in found if one]
+        totals = [re.findall(r"^totals: (\d+)", dump.read_text(), re.MULTILINE) for dump in dumps]
+    if not all(totals):
+        raise RuntimeError("callgrind wrote a dump without totals")
+    return [int(found[0]) for found in totals]
 
 
 def main() -> None:

@@ -89,8 +89,9 @@ class Looped:
         groups = [rows[i : i + places] for i in range(0, count, places)]
         self.batches = [jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *group) for group in groups]
         self.places = np.int32(places)
-        self.steps = make_steps(calls, tx, probe_every, Dispatch("scan" if self.scans else "loop", None, alone))
-        self.call = RestAlone(self.steps) if alone and not self.scans else self.steps
+        dispatch = Dispatch("scan" if self.scans else "loop", None, alone)
+        self.steps = make_steps(calls, tx, probe_every, dispatch)
+        self.call = RestAlone(self.steps) if dispatch.parts(dispatch.mode) else self.steps
 
     def __call__(self, i: int = 0) -> Any:
         """All the steps, on batches in the same order each time; returns what the last measured."""

@@ -126,9 +126,8 @@ def _moment(source: Float[Array, "... I"], gradient: Float[Array, "... O"], shap
     """`source^T gradient`, as JAX writes the gradient of a kernel: in a step that measures XLA computes it once."""
     over = tuple(range(gradient.ndim - 1))
     given = source.shape[-1], gradient.shape[-1]
-    if (
-        tuple(map(math.prod, shapes)) != given
-    ):  # of a grouped convolution that was not traced a group's inputs are known
+    # of a grouped convolution that was not traced only a group's inputs are known
+    if tuple(map(math.prod, shapes)) != given:
         shapes = tuple((size,) for size in given)
     source, gradient = (x.reshape(*x.shape[:-1], *own) for x, own in zip((source, gradient), shapes, strict=True))
     product = jax.lax.dot_general(gradient, source, ((over, over), ((), ())))

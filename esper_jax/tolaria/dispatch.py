@@ -73,6 +73,10 @@ class Dispatch:
             return "scan"
         return "loop" if self.steps in (None, 1) else "unroll"
 
+    def parts(self, mode: str) -> bool:
+        """Whether steps in that mode in which all planted seeds rest are calls of another program."""
+        return self.rest_alone and mode != "scan"
+
     def size(self, mode: str, batch: Any, length: int | None) -> int:
         """Places for batches in a call in that mode, for batches of the shape of `batch`.
 

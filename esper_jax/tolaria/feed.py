@@ -85,7 +85,7 @@ class Feed:
     @property
     def parts(self) -> bool:
         """Whether steps in which all planted seeds rest are calls of another program."""
-        return self.dispatch.rest_alone and self.mode not in ("", "scan")
+        return bool(self.mode) and self.dispatch.parts(self.mode)
 
     def _settle(self, morph: Morph, batch: Any, length: int | None) -> None:
         """Choose mode and places by the first batch and the number of batches."""

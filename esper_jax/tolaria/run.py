@@ -206,10 +206,9 @@ class Run:
         if not self.running:
             self.pace.began()
         self.state, metrics = after
-        if self.step is not self.steps and self.prepared < len(
-            self.steps.shapes
-        ):  # a seed that wakes waits for nothing
-            self.prepared = len(self.steps.shapes)
+        # so that no step waits for them when a seed wakes
+        if self.step is not self.steps and (met := len(self.steps.shapes)) > self.prepared:
+            self.prepared = met
             self.changes.programs.request(self.state)
         self.batch += count
         self.unticked += count
