@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from ...kasmina.products import product
 from .registry import Last, op
@@ -19,8 +20,9 @@ from .registry import Last, op
 _SPATIAL = "XYZ"
 _MOST_TAPS = 49
 _FEW = 32  # output channels
-_ROWS, _CHANNELS = 8, 16  # at least: of the output, and in and out, for `_beside`
-_PATCHES = 16, 32, 16 << 20  # at most taps, at least channels in if strided, at most bytes, for `_patches`
+_TWO = 2
+_PLACES, _CHANNELS, _IMAGES, _WORK = 1024, 32, 16, 1 << 24  # at least, for `_stretched`; the last: multiply-adds
+_PATCHES = 16, 9, 32, 16 << 20  # at most taps, and for the way back; at least channels in; at most bytes
 _COLOURS = 3
 _CACHE = 4 << 20  # bytes
 _TOGETHER, _PRODUCTS = ((2, 8), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2)), 144  # images and blocks; at most
@@ -48,10 +50,10 @@ def convolve(
 
     It has no kernel of its own for a convolution with as many groups as channels and computes each group alone: those
     are shifted multiply-adds. One with a kernel of one tap is a product of matrices, whose weight gradient it takes for
-    a convolution with a kernel of the image's size: written as a product, it is one. Strided ones over many channels,
-    and those of an image's colours, are products with the patches that each output sees (`_patches`), others leave
-    YNNPACK (`_beside`). And an odd number of input channels under few output channels takes it several times as long
-    as the next multiple of four.
+    a convolution with a kernel of the image's size: written as a product, it is one. Large ones leave YNNPACK
+    (`_stretched`); strided ones over many channels, and those of an image's colours, are products with the patches that
+    each output sees (`_patches`): which, is chosen for each way by itself (`_ways`). And an odd number of input
+    channels under few output channels takes it several times as long as the next multiple of four.
     """
     plain = functools.partial(
         lax.conv_general_dilated,
@@ -71,10 +73,8 @@ def convolve(
         inputs, outputs = kernel.shape[-2:]
         if taps == 1 and not np.any(padding):
             ours: Any = functools.partial(_pointwise, strides, precision)
-        elif dilation == undilated and _is_beside(x, kernel, strides, padding):
-            ours = functools.partial(_beside, plain, padding)
-        elif dilation == undilated and _has_patches(x, kernel, strides, padding):
-            ours = functools.partial(_patches, strides, padding, precision)
+        elif dilation == undilated and (ways := _ways(plain, x, kernel, strides, padding, precision)):
+            ours = _by_ways(*ways)
         elif inputs > 1 and inputs % 2 == 1 and outputs <= _FEW:
             ours = functools.partial(_rounded, plain)
         else:
@@ -92,44 +92,77 @@ def _pointwise(strides: Any, precision: Any, x: Any, kernel: Any) -> Any:
     return product(seen, kernel.reshape(kernel.shape[-2:]), precision)
 
 
-def _is_beside(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
-    """Whether `_beside` pays: float32 in two dimensions, not strided, with enough channels and rows."""
-    enough = min(kernel.shape[-2:]) >= _CHANNELS and max(kernel.shape[-2:]) > _CHANNELS
-    if x.ndim != 4 or x.dtype != jnp.float32 or set(strides) != {1} or not enough:
-        return False
-    if not _is_static(x.shape[1:-1]) or min(min(pair) for pair in padding) < 0:
-        return False
-    out = _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)
-    return all(_ROWS <= n <= size for n, size in zip(out, x.shape[1:-1], strict=True))
+def _ways(plain: Any, x: Any, kernel: Any, strides: Any, padding: Any, precision: Any) -> tuple[Any, Any, Any] | None:
+    """What computes a convolution, what its linear part in the input, and what that in the kernel, if not all `plain`.
 
-
-def _beside(convolution: Any, padding: Any, x: Any, kernel: Any) -> Any:
-    """A convolution that XLA:CPU gives to Eigen, in every direction; YNNPACK takes up to twice as long for it.
-
-    It gives YNNPACK only those whose output is nowhere larger than their input. So one axis is padded until its output
-    is larger by one, which is cut off; and the other is padded beforehand, so that the gradient to the input is larger
-    than what it comes from. What is padded beforehand must have several taps for that.
+    The thresholds are where one began to be faster than the other for kernels of two to seven taps, 3 to 256 channels,
+    1 to 32 images of 4 to 64 rows, on a CPU with AVX-512.
     """
-    before, more = (2, 1) if kernel.shape[1] > 1 else (1, 2)
-    size = x.shape[more] + sum(padding[more - 1]) - kernel.shape[more - 1] + 1
-    low, high = padding[more - 1]
-    inside: list[tuple[int, int]] = [(0, 0), (0, 0)]
-    inside[more - 1] = low, high + x.shape[more] + 1 - size
-    outside = [(0, 0)] * 4
-    outside[before] = padding[before - 1]
-    result = convolution(jnp.pad(x, outside), kernel, padding=inside)
-    return lax.slice_in_dim(result, 0, size, axis=more)
+    if not _is_static(x.shape[1:-1]) or min(out := _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)) < 1:
+        return None
+    most, most_back, channels, most_bytes = _PATCHES
+    (inputs, outputs), taps = kernel.shape[-2:], math.prod(kernel.shape[:-2])
+    images = x.shape[0] if _is_static(x.shape[:1]) else _IMAGES
+    places, strided = images * math.prod(out), max(strides) > 1
+    fits = _is_static(x.shape[:1]) and places * taps * inputs * x.dtype.itemsize <= most_bytes
+    patches = functools.partial(_patches, strides, padding, precision)
+    if fits and taps <= most and inputs == _COLOURS and outputs <= _FEW:
+        return patches, patches, patches
+    stretched = functools.partial(_stretched, plain, strides, padding)
+    # YNNPACK has a kernel of its own only for these
+    heavy = x.ndim == _TWO + 2 and x.dtype == jnp.float32 and places * taps * inputs * outputs >= _WORK
+    many = heavy and min(inputs, outputs) >= _CHANNELS and places >= _PLACES * (1 if strided else 2)
+    together = heavy and max(inputs, outputs) >= _CHANNELS and images >= _IMAGES
+    few = fits and strided and taps <= most and inputs >= channels
+    # the gradient to the input of a kernel larger than the output is a convolution that XLA turns around and no library
+    # takes; that of many taps adds up as many arrays
+    outside = any(k > n for k, n in zip(kernel.shape, out, strict=False))
+    back = patches if strided and fits and (outside or few and taps <= most_back) else plain
+    ways = (
+        stretched if many else patches if few else plain,
+        stretched if many and not strided else back,
+        stretched if together else patches if few else plain,
+    )
+    return None if set(ways) == {plain} else ways
 
 
-def _has_patches(x: Any, kernel: Any, strides: Any, padding: Any) -> bool:
-    """Whether `_patches` pays: few taps, strided over many channels or of an image's colours, and not too large."""
-    taps, channels, most = _PATCHES
-    count, (inputs, outputs) = math.prod(kernel.shape[:-2]), kernel.shape[-2:]
-    fits = min(strides) > 1 and inputs >= channels or inputs == _COLOURS and outputs <= _FEW
-    if not fits or count > taps or not _is_static(x.shape):
-        return False
-    out = _outputs(x.shape[1:-1], kernel.shape[:-2], strides, padding)
-    return min(out) > 0 and x.shape[0] * math.prod(out) * count * kernel.shape[-2] * x.dtype.itemsize <= most
+def _by_ways(forward: Any, to_x: Any, to_kernel: Any) -> Any:
+    """One convolution by three functions: its value, and what is linear in the input and in the kernel.
+
+    The transpose of each of the latter is the gradient.
+    """
+
+    @jax.custom_jvp
+    def convolution(x: Any, kernel: Any) -> Any:
+        return forward(x, kernel)
+
+    @functools.partial(convolution.defjvp, symbolic_zeros=True)
+    def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+        x, kernel = primals
+        by_x, by_kernel = tangents
+        parts = [] if isinstance(by_x, SymbolicZero) else [to_x(by_x, kernel)]
+        parts += [] if isinstance(by_kernel, SymbolicZero) else [to_kernel(x, by_kernel)]
+        return convolution(x, kernel), functools.reduce(operator.add, parts)
+
+    return convolution
+
+
+def _stretched(convolution: Any, strides: Any, padding: Any, x: Any, kernel: Any) -> Any:
+    """The same convolution with input and kernel stretched along the last axis, in twice the stride.
+
+    YNNPACK takes none whose input is stretched, so that XLA:CPU gives it to Eigen, which steps over the zeros. A
+    convolution that was given twice the stride and a kernel with zeros between its taps sees no zero of the input.
+    """
+    last = len(strides) - 1
+    twice = [(2 if axis == last else 1) for axis in range(len(strides))]
+    return convolution(
+        x,
+        kernel,
+        window_strides=[s * t for s, t in zip(strides, twice, strict=True)],
+        padding=[(low * t, high * t) for (low, high), t in zip(padding, twice, strict=True)],
+        lhs_dilation=twice,
+        rhs_dilation=twice,
+    )
 
 
 def _patches(strides: Any, padding: Any, precision: Any, x: Any, kernel: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 pytest.importorskip("torch")
-from esper_jax.bridge.ops.conv import convolve, dimension_numbers
+from esper_jax.bridge.ops.conv import _ways, convolve, dimension_numbers
 
 pytestmark = pytest.mark.torch
 
@@ -69,6 +69,75 @@ def test_outputs_and_gradients_are_those_of_xlas_convolution(case):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+LARGE = {  # images, rows, inputs, kernel, outputs, strides, padding: each with another choice of ways
+    "all stretched": (16, 12, 32, (3, 3), 32, (1, 1), ((1, 1), (1, 1))),
+    "all stretched, padded unevenly": (16, 13, 32, (3, 4), 40, (1, 1), ((0, 2), (3, 1))),
+    "all stretched, cut off": (16, 14, 32, (3, 3), 32, (1, 1), ((1, -1), (-1, 2))),
+    "stretched forwards": (4, 24, 32, (3, 3), 32, (1, 1), ((1, 1), (1, 1))),
+    "stretched in the kernel alone": (32, 12, 16, (3, 3), 32, (1, 1), ((1, 1), (1, 1))),
+    "strided, patches for the input": (32, 12, 32, (3, 3), 64, (2, 2), ((1, 1), (1, 1))),
+    "strided, padded unevenly, cut off": (32, 13, 32, (3, 3), 64, (2, 2), ((-1, 1), (0, 2))),
+    "strided, many taps": (32, 12, 32, (5, 5), 32, (2, 2), ((2, 2), (2, 2))),
+    "strided along an axis": (16, 12, 32, (3, 3), 48, (1, 2), ((1, 1), (1, 1))),
+    "strided along the other": (16, 12, 32, (3, 3), 48, (3, 1), ((1, 1), (1, 1))),
+    "strided, larger than the output": (4, 4, 32, (3, 3), 48, (2, 2), ((1, 1), (1, 1))),
+    "strided, few images": (2, 12, 32, (3, 3), 48, (2, 2), ((1, 1), (1, 1))),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_each_way_of_a_large_convolution_gives_the_numbers_of_xlas_in_every_derivative(case):
+    images, rows, inputs, size, outputs, strides, padding = LARGE[case]
+    random = np.random.default_rng(1)
+    x = random.normal(size=(images, rows, rows + 1, inputs)).astype(np.float32)
+    kernel = random.normal(size=(*size, inputs, outputs)).astype(np.float32) / 10
+    assert set(ways(x, kernel, strides, padding)) != {"plain"}
+    given = (strides, padding, None, (1, 1), dimension_numbers(2), 1)
+
+    def derivatives(conv):
+        def value(x, kernel):
+            return (conv(x, kernel, *given) ** 2).sum()
+
+        grads = jax.grad(value, (0, 1))
+        tangents = 0.1 * x, kernel
+        both = jax.jvp(lambda x, k: conv(x, k, *given), (x, kernel), tangents)
+        one = jax.jvp(lambda k: conv(x, k, *given), (kernel,), tangents[1:])
+        return both, one, grads(x, kernel), jax.jvp(grads, (x, kernel), tangents)
+
+    found, wanted = (jax.jit(derivatives, static_argnums=0)(conv) for conv in (convolve, lax.conv_general_dilated))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, wanted)
+
+
+def ways(x, kernel, strides, padding):
+    """The names of what computes the three ways of a convolution."""
+    found = _ways(None, x, kernel, strides, padding, None) or (None,) * 3
+    return ["plain" if way is None else way.func.__name__ for way in found]
+
+
+def test_each_way_is_chosen_by_itself():
+    x, strided = np.ones((32, 12, 13, 32), np.float32), np.ones((3, 3, 32, 64), np.float32)
+    assert ways(x, strided, (2, 2), ((1, 1),) * 2) == ["_stretched", "_patches", "_stretched"]
+    assert ways(x[:2], strided, (2, 2), ((1, 1),) * 2) == ["_patches"] * 3
+    assert ways(x, strided, (1, 1), ((1, 1),) * 2) == ["_stretched"] * 3
+    assert ways(x[:15], strided, (1, 1), ((1, 1),) * 2) == ["_stretched", "_stretched", "plain"]
+    assert ways(x[..., :16], strided[:, :, :16], (1, 1), ((1, 1),) * 2) == ["plain", "plain", "_stretched"]
+    assert ways(x[:2], strided[..., :16], (1, 1), ((1, 1),) * 2) == ["plain"] * 3
+    many = np.ones((5, 5, 32, 32), np.float32)
+    assert ways(x, many, (2, 2), ((2, 2),) * 2) == ["_stretched", "plain", "_stretched"]
+    assert ways(x[:, :6, :6], many, (2, 2), ((2, 2),) * 2)[1] == "_patches"  # larger than the output
+    assert ways(x.astype(jnp.bfloat16), strided, (1, 1), ((1, 1),) * 2) == ["plain"] * 3
+    assert ways(x[..., :3], strided[:, :, :3, :32], (1, 1), ((1, 1),) * 2) == ["_patches"] * 3
+
+
+def test_a_gradient_that_is_not_asked_for_is_not_computed():
+    x, kernel = np.ones((16, 12, 12, 32), np.float32), np.ones((3, 3, 32, 32), np.float32)
+    call = functools.partial(convolve, strides=(1, 1), padding=((1, 1),) * 2, dimension_numbers=dimension_numbers(2))
+    for argument in (0, 1):
+        grad = jax.jit(jax.grad(lambda x, k: (call(x, k) ** 2).sum(), argument))
+        entry = grad.lower(x, kernel).compile().as_text().split("\nENTRY ")[-1]
+        assert entry.count(" convolution(") == 2 or jax.default_backend() != "cpu"
+
+
 def test_sizes_may_be_open_in_an_exported_program():
     n, h, w = jax.export.symbolic_shape("n, h, w")
     for inputs, outputs, stride in ((3, 16, 1), (32, 32, 1), (32, 32, 2)):
@@ -103,7 +172,7 @@ def test_the_batch_may_be_open_in_exported_gradients_of_a_depthwise_convolution(
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU backend")
 @pytest.mark.parametrize("size", [(3, 3), (4, 4), (1, 3), (3, 1), (2, 2)])
 def test_no_direction_of_many_channels_goes_to_ynnpack(size):
-    x, kernel = np.ones((2, 16, 16, 32), np.float32), np.ones((*size, 32, 32), np.float32)
+    x, kernel = np.ones((32, 16, 16, 32), np.float32), np.ones((*size, 32, 32), np.float32)
     padding = tuple((n // 2, (n - 1) // 2) for n in size)
     call = functools.partial(convolve, strides=(1, 1), padding=padding, dimension_numbers=dimension_numbers(2))
     compiled = jax.jit(jax.grad(lambda x, k: (call(x, k) ** 2).sum(), (0, 1))).lower(x, kernel).compile().as_text()
