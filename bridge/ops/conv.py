@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from ...kasmina.products import product
+from ...kasmina.products import by_ways, product
 from .registry import Last, op
 
 _SPATIAL = "XYZ"
@@ -74,7 +73,7 @@ def convolve(
         if taps == 1 and not np.any(padding):
             ours: Any = functools.partial(_pointwise, strides, precision)
         elif dilation == undilated and (ways := _ways(plain, x, kernel, strides, padding, precision)):
-            ours = _by_ways(*ways)
+            ours = by_ways(*ways)
         elif inputs > 1 and inputs % 2 == 1 and outputs <= _FEW:
             ours = functools.partial(_rounded, plain)
         else:
@@ -124,27 +123,6 @@ def _ways(plain: Any, x: Any, kernel: Any, strides: Any, padding: Any, precision
         stretched if together else patches if few else plain,
     )
     return None if set(ways) == {plain} else ways
-
-
-def _by_ways(forward: Any, to_x: Any, to_kernel: Any) -> Any:
-    """One convolution by three functions: its value, and what is linear in the input and in the kernel.
-
-    The transpose of each of the latter is the gradient.
-    """
-
-    @jax.custom_jvp
-    def convolution(x: Any, kernel: Any) -> Any:
-        return forward(x, kernel)
-
-    @functools.partial(convolution.defjvp, symbolic_zeros=True)
-    def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-        x, kernel = primals
-        by_x, by_kernel = tangents
-        parts = [] if isinstance(by_x, SymbolicZero) else [to_x(by_x, kernel)]
-        parts += [] if isinstance(by_kernel, SymbolicZero) else [to_kernel(x, by_kernel)]
-        return convolution(x, kernel), functools.reduce(operator.add, parts)
-
-    return convolution
 
 
 def _stretched(convolution: Any, strides: Any, padding: Any, x: Any, kernel: Any) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 FEW = 256
+Call = Callable[[Array, Array], Array]
 
 
 def product(
@@ -84,18 +86,32 @@ def _times(rows: Float[Array, "N I"], matrix: Float[Array, "I O"], **options: An
     count, inputs, outputs = sizes
     if inputs < 2 * outputs or count < 4 * outputs or outputs >= FEW:  # for fewer rows turning costs more than it saves
         return plain(rows, matrix)
-    times = jax.custom_jvp(plain)
 
-    @functools.partial(times.defjvp, symbolic_zeros=True)
+    def turned(rows: Array, matrix: Array) -> Array:
+        other = lax.optimization_barrier(matrix.T)  # without it XLA would turn the product back
+        return lax.dot_general(rows, other, (((1,), (1,)), ((), ())), **options)
+
+    return by_ways(plain, plain, turned)(rows, matrix)
+
+
+def by_ways(value: Call, in_left: Call, in_right: Call) -> Call:
+    """A function that is linear in each of its two arguments, by three functions that all compute it.
+
+    Args:
+      value: gives what it returns, and is what a policy of `jax.checkpoint` sees.
+      in_left: gives what is linear in the first argument: its transpose is the gradient to that.
+      in_right: the same for the second argument.
+    """
+    call = jax.custom_jvp(value)
+
+    @functools.partial(call.defjvp, symbolic_zeros=True)
     def derivative(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-        (rows, matrix), (by_rows, by_matrix) = primals, tangents
-        parts = [] if isinstance(by_rows, SymbolicZero) else [plain(by_rows, matrix)]
-        if not isinstance(by_matrix, SymbolicZero):
-            turned = lax.optimization_barrier(by_matrix.T)  # without it XLA would turn the product back
-            parts.append(lax.dot_general(rows, turned, (((1,), (1,)), ((), ())), **options))
-        return plain(rows, matrix), functools.reduce(jnp.add, parts)  # plain, so that a remat policy sees a product
+        (left, right), (by_left, by_right) = primals, tangents
+        parts = [] if isinstance(by_left, SymbolicZero) else [in_left(by_left, right)]
+        parts += [] if isinstance(by_right, SymbolicZero) else [in_right(left, by_right)]
+        return value(left, right), functools.reduce(jnp.add, parts)
 
-    return times(rows, matrix)
+    return call
 
 
 def _flattens(x: Array) -> bool:
