@@ -7,7 +7,6 @@ transform and cost nothing on the steps that are not sampled.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +71,7 @@ def _tap_bwd(shapes: Any, residuals: Any, cotangent: Array) -> tuple[Any, ...]:
     source = _rows(u) if reads_input or linear is not None else None
     given = source, None if h is None else _rows(h), linear, _rows(cotangent)
     if sample is None:
-        stats = _measure(u, h, None, cotangent, shapes) if reads_input else _measure(*given)
+        stats = _measure(*given) if linear is None else _measure(u, h, None, cotangent, shapes)
     else:
         stats = jax.lax.cond(sample, _measure, _nothing, *given)
     unread = jax.tree.map(_zero, (u, linear))
@@ -108,7 +107,7 @@ def _measure(
     rows = _rows(h)
     variance = jnp.var(rows, axis=0)
     dead = jnp.mean(variance <= 1e-12)
-    silent = jnp.mean(jnp.all(rows <= 0, axis=0))
+    silent = jnp.mean(jnp.max(rows, axis=0) <= 0)
     return jnp.stack(
         Probe(
             calls=jnp.float32(1),
@@ -123,12 +122,10 @@ def _measure(
 
 
 def _moment(source: Float[Array, "... I"], gradient: Float[Array, "... O"], shapes: Any) -> Float[Array, "..."]:
-    """`source^T gradient`, as JAX writes the gradient of a kernel: in a step that measures XLA computes it once."""
+    """`source^T gradient`; with `shapes` as JAX writes the gradient of a kernel, which XLA then computes only once."""
     over = tuple(range(gradient.ndim - 1))
-    given = source.shape[-1], gradient.shape[-1]
-    # of a grouped convolution that was not traced only a group's inputs are known
-    if tuple(map(math.prod, shapes)) != given:
-        shapes = tuple((size,) for size in given)
+    if not shapes:  # XLA's CPU backend contracts a matrix along its rows faster than along its columns
+        return jax.lax.dot_general(jax.lax.optimization_barrier(gradient.T), source, (((1,), (0,)), ((), ())))
     source, gradient = (x.reshape(*x.shape[:-1], *own) for x, own in zip((source, gradient), shapes, strict=True))
     product = jax.lax.dot_general(gradient, source, ((over, over), ((), ())))
     return jnp.moveaxis(product, range(len(shapes[1])), range(-len(shapes[1]), 0))
@@ -145,6 +142,7 @@ def _correlation(rows: Float[Array, "N F"]) -> Float[Array, ""]:
     if units < 2:
         return jnp.float32(0)
     centred = rows - rows.mean(axis=0)
-    scaled = centred / jnp.maximum(jnp.linalg.norm(centred, axis=0), 1e-12)
-    matrix = jnp.abs(scaled.T @ scaled)
-    return (matrix.sum() - jnp.trace(matrix)) / (units * (units - 1))
+    moments = centred.T @ centred
+    norms = jnp.maximum(jnp.sqrt(jnp.diagonal(moments)), 1e-12)
+    matrix = jnp.abs(moments) / (norms[:, None] * norms)
+    return jnp.sum(jnp.where(jnp.eye(units, dtype=bool), 0, matrix)) / (units * (units - 1))
