@@ -9,6 +9,7 @@ WORKERS ?= 2
 # What `make bench` runs, in this order, and where: make bench BENCH_PLATFORM=gpu BENCH_ARGS="--scale 8"
 BENCHMARKS := $(wildcard $(patsubst %,benchmarks/%.py,dormant seed_cost loop observation telemetry compile_time growth_stall))
 # bridge.py needs torch and runs by itself: $(BIN)/python benchmarks/bridge.py --platform cpu --json benchmarks/results/cpu/bridge.json
+# So do convolutions.py (a minute) and instructions.py (valgrind and a quarter of an hour).
 BENCH_PLATFORM ?= cpu
 BENCH_ARGS ?=
 

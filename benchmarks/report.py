@@ -15,6 +15,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 ORDER = (
     "dormant",
     "seed_cost",
+    "convolutions",
     "growth_stall",
     "compile_time",
     "loop",

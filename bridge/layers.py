@@ -9,9 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..kasmina.convolutions import conv_general_dilated
 from ..kasmina.products import flat_products
 from .ops.attention import attended, entered, joined, left, masks, one_mask
-from .ops.conv import convolve, from_last, to_last
+from .ops.conv import from_last, to_last
 from .ops.linear import without_padding_gradient
 from .ops.norm import by_row, normalised, standardised, unbiased, updated
 from .ops.registry import Last
@@ -128,7 +129,7 @@ def make(layer: Layer) -> nn.Module:
     """A new Flax layer, to be named by the module that holds it."""
     fields = dict(layer.fields)
     if layer.kind == "conv":
-        return nn.Conv(**fields, conv_general_dilated=convolve)
+        return nn.Conv(**fields, conv_general_dilated=conv_general_dilated)
     if layer.kind in ("layer_norm", "rms_norm"):
         axes = fields.pop("axes")
         eps = fields.pop("epsilon")

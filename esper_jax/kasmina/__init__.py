@@ -6,6 +6,7 @@ from typing import Any
 from . import lifecycle, seeds
 from .blueprints import Blueprint, get_blueprint, register_blueprint
 from .compact import compact
+from .convolutions import conv_general_dilated
 from .depth import Deepened, stack
 from .fold import fold, foldable
 from .gates import Gates
@@ -16,6 +17,7 @@ from .modules import KasminaAttention, KasminaBatchNorm, KasminaConv, KasminaDen
 from .morph import Morph, morph, sites, unmorph
 from .observe import contributions, observe, silence
 from .operate import advance, awake, fossilize, prune, set_alpha, shed, tick, unload
+from .products import flat_products
 from .scores import GrowthScores, growth_scores
 from .spans import Span, spans
 from .spec import Plant, Site, Spec
@@ -59,6 +61,8 @@ __all__ = [
     "compact",
     "compare",
     "contributions",
+    "conv_general_dilated",
+    "flat_products",
     "fold",
     "foldable",
     "fossilize",

@@ -57,12 +57,16 @@ class Program:
         self.ahead: dict[Signature, Future[Built]] = {}
         self.notice = ""
         """What is to be told of the last call, for whoever tells it and clears it."""
+        self.hurry: Callable[[bool], None] = lambda on: None
+        """Told that somebody waits for a program that is being built, and that nobody does any more."""
 
     def __call__(self, first: Any, *rest: Any) -> Any:
         """The function's result, from a program built ahead where there is one."""
         shape = _signature(rest[self.extras :])
         key = (_spec(first), shape)
         future = self.ahead.get(key)
+        if future is not None and not future.done():
+            self._await(future)
         if future is not None and (built := built_or_none(future)) is not None:
             try:
                 return built.call(first, *rest)
@@ -74,6 +78,16 @@ class Program:
             self.ran.add(key)
             self.shapes.setdefault(shape, _abstract(rest[self.extras :]))
         return self.jitted(first, *rest)
+
+    def _await(self, future: Future[Built]) -> None:
+        began = time.perf_counter()
+        self.hurry(True)
+        try:
+            built_or_none(future)
+        finally:
+            self.hurry(False)
+        took = time.perf_counter() - began
+        self.notice = f"a call waited {took:.2g} s for the {self.name} program that is built in the background"
 
     def expect(self, *rest: Any) -> None:
         """Remember the shapes of a call that may come, so that its program can be built ahead."""
@@ -117,6 +131,8 @@ class Programs:
         self.programs, self.compiler, self.budget, self.layout = tuple(programs), compiler, budget, layout
         self._guesses: collections.OrderedDict[Spec, None] = collections.OrderedDict()
         self._specs: dict[Spec, Spec] = {}
+        for program in self.programs:
+            program.hurry = compiler.hurry
 
     def same(self, spec: Spec) -> Spec:
         """The one object that stands for this structure, so that a call need not compare its fields."""

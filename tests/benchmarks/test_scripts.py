@@ -19,6 +19,7 @@ RUNS = {
     "dormant": "--models mlp --batch 2",
     "scaling": "--base 1 2 8 --layers 1 --sites 1 --slots 2 --widths 8 --seeds 1 --repeats 1 "
     "--divided 1 64 --devices 2 --rules fsdp",
+    "convolutions": "--batch 2 --networks 2",
     "growth_stall": "--models digits --ways lean --repeats 1 --steps 20 --patience 5 --gromo nowhere",
 }
 
@@ -75,7 +76,13 @@ def scaling(found: dict[str, Any]) -> None:
     assert [row["chips"] for row in large] == [512, 512] and large[0]["time"] == large[0]["sent"] / 100e9
 
 
-CHECKS = {"scaling": scaling, "dormant": dormant, "growth_stall": growth_stall}
+def convolutions(found: dict[str, Any]) -> None:
+    rows = found["tables"][0]["rows"]
+    assert [row["what"] for row in rows[::3]] == ["forward", "train step", "train step of 2 networks"]
+    assert all(row["ratio"] > 0 for row in rows if row["variant"] != "Flax")
+
+
+CHECKS = {"scaling": scaling, "dormant": dormant, "growth_stall": growth_stall, "convolutions": convolutions}
 
 
 @pytest.mark.slow

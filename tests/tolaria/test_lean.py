@@ -275,6 +275,42 @@ def test_prefetched_programs_keep_to_their_budget_and_the_oldest_go_first() -> N
     store.compiler.close()
 
 
+class Held(ThreadCompiler):
+    """A compiler that builds nothing until it is hurried, and notes that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hurried: list[bool] = []
+        self.begin = threading.Event()
+
+    def hurry(self, on: bool) -> None:
+        self.hurried.append(on)
+        self.begin.set()
+
+    def _build(self, job: Job) -> compilers.Built:
+        assert self.begin.wait(60)
+        return super()._build(job)
+
+
+def test_a_call_that_needs_a_program_still_being_built_hurries_it_and_tells_of_the_wait() -> None:
+    morph = esper_jax.morph({f"Dense_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)} for i in range(2)})
+    tx = esper_jax.growable(optax.sgd(0.1))
+    program, x = Program("double", double), np.ones(3, np.float32)
+    program(morph, x)
+    store = Programs((program,), Held())
+    grown = esper_jax.germinate(morph, "Dense_1", "lora", key=jax.random.key(1))
+    store.request(esper_jax.TrainState.create(grown, tx, key=jax.random.key(0)))
+    np.testing.assert_array_equal(program(grown, x), 2 * x)
+    assert store.compiler.hurried == [True, False]  # type: ignore[attr-defined]
+    (notice,) = store.notices()
+    assert notice.startswith("a call waited ") and notice.endswith(
+        "for the double program that is built in the background"
+    )
+    program(grown, x)
+    assert store.notices() == [] and len(store.compiler.hurried) == 2  # type: ignore[attr-defined]
+    store.compiler.close()
+
+
 def test_parked_seeds_leave_the_view_and_come_back_as_they_were() -> None:
     """Whether the seed has its site to itself or shares it with one that lives."""
     tx = esper_jax.growable(optax.adam(0.1))

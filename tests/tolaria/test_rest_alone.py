@@ -197,7 +197,9 @@ def test_where_steps_are_not_scanned_resting_seeds_are_left_to_another_program()
     ran = {spec.plants for spec, _ in made._step.ran}
     ahead = {spec.plants for spec, _ in made._step.ahead}
     assert ran == {()} and ahead == {state.morph.spec.plants}
-    assert made._step._cache_size() == 1 and not history.of_kind("warning")
+    assert made._step._cache_size() == 1
+    # on a busy machine the program may still be on its way when the seed wakes
+    assert all(e.message.startswith("a call waited") for e in history.of_kind("warning"))
 
 
 def test_unrolled_steps_have_each_of_their_programs_built_before_a_seed_wakes() -> None:

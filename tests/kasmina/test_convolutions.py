@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -11,10 +12,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-pytest.importorskip("torch")
-from esper_jax.bridge.ops.conv import _ways, convolve, dimension_numbers
+from esper_jax.kasmina import conv_general_dilated as convolve
+from esper_jax.kasmina import flat_products, morph
+from esper_jax.kasmina.convolutions import _ways
 
-pytestmark = pytest.mark.torch
+
+def dimension_numbers(spatial):
+    axes = "XYZ"[:spatial]
+    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+
 
 CASES = {  # spatial axes, inputs, kernel, outputs, strides, padding, dilation, groups
     "one tap": (2, 6, (1, 1), 10, (1, 1), ((0, 0), (0, 0)), (1, 1), 1),
@@ -108,6 +114,44 @@ def test_each_way_of_a_large_convolution_gives_the_numbers_of_xlas_in_every_deri
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, wanted)
 
 
+class Host(nn.Module):
+    """A Flax model whose layers compute as this library's do, or as Flax's do."""
+
+    ours: bool
+    padding: str
+
+    @nn.compact
+    def __call__(self, x):
+        conv = {"conv_general_dilated": convolve} if self.ours else {}
+        dense = {"dot_general_cls": flat_products} if self.ours else {}
+        x = nn.relu(nn.Conv(32, (3, 3), padding=self.padding, **conv)(x))
+        x = nn.relu(nn.Conv(48, (3, 3), strides=2, padding=self.padding, **conv)(x))
+        x = nn.relu(nn.Conv(48, (3, 3), kernel_dilation=2, feature_group_count=48, padding=self.padding, **conv)(x))
+        return nn.Dense(5, **dense)(nn.ConvTranspose(8, (2, 2), strides=(2, 2))(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR"])
+def test_flaxs_layers_take_it_and_remain_sites(padding):
+    x = np.random.default_rng(2).normal(size=(16, 16, 18, 3)).astype(np.float32)
+    ours, plain = Host(True, padding), Host(False, padding)
+    variables = plain.init(jax.random.key(0), x)
+    grads = [jax.jit(jax.grad(lambda v, m=m: (m.apply(v, x) ** 2).sum()))(variables) for m in (ours, plain)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), *grads)
+    found = [morph(variables, model=m, example=x).spec for m in (ours, plain)]
+    assert found[0].sites == found[1].sites
+
+
+def test_other_dimension_numbers_and_types_are_left_to_xla():
+    x, kernel = np.ones((16, 32, 12, 12), np.float32), np.ones((32, 32, 3, 3), np.float32)
+    given = ((1, 1), "SAME")
+    first = jax.make_jaxpr(lambda x, k: convolve(x, k, *given))(x, kernel)
+    assert str(first) == str(jax.make_jaxpr(lambda x, k: lax.conv_general_dilated(x, k, *given))(x, kernel))
+    last = np.ones((16, 12, 12, 32), np.float32), np.ones((3, 3, 32, 32), np.float32)
+    half = [x.astype(jnp.bfloat16) for x in last]
+    wide = convolve(*half, *given, dimension_numbers=dimension_numbers(2), preferred_element_type=jnp.float32)
+    assert wide.dtype == jnp.float32
+
+
 def ways(x, kernel, strides, padding):
     """The names of what computes the three ways of a convolution."""
     found = _ways(None, x, kernel, strides, padding, None) or (None,) * 3
@@ -131,7 +175,9 @@ def test_each_way_is_chosen_by_itself():
 
 def test_a_gradient_that_is_not_asked_for_is_not_computed():
     x, kernel = np.ones((16, 12, 12, 32), np.float32), np.ones((3, 3, 32, 32), np.float32)
-    call = functools.partial(convolve, strides=(1, 1), padding=((1, 1),) * 2, dimension_numbers=dimension_numbers(2))
+    call = functools.partial(
+        convolve, window_strides=(1, 1), padding=((1, 1),) * 2, dimension_numbers=dimension_numbers(2)
+    )
     for argument in (0, 1):
         grad = jax.jit(jax.grad(lambda x, k: (call(x, k) ** 2).sum(), argument))
         entry = grad.lower(x, kernel).compile().as_text().split("\nENTRY ")[-1]
@@ -142,7 +188,7 @@ def test_sizes_may_be_open_in_an_exported_program():
     n, h, w = jax.export.symbolic_shape("n, h, w")
     for inputs, outputs, stride in ((3, 16, 1), (32, 32, 1), (32, 32, 2)):
         call = functools.partial(
-            convolve, strides=(stride,) * 2, padding=((1, 1), (1, 1)), dimension_numbers=dimension_numbers(2)
+            convolve, window_strides=(stride,) * 2, padding=((1, 1), (1, 1)), dimension_numbers=dimension_numbers(2)
         )
         x, kernel = jnp.ones((3, 20, 10, inputs)), jnp.ones((3, 3, inputs, outputs))
         for shape in ((n, h, w, inputs), (n, 20, 10, inputs)):
@@ -156,7 +202,7 @@ def test_the_batch_may_be_open_in_exported_gradients_of_a_depthwise_convolution(
     (n,) = jax.export.symbolic_shape("n")
     call = functools.partial(
         convolve,
-        strides=(stride,) * 2,
+        window_strides=(stride,) * 2,
         padding=((1, 1), (1, 1)),
         dimension_numbers=dimension_numbers(2),
         feature_group_count=8,
@@ -174,7 +220,7 @@ def test_the_batch_may_be_open_in_exported_gradients_of_a_depthwise_convolution(
 def test_no_direction_of_many_channels_goes_to_ynnpack(size):
     x, kernel = np.ones((32, 16, 16, 32), np.float32), np.ones((*size, 32, 32), np.float32)
     padding = tuple((n // 2, (n - 1) // 2) for n in size)
-    call = functools.partial(convolve, strides=(1, 1), padding=padding, dimension_numbers=dimension_numbers(2))
+    call = functools.partial(convolve, window_strides=(1, 1), padding=padding, dimension_numbers=dimension_numbers(2))
     compiled = jax.jit(jax.grad(lambda x, k: (call(x, k) ** 2).sum(), (0, 1))).lower(x, kernel).compile().as_text()
     fused, entry = compiled.split("\nENTRY ")
     assert entry.count(" convolution(") == 3
@@ -183,7 +229,9 @@ def test_no_direction_of_many_channels_goes_to_ynnpack(size):
 
 def test_one_tap_is_a_product_whose_gradients_are_products():
     x, kernel = np.ones((2, 8, 8, 6), np.float32), np.ones((1, 1, 6, 4), np.float32)
-    call = functools.partial(convolve, strides=(1, 1), padding=((0, 0), (0, 0)), dimension_numbers=dimension_numbers(2))
+    call = functools.partial(
+        convolve, window_strides=(1, 1), padding=((0, 0), (0, 0)), dimension_numbers=dimension_numbers(2)
+    )
     compiled = jax.jit(jax.grad(lambda x, k: (call(x, k) ** 2).sum(), (0, 1))).lower(x, kernel).compile().as_text()
     if jax.default_backend() == "cpu":
         assert " convolution(" not in compiled
