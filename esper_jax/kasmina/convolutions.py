@@ -83,12 +83,16 @@ def conv_general_dilated(
     strides, dilation = tuple(window_strides), tuple(rhs_dilation or undilated)
     if tuple(lhs_dilation or undilated) != undilated or not _is_static(kernel.shape):
         return plain(x, kernel)
+    if {len(strides), len(dilation)} != {len(undilated)} or min(strides, default=1) < 1:
+        return plain(x, kernel)  # which says what is wrong
     if isinstance(padding, str):
         if not _is_static(x.shape[1:-1]):
             return plain(x, kernel)
         reach = [d * (k - 1) + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
         padding = lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
     padding = tuple(map(tuple, padding))
+    if len(padding) != len(undilated):
+        return plain(x, kernel)
     if feature_group_count == 1:
         inputs, outputs = kernel.shape[-2:]
         if taps == 1 and not np.any(padding):

@@ -152,6 +152,20 @@ def test_other_dimension_numbers_and_types_are_left_to_xla():
     assert wide.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("strides", "padding"),
+    [((1,), "SAME"), ((1, 1), ((1, 1),)), ((0, 1), "SAME"), ((1, 1), "SOME"), ((1, 1, 1), "SAME")],
+)
+def test_what_is_wrong_is_said_as_xlas_convolution_says_it(strides, padding):
+    x, kernel = np.ones((2, 8, 8, 4), np.float32), np.ones((3, 3, 4, 4), np.float32)
+    said = []
+    for conv in (convolve, lax.conv_general_dilated):
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as raised:
+            conv(x, kernel, strides, padding, dimension_numbers=dimension_numbers(2))
+        said.append((type(raised.value), str(raised.value)[:60]))
+    assert said[0] == said[1]
+
+
 def ways(x, kernel, strides, padding):
     """The names of what computes the three ways of a convolution."""
     found = _ways(None, x, kernel, strides, padding, None) or (None,) * 3
