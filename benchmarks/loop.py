@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from common import Column, Report, begin, interleave, noise_floor, parser, ratio, ratio_columns, time_columns, workload
+from common.cli import positive
 
 from esper_jax import Tolaria
 from esper_jax.tolaria import snapshot
@@ -34,7 +35,7 @@ from esper_jax.tolaria.run import Run
 from esper_jax.tolaria.session import Session
 
 WRITTEN_OUT = 4
-STEPS = {"mlp": 64, "cnn": 16, "transformer": 48}
+STEPS = {"mlp": 64, "cnn": 16, "transformer": 24}
 AGAIN = {"scan": "hand scan", "loop": "hand loop", "unroll": "hand unrolled"}
 """The loop by hand that is like each mode of Tolaria's; a copy of the one that it chose shows the noise."""
 
@@ -130,7 +131,7 @@ def main() -> None:
         "--unrolled", nargs="*", choices=tuple(STEPS), default=["cnn"], help="models whose steps are written out too"
     )
     made.add_argument(
-        "--widths", type=float, nargs="*", default=[0.5, 2.0], help="factors of other widths of the transformer"
+        "--widths", type=positive, nargs="*", default=[0.5, 2.0], help="factors of other widths of the transformer"
     )
     args = begin(made, reuse=True)
     report = Report("loop", __doc__ or "", args)

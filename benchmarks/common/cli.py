@@ -30,10 +30,10 @@ def parser(
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--platform", choices=PLATFORMS, help="where to run; without it, what jax takes by itself")
     made.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype to compute in; weights are float32")
-    made.add_argument("--scale", type=_positive, default=1.0, help="factor of the models' widths")
+    made.add_argument("--scale", type=positive, default=1.0, help="factor of the models' widths")
     made.add_argument("--models", nargs="+", choices=tuple(models), default=list(models), help="models to measure")
     made.add_argument("--rounds", type=int, default=rounds, help="samples of each variant, at most")
-    made.add_argument("--budget", type=_positive, default=budget, help="seconds for each group of variants")
+    made.add_argument("--budget", type=positive, default=budget, help="seconds for each group of variants")
     made.add_argument("--seed", type=int, default=0, help="of data, weights and the order of variants")
     made.add_argument(
         "--memory",
@@ -88,7 +88,8 @@ def settle(args: argparse.Namespace) -> None:
         jax.config.update("jax_platforms", args.platform)
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """A number above 0, for an option."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")

@@ -21,9 +21,8 @@ from .products import by_ways, product
 
 _MOST_TAPS = 49
 _FEW = 32  # output channels
-_TWO = 2
 _PLACES, _CHANNELS, _IMAGES, _WORK = 1024, 32, 16, 1 << 24  # at least, for `_stretched`; the last: multiply-adds
-_PATCHES = 16, 9, 32, 16 << 20  # at most taps, and for the way back; at least channels in; at most bytes
+_PATCHES = 16, 9, 32, 16 << 20  # for `_patches`: at most taps, and of the way back; at least channels; at most bytes
 _COLOURS = 3
 _CACHE = 4 << 20  # bytes
 _TOGETHER, _PRODUCTS = ((2, 8), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2)), 144  # images and blocks; at most
@@ -38,8 +37,9 @@ def conv_general_dilated(
     rhs_dilation: Any = None,
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
+    batch_group_count: int = 1,
     precision: Any = None,
-    preferred_element_type: Any = None,
+    **options: Any,
 ) -> Any:
     """`lax.conv_general_dilated`, whose arguments it takes; with channels last some on a CPU as what is faster there.
 
@@ -59,15 +59,19 @@ def conv_general_dilated(
       rhs_dilation: of the kernel.
       dimension_numbers: those of the two shapes above; with others all goes to `lax.conv_general_dilated` as it is.
       feature_group_count: groups of features.
+      batch_group_count: with another than 1 all goes to `lax.conv_general_dilated` as it is.
       precision: as `lax.conv_general_dilated` takes it.
-      preferred_element_type: where one is given, all goes to `lax.conv_general_dilated` as it is.
+      **options: all else that it takes; with `preferred_element_type` or another all goes to it as it is.
 
     Returns:
       `[N, *space, O]`, equal to rounding with what `lax.conv_general_dilated` gives, and so are its derivatives. Those
-      of as many groups as channels have no forward mode on a CPU (`jax.jvp`).
+      of as many groups as channels have no forward mode on a CPU (`jax.jvp`, `jax.linearize`) and no transpose.
+
+    Raises:
+      TypeError, ValueError: as `lax.conv_general_dilated` raises them.
     """
     x, kernel = lhs, rhs
-    plain = functools.partial(
+    plain: Any = functools.partial(
         lax.conv_general_dilated,
         window_strides=window_strides,
         padding=padding,
@@ -75,27 +79,34 @@ def conv_general_dilated(
         rhs_dilation=rhs_dilation,
         dimension_numbers=dimension_numbers,
         feature_group_count=feature_group_count,
+        batch_group_count=batch_group_count,
         precision=precision,
+        **options,
     )
-    if preferred_element_type is not None or not _is_last(x, kernel, dimension_numbers):
-        return plain(x, kernel, preferred_element_type=preferred_element_type)
-    taps, undilated = math.prod(kernel.shape[:-2]), (1,) * (kernel.ndim - 2)
-    strides, dilation = tuple(window_strides), tuple(rhs_dilation or undilated)
-    if tuple(lhs_dilation or undilated) != undilated or not _is_static(kernel.shape):
+    asked = batch_group_count != 1 or any(option is not None for option in options.values())
+    if asked or not _is_last(x, kernel, dimension_numbers):
         return plain(x, kernel)
-    if {len(strides), len(dilation)} != {len(undilated)} or min(strides, default=1) < 1:
-        return plain(x, kernel)  # which says what is wrong
+    found = jax.eval_shape(plain, x, kernel)  # raises what is wrong in its words
+    taps, undilated = math.prod(kernel.shape[:-2]), (1,) * (kernel.ndim - 2)
+    strides, dilation = tuple(window_strides), undilated if rhs_dilation is None else tuple(rhs_dilation)
+    spread = lhs_dilation is not None and tuple(lhs_dilation) != undilated
+    if spread or min((*strides, *dilation), default=1) < 1 or not _is_static(kernel.shape) or not _is_whole(x):
+        return plain(x, kernel)
+    is_open = not _is_static(x.shape[1:-1])
     if isinstance(padding, str):
-        if not _is_static(x.shape[1:-1]):
+        if is_open:
             return plain(x, kernel)
         reach = [d * (k - 1) + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
         padding = lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
     padding = tuple(map(tuple, padding))
-    if len(padding) != len(undilated):
+    if any(min(pair) < 0 < max(pair) for pair in padding):  # of these XLA:CPU computes some wrongly
+        x, padding = _padded(x, padding), ((0, 0),) * len(padding)
+        plain = functools.partial(plain, padding=padding)
+    if _is_static(found.shape) and 0 in (*found.shape, *x.shape):
         return plain(x, kernel)
     if feature_group_count == 1:
         inputs, outputs = kernel.shape[-2:]
-        if taps == 1 and not np.any(padding):
+        if taps == 1 and not np.any(padding) and not (is_open and set(strides) != {1}):
             ours: Any = functools.partial(_pointwise, strides, precision)
         elif dilation == undilated and (ways := _ways(plain, x, kernel, strides, padding, precision)):
             ours = by_ways(*ways)
@@ -103,7 +114,7 @@ def conv_general_dilated(
             ours = functools.partial(_rounded, plain)
         else:
             return plain(x, kernel)
-    elif kernel.shape[-2] == 1 and taps <= _MOST_TAPS:
+    elif kernel.shape[-2] == 1 and taps <= _MOST_TAPS and not is_open and x.dtype != jnp.float16:
         ours = functools.partial(_depthwise, (strides, padding, dilation))
     else:
         return plain(x, kernel)
@@ -115,6 +126,14 @@ def _is_last(x: Any, kernel: Any, given: Any) -> bool:
     last = (0, x.ndim - 1, *range(1, x.ndim - 1))
     found = lax.conv_dimension_numbers(x.shape, kernel.shape, given)
     return found == lax.ConvDimensionNumbers(last, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)), last)
+
+
+def _is_whole(x: Any) -> bool:
+    """Whether no axis is known to be divided among devices, nor `x` to differ between those of a `shard_map`."""
+    known = jax.typeof(x)
+    spec = getattr(getattr(known, "sharding", None), "spec", ())
+    varying = getattr(getattr(known, "manual_axis_type", None), "varying", None) or getattr(known, "vma", None)
+    return all(part is None for part in spec) and not varying
 
 
 def _pointwise(strides: Any, precision: Any, x: Any, kernel: Any) -> Any:
@@ -140,8 +159,8 @@ def _ways(plain: Any, x: Any, kernel: Any, strides: Any, padding: Any, precision
     if fits and taps <= most and inputs == _COLOURS and outputs <= _FEW:
         return patches, patches, patches
     stretched = functools.partial(_stretched, plain, strides, padding)
-    # YNNPACK has a kernel of its own only for these
-    heavy = x.ndim == _TWO + 2 and x.dtype == jnp.float32 and places * taps * inputs * outputs >= _WORK
+    # YNNPACK has a kernel of its own only for these, in two dimensions
+    heavy = x.ndim == len("NHWC") and x.dtype == jnp.float32 and places * taps * inputs * outputs >= _WORK
     many = heavy and min(inputs, outputs) >= _CHANNELS and places >= _PLACES * (1 if strided else 2)
     together = heavy and max(inputs, outputs) >= _CHANNELS and images >= _IMAGES
     few = fits and strided and taps <= most and inputs >= channels

@@ -142,6 +142,7 @@ def _correlation(rows: Float[Array, "N F"]) -> Float[Array, ""]:
     if units < 2:
         return jnp.float32(0)
     centred = rows - rows.mean(axis=0)
+    centred = centred / jnp.maximum(jnp.max(jnp.abs(centred)), 1e-30)  # so that no square overflows
     moments = centred.T @ centred
     norms = jnp.maximum(jnp.sqrt(jnp.diagonal(moments)), 1e-12)
     matrix = jnp.abs(moments) / (norms[:, None] * norms)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.export
@@ -20,6 +21,13 @@ from esper_jax.kasmina.convolutions import _ways
 def dimension_numbers(spatial):
     axes = "XYZ"[:spatial]
     return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+
+
+def reference(x, kernel, strides, padding, *given):
+    """XLA's convolution of an input that is padded beforehand: some that are cut on one side it computes wrongly."""
+    space = [(low, high, 0) for low, high in padding]
+    padded = lax.pad(x, np.zeros((), x.dtype), [(0, 0, 0), *space, (0, 0, 0)])
+    return lax.conv_general_dilated(padded, kernel, strides, [(0, 0)] * len(space), *given)
 
 
 CASES = {  # spatial axes, inputs, kernel, outputs, strides, padding, dilation, groups
@@ -55,6 +63,9 @@ CASES = {  # spatial axes, inputs, kernel, outputs, strides, padding, dilation, 
     ),
     "many channels, cut off": (2, 16, (3, 3), 24, (1, 1), ((0, 1), (-1, 1)), (1, 1), 1),
     "many channels, strided, with no output": (2, 32, (10, 3), 24, (2, 2), ((0, 0), (0, 0)), (1, 1), 1),
+    "few channels, cut off": (2, 8, (3, 3), 8, (1, 1), ((-1, 1), (0, 0)), (1, 1), 1),
+    "five channels, cut off": (2, 5, (3, 3), 8, (1, 1), ((1, 0), (2, -1)), (1, 1), 1),
+    "depthwise, cut off": (2, 4, (3, 3), 8, (1, 1), ((-1, 1), (2, -1)), (1, 1), 4),
     "depthwise, in blocks": (2, 4, (2, 3), 4, (1, 1), ((0, 0), (1, 1)), (1, 1), 4),
     "depthwise, far strides": (2, 4, (3, 3), 4, (9, 10), ((1, 1), (2, 3)), (1, 1), 4),
     "depthwise": (2, 4, (3, 3), 8, (2, 1), ((1, 1), (2, 0)), (1, 2), 4),
@@ -68,7 +79,7 @@ def test_outputs_and_gradients_are_those_of_xlas_convolution(case):
     x = random.normal(size=(6, *(9,) * spatial, inputs)).astype(np.float32)
     kernel = random.normal(size=(*size, inputs // groups, outputs)).astype(np.float32)
     given = (strides, padding, None, dilation, dimension_numbers(spatial), groups)
-    wanted, back = jax.vjp(lambda x, k: lax.conv_general_dilated(x, k, *given), x, kernel)
+    wanted, back = jax.vjp(lambda x, k: reference(x, k, *given), x, kernel)
     found, ours = jax.vjp(lambda x, k: convolve(x, k, *given), x, kernel)
     cotangent = random.normal(size=wanted.shape).astype(np.float32)
     for one, other in zip((found, *ours(cotangent)), (wanted, *back(cotangent)), strict=True):
@@ -110,7 +121,7 @@ def test_each_way_of_a_large_convolution_gives_the_numbers_of_xlas_in_every_deri
         one = jax.jvp(lambda k: conv(x, k, *given), (kernel,), tangents[1:])
         return both, one, grads(x, kernel), jax.jvp(grads, (x, kernel), tangents)
 
-    found, wanted = (jax.jit(derivatives, static_argnums=0)(conv) for conv in (convolve, lax.conv_general_dilated))
+    found, wanted = (jax.jit(derivatives, static_argnums=0)(conv) for conv in (convolve, reference))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), found, wanted)
 
 
@@ -150,6 +161,68 @@ def test_other_dimension_numbers_and_types_are_left_to_xla():
     half = [x.astype(jnp.bfloat16) for x in last]
     wide = convolve(*half, *given, dimension_numbers=dimension_numbers(2), preferred_element_type=jnp.float32)
     assert wide.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("way", ["shard_map", "explicit"])
+def test_parts_on_several_devices_are_convolved_and_differentiated(groups, way):
+    if len(jax.devices()) < 2:
+        pytest.skip("one device")
+    auto = way == "shard_map"
+    kind = jax.sharding.AxisType.Auto if auto else jax.sharding.AxisType.Explicit
+    mesh, spec = jax.make_mesh((2,), ("d",), axis_types=(kind,), devices=jax.devices()[:2]), jax.sharding.PartitionSpec
+    x = np.random.default_rng(3).normal(size=(4, 8, 8, 8)).astype(np.float32)
+    kernel = np.ones((3, 3, 8 // groups, 8), np.float32)
+
+    def grad(conv, x, kernel):
+        return jax.grad(
+            lambda x: (conv(x, kernel, (1, 1), "SAME", None, None, dimension_numbers(2), groups) ** 2).sum()
+        )(x)
+
+    with jax.set_mesh(mesh):
+        ours = functools.partial(grad, convolve)
+        if auto:
+            ours = jax.shard_map(ours, mesh=mesh, in_specs=(spec("d"), spec()), out_specs=spec("d"))
+        found = jax.jit(ours)(jax.device_put(x, jax.NamedSharding(mesh, spec("d"))), kernel)
+    np.testing.assert_allclose(found, grad(lax.conv_general_dilated, x, kernel), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_no_images_and_no_output_are_as_xlas(groups):
+    given = (1, 1), "VALID", None, None, dimension_numbers(2), groups
+    for shape, size in (((0, 6, 6, 4), (3, 3)), ((2, 2, 2, 4), (4, 1))):
+        x, kernel = np.ones(shape, np.float32), np.ones((*size, 4 // groups, 4), np.float32)
+        values = (lambda k, x=x, c=conv: c(x, k, *given).sum() for conv in (convolve, lax.conv_general_dilated))
+        both = [jax.value_and_grad(value)(kernel) for value in values]
+        chex.assert_trees_all_equal(*both)
+
+
+@pytest.mark.parametrize("groups", [1, 32])
+def test_every_size_may_be_open(groups):
+    n, h, w = jax.export.symbolic_shape("n, 4*h, 4*w")
+    for size, strides, padding in (((1, 1), (2, 2), ((0, 0),) * 2), ((3, 3), (1, 1), ((1, 1), (0, 2)))):
+        given = strides, padding, None, None, dimension_numbers(2), groups
+        grad = jax.jit(jax.grad(lambda x, k: (convolve(x, k, *given) ** 2).sum(), (0, 1)))  # noqa: B023
+        x, kernel = np.ones((2, 8, 12, 32), np.float32), np.ones((*size, 32 // groups, 32), np.float32)
+        shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in ((n, h, w, 32), kernel.shape)]
+        for one, other in zip(jax.export.export(grad)(*shapes).call(x, kernel), grad(x, kernel), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_all_that_xlas_takes_is_taken_by_position_and_name():
+    x, kernel = np.ones((4, 8, 8, 4), np.float32), np.ones((3, 3, 4, 4), np.float32)
+    given = (1, 1), "SAME", None, np.array([1, 1]), dimension_numbers(2), 1
+    wanted = lax.conv_general_dilated(x, kernel, *given, 2)
+    np.testing.assert_array_equal(convolve(x, kernel, *given, 2), wanted)
+    np.testing.assert_array_equal(convolve(x, kernel, *given, batch_group_count=2), wanted)
+    found = convolve(x, kernel, *given, 1, lax.Precision.HIGHEST)
+    np.testing.assert_allclose(found, lax.conv_general_dilated(x, kernel, *given, 1, lax.Precision.HIGHEST), rtol=1e-5)
+    depthwise = np.ones((3, 3, 1, 8), np.float32)
+    for groups in (2, 8):
+        with pytest.raises(ValueError, match="feature_group_count"):
+            convolve(x, depthwise, *given[:-1], groups)
+    with pytest.raises(TypeError, match="same dtypes"):
+        convolve(x, np.ones((1, 1, 4, 4), jnp.bfloat16), *given)
 
 
 @pytest.mark.parametrize(
