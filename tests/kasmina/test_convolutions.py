@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 
 import chex
 import flax.linen as nn
@@ -167,7 +170,14 @@ def test_other_dimension_numbers_and_types_are_left_to_xla():
 @pytest.mark.parametrize("way", ["shard_map", "explicit"])
 def test_parts_on_several_devices_are_convolved_and_differentiated(groups, way):
     if len(jax.devices()) < 2:
-        pytest.skip("one device")
+        several = {
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
+        }
+        name = f"{__file__}::test_parts_on_several_devices_are_convolved_and_differentiated[{way}-{groups}]"
+        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", name], env=several, check=False)
+        assert done.returncode == 0
+        return
     auto = way == "shard_map"
     kind = jax.sharding.AxisType.Auto if auto else jax.sharding.AxisType.Explicit
     mesh, spec = jax.make_mesh((2,), ("d",), axis_types=(kind,), devices=jax.devices()[:2]), jax.sharding.PartitionSpec
