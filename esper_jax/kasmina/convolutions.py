@@ -99,7 +99,7 @@ def conv_general_dilated(
         reach = [d * (k - 1) + 1 for k, d in zip(kernel.shape, dilation, strict=False)]
         padding = lax.padtype_to_pads(x.shape[1:-1], reach, strides, padding)
     padding = tuple(map(tuple, padding))
-    if any(min(pair) < 0 < max(pair) for pair in padding):  # of these XLA:CPU computes some wrongly
+    if any(min(pair) < 0 for pair in padding):  # XLA:CPU computes some wrongly that are padded on the other side
         x, padding = _padded(x, padding), ((0, 0),) * len(padding)
         plain = functools.partial(plain, padding=padding)
     if _is_static(found.shape) and 0 in (*found.shape, *x.shape):

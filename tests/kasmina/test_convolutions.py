@@ -93,6 +93,7 @@ LARGE = {  # images, rows, inputs, kernel, outputs, strides, padding: each with 
     "all stretched": (16, 12, 32, (3, 3), 32, (1, 1), ((1, 1), (1, 1))),
     "all stretched, padded unevenly": (16, 13, 32, (3, 4), 40, (1, 1), ((0, 2), (3, 1))),
     "all stretched, cut off": (16, 14, 32, (3, 3), 32, (1, 1), ((1, -1), (-1, 2))),
+    "all stretched, cut off on every side": (16, 16, 32, (3, 3), 32, (1, 1), ((-1, -1), (-2, 0))),
     "stretched forwards": (4, 24, 32, (3, 3), 32, (1, 1), ((1, 1), (1, 1))),
     "stretched in the kernel alone": (32, 12, 16, (3, 3), 32, (1, 1), ((1, 1), (1, 1))),
     "strided, patches for the input": (32, 12, 32, (3, 3), 64, (2, 2), ((1, 1), (1, 1))),
