@@ -23,6 +23,8 @@ from .sharding import Layout
 from .state import TrainState
 
 Signature = tuple[Any, Hashable]
+TOLD_SECONDS = 1.0
+"""A call's wait for a program in the making that is told of."""
 WAITING = 1
 """What a process says that still waits for its programs; numbers above are those of signals (none is 1 here)."""
 
@@ -87,7 +89,8 @@ class Program:
         finally:
             self.hurry(False)
         took = time.perf_counter() - began
-        self.notice = f"a call waited {took:.2g} s for the {self.name} program that is built in the background"
+        if took >= TOLD_SECONDS:
+            self.notice = f"a call waited {took:.2g} s for the {self.name} program that is built in the background"
 
     def expect(self, *rest: Any) -> None:
         """Remember the shapes of a call that may come, so that its program can be built ahead."""

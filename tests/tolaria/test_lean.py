@@ -20,7 +20,7 @@ import esper_jax
 from esper_jax import FixedSchedule, Gates, Lifecycle, Stage, Tamiyo, TrainingInterrupted, register_blueprint
 from esper_jax.kasmina.spec import Spec
 from esper_jax.tolaria import compiler as compilers
-from esper_jax.tolaria import swap
+from esper_jax.tolaria import programs, swap
 from esper_jax.tolaria.compiler import BuildError, Job, ProcessCompiler, ThreadCompiler
 from esper_jax.tolaria.data import Batches
 from esper_jax.tolaria.programs import Program, Programs
@@ -292,7 +292,8 @@ class Held(ThreadCompiler):
         return super()._build(job)
 
 
-def test_a_call_that_needs_a_program_still_being_built_hurries_it_and_tells_of_the_wait() -> None:
+def test_a_call_that_needs_a_program_still_being_built_hurries_it_and_tells_of_the_wait(monkeypatch: Any) -> None:
+    monkeypatch.setattr(programs, "TOLD_SECONDS", 0.0)
     morph = esper_jax.morph({f"Dense_{i}": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)} for i in range(2)})
     tx = esper_jax.growable(optax.sgd(0.1))
     program, x = Program("double", double), np.ones(3, np.float32)
