@@ -55,9 +55,12 @@ def main() -> None:
     made.add_argument("--width", type=int, default=32, help="channels of the first layer")
     made.add_argument("--networks", type=int, default=4, help="networks beside each other")
     args = begin(made)
+    width = int(args.width * args.scale)
     report = Report("convolutions", __doc__ or "", args)
     rows, floors = [], []
-    pairs = {name: variants(args, convolution) for name, convolution in ((BASE, None), (OURS, conv_general_dilated))}
+    pairs = {
+        name: variants(args, width, convolution) for name, convolution in ((BASE, None), (OURS, conv_general_dilated))
+    }
     for what in pairs[BASE]:
         calls = {BASE: pairs[BASE][what], COPY: pairs[BASE][what], OURS: pairs[OURS][what]}
         timed = interleave(calls, rounds=args.rounds, budget=args.budget, sets=1, seed=args.seed)
@@ -65,14 +68,14 @@ def main() -> None:
         for name, timing in timed.items():
             found = {} if name == BASE else ratio_columns(ratio(timing, timed[BASE]))
             rows.append({"what": what, "variant": name, **time_columns(timing), **found})
-    title = f"A CNN of {args.width} to {4 * args.width} channels on {args.batch} images of 28 x 28"
+    title = f"A CNN of {width} to {4 * width} channels on {args.batch} images of 28 x 28"
     report.table(title, COLUMNS, rows, f"Noise floor, from a second copy of Flax's: {noise_floor(floors):.3f}.")
     report.finish()
 
 
-def variants(args: Any, convolution: Any) -> dict[str, Callable[[int], Any]]:
+def variants(args: Any, width: int, convolution: Any) -> dict[str, Callable[[int], Any]]:
     """The forward pass, the train step of one network, and that of several."""
-    model = CNN(int(args.width * args.scale), jnp.dtype(args.dtype), convolution)
+    model = CNN(width, jnp.dtype(args.dtype), convolution)
     keys = jax.random.split(jax.random.key(args.seed), 2 + args.networks)
     x = jax.random.normal(keys[0], (args.batch, 28, 28, 3))
     y = jax.random.randint(keys[1], (args.batch,), 0, 10)

@@ -9,16 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...kasmina.convolutions import conv_general_dilated
+from ...kasmina.convolutions import conv_general_dilated, dimension_numbers
 from .registry import Last, op
-
-_SPATIAL = "XYZ"
-
-
-def dimension_numbers(spatial: int) -> tuple[str, str, str]:
-    """`NXYC, XYIO, NXYC` for a number of spatial axes."""
-    axes = _SPATIAL[:spatial]
-    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
 
 
 def pads(padding: Any, kernel: Any, dilation: Any) -> tuple[tuple[int, int], ...]:

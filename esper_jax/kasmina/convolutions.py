@@ -28,6 +28,12 @@ _CACHE = 4 << 20  # bytes
 _TOGETHER, _PRODUCTS = ((2, 8), (2, 4), (2, 2), (2, 1), (1, 4), (1, 2)), 144  # images and blocks; at most
 
 
+def dimension_numbers(spatial: int) -> tuple[str, str, str]:
+    """Those of channels last, `NXYC, XYIO, NXYC`, for a number of spatial axes."""
+    axes = "XYZ"[:spatial]
+    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+
+
 def conv_general_dilated(
     lhs: Any,
     rhs: Any,
@@ -182,8 +188,7 @@ def _stretched(convolution: Any, strides: Any, padding: Any, x: Any, kernel: Any
     YNNPACK takes none whose input is stretched, so that XLA:CPU gives it to Eigen, which steps over the zeros. A
     convolution that was given twice the stride and a kernel with zeros between its taps sees no zero of the input.
     """
-    last = len(strides) - 1
-    twice = [(2 if axis == last else 1) for axis in range(len(strides))]
+    twice = [*(1 for _ in strides[1:]), 2]
     return convolution(
         x,
         kernel,

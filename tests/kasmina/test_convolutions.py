@@ -18,12 +18,7 @@ from jax import lax
 
 from esper_jax.kasmina import conv_general_dilated as convolve
 from esper_jax.kasmina import flat_products, morph
-from esper_jax.kasmina.convolutions import _ways
-
-
-def dimension_numbers(spatial):
-    axes = "XYZ"[:spatial]
-    return f"N{axes}C", f"{axes}IO", f"N{axes}C"
+from esper_jax.kasmina.convolutions import _ways, dimension_numbers
 
 
 def reference(x, kernel, strides, padding, *given):
@@ -173,6 +168,7 @@ def test_parts_on_several_devices_are_convolved_and_differentiated(groups, way):
     if len(jax.devices()) < 2:
         several = {
             **os.environ,
+            "JAX_PLATFORMS": "cpu",  # elsewhere the flag adds no device, and this would begin anew in each process
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
         }
         name = f"{__file__}::test_parts_on_several_devices_are_convolved_and_differentiated[{way}-{groups}]"

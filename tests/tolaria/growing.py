@@ -81,8 +81,3 @@ def start(made: Tolaria) -> Any:
 if __name__ == "__main__":
     made = trainer(pathlib.Path(sys.argv[1]), sinks=(Killer(int(sys.argv[2])),))
     made.fit(start(made), TRAIN, VALIDATION, epochs=EPOCHS)
-
-
-def warned(history: Any) -> list[Any]:
-    """The warnings of a run, but for those of calls that waited for a program: a busy machine builds late."""
-    return [event for event in history.of_kind("warning") if not event.message.startswith("a call waited ")]

@@ -55,7 +55,7 @@ def test_a_program_built_in_the_background_changes_no_bit_of_the_run(now, option
     assert swapped.data["compile_seconds"] > 0
     # the boundary follows from the data: 8 steps an epoch, decided after 16
     assert swapped.step == 16 + options.get("swap", 8)
-    assert not growing.warned(history)
+    assert not history.of_kind("warning")
     # nothing was compiled where training waits for it: the only program built by a call is the host's
     assert made._step._cache_size() == 1 and made._evaluator.plain._cache_size() == 1
 
@@ -212,7 +212,7 @@ def test_what_cannot_be_sent_to_a_process_is_compiled_in_a_thread_and_told_once(
     )
     state, history = made.fit(growing.start(made), growing.TRAIN, growing.VALIDATION, epochs=5)
     chex.assert_trees_all_equal(bits(state), bits(now[1]))
-    (told,) = growing.warned(history)
+    (told,) = history.of_kind("warning")
     assert "cannot be sent to another process" in told.message
     assert "thread" in history.of_kind("swap")[0].data["where"]
 

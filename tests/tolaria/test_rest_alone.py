@@ -19,7 +19,6 @@ from esper_jax.tolaria.dispatch import Dispatch, make_steps
 from esper_jax.tolaria.step import Calls
 from tests.kasmina import test_stacked as stacks
 from tests.kasmina.hosts import CNN, host
-from tests.tolaria import growing
 
 STACK = "blocks/Dense_0"
 
@@ -198,7 +197,7 @@ def test_where_steps_are_not_scanned_resting_seeds_are_left_to_another_program()
     ran = {spec.plants for spec, _ in made._step.ran}
     ahead = {spec.plants for spec, _ in made._step.ahead}
     assert ran == {()} and ahead == {state.morph.spec.plants}
-    assert made._step._cache_size() == 1 and not growing.warned(history)
+    assert made._step._cache_size() == 1 and not history.of_kind("warning")
 
 
 def test_unrolled_steps_have_each_of_their_programs_built_before_a_seed_wakes() -> None:

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from ..convolutions import dimension_numbers
+
 Pads = list[tuple[int, int]]
 
 
@@ -123,10 +125,9 @@ def _same(kernel: Array) -> Pads:
 
 
 def _conv(x: Array, kernel: Array, pads: Pads, groups: int) -> Array:
-    space = "HWD"[: x.ndim - 2]
-    layout = (f"N{space}C", f"{space}IO", f"N{space}C")
+    spatial = x.ndim - 2
     return lax.conv_general_dilated(
-        x, kernel, (1,) * (x.ndim - 2), pads, dimension_numbers=layout, feature_group_count=groups
+        x, kernel, (1,) * spatial, pads, dimension_numbers=dimension_numbers(spatial), feature_group_count=groups
     )
 
 
@@ -176,7 +177,6 @@ def _explicit(padding: str, x: Array, form: Mapping[str, Any]) -> Pads:
 
 def _plain(moves: Any, x: Array, kernel: Array) -> Array:
     pads, strides, dilation, spread, groups = moves
-    space = "HWD"[: x.ndim - 2]
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -184,7 +184,7 @@ def _plain(moves: Any, x: Array, kernel: Array) -> Array:
         pads,
         lhs_dilation=spread,
         rhs_dilation=dilation,
-        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+        dimension_numbers=dimension_numbers(x.ndim - 2),
         feature_group_count=groups,
     )
 
